@@ -1,0 +1,1 @@
+"""Checkpoint and pictures -> panoptic maps -> PQ and reports."""

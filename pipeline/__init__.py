@@ -1,0 +1,1 @@
+"""COCO panoptic folder -> targets -> shards: the offline target cache. Free of torch."""

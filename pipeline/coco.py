@@ -1,0 +1,361 @@
+"""COCO panoptic annotations -> one `PanopticRecord` an image, joined by image id and cross-checked.
+
+Nothing here knows the number of categories, the size of a split or COCO's ids: any folder in COCO
+panoptic format will do. What is wrong with one image never stops the others; it becomes a
+`Rejection`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import InputError
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+ImageId = int | str
+
+
+@dataclass(frozen=True, slots=True)
+class Category:
+    """A category of the annotation file.
+
+    Attributes:
+        id: As annotated.
+        name: As annotated.
+        isthing: Has instances; stuff has none.
+        label: 0..C-1 in the order of ascending ids; what the network predicts.
+    """
+
+    id: int
+    name: str
+    isthing: bool
+    label: int
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentInfo:
+    """A row of `segments_info`. Area and box are not trusted: the PNG decides."""
+
+    id: int
+    category_id: int
+    iscrowd: bool
+    area: int | None = None
+    bbox: tuple[int, int, int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PanopticRecord:
+    """One annotated image.
+
+    Attributes:
+        image_id: As annotated.
+        key: The sample's name in a shard: the id in 12 digits, or the file's stem without dots.
+        file_name: Of the photo, relative to the folder of photos.
+        photo: Path of the photo.
+        png: Path of the panoptic PNG.
+        height: Pixels, as the JSON says.
+        width: Pixels, as the JSON says.
+        segments: The annotated segments.
+    """
+
+    image_id: ImageId
+    key: str
+    file_name: str
+    photo: Path
+    png: Path
+    height: int
+    width: int
+    segments: tuple[SegmentInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Why one image is left out; a line of `quarantine.jsonl`."""
+
+    image_id: ImageId
+    file: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class CocoLayout:
+    """Where a split of a COCO panoptic dataset lies.
+
+    Attributes:
+        images: Folder of photos.
+        panoptic_json: The annotation file.
+        panoptic_dir: Folder of panoptic PNGs.
+    """
+
+    images: Path
+    panoptic_json: Path
+    panoptic_dir: Path
+
+    @classmethod
+    def of(cls, root: Path, split: str) -> CocoLayout:
+        """COCO's own layout: `ROOT/SPLIT`, `ROOT/annotations/panoptic_SPLIT[.json]`."""
+        annotations = root / "annotations"
+        if not root.is_dir():
+            raise InputError("no such folder", where=root, remedy="give the root of the dataset")
+        layout = cls(
+            root / split,
+            annotations / f"panoptic_{split}.json",
+            annotations / f"panoptic_{split}",
+        )
+        if not layout.panoptic_json.is_file():
+            known = sorted(
+                p.stem.removeprefix("panoptic_") for p in annotations.glob("panoptic_*.json")
+            )
+            remedy = f"splits here: {', '.join(known)}" if known else "no split lies here"
+            raise InputError(f"no split {split}", where=layout.panoptic_json, remedy=remedy)
+        return layout
+
+    def check(self) -> None:
+        """Raises InputError where a folder or the file is missing."""
+        for folder, what in ((self.images, "photos"), (self.panoptic_dir, "panoptic PNGs")):
+            if not folder.is_dir():
+                raise InputError(f"no folder of {what}", where=folder, remedy="unpack it there")
+        if not self.panoptic_json.is_file():
+            raise InputError("no annotation file", where=self.panoptic_json)
+
+
+@dataclass(frozen=True, slots=True)
+class CocoPanoptic:
+    """A whole split.
+
+    Attributes:
+        categories: By label.
+        records: The images that can be tried, by ascending key.
+        rejections: The images that cannot, by ascending id.
+        digest: SHA-256 of the annotation file.
+    """
+
+    categories: tuple[Category, ...]
+    records: tuple[PanopticRecord, ...]
+    rejections: tuple[Rejection, ...]
+    digest: str
+
+
+def read_dataset(layout: CocoLayout) -> CocoPanoptic:
+    """Reads a split and joins images with annotations by image id, never by position.
+
+    Raises:
+        InputError: A folder or file is missing, or the JSON is not a panoptic annotation file.
+    """
+    layout.check()
+    source = layout.panoptic_json
+    data = source.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    try:
+        content = json.loads(data)
+        del data
+        categories = read_categories(content["categories"], source)
+        images, annotations = content["images"], content["annotations"]
+        return _join(layout, categories, images, annotations, digest)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"not a COCO panoptic annotation file: {type(error).__name__} {error}",
+            where=source,
+            remedy="it needs images, annotations with segments_info, and categories",
+        ) from None
+
+
+def read_categories(rows: list[dict[str, Any]], source: Path) -> tuple[Category, ...]:
+    """The categories by label, which is the rank of the id.
+
+    Raises:
+        InputError: Two categories share an id, or there is none.
+    """
+    ids = [int(row["id"]) for row in rows]
+    if not ids or len(set(ids)) < len(ids):
+        raise InputError("categories are empty or share an id", where=source)
+    return tuple(
+        Category(int(row["id"]), str(row["name"]), bool(row["isthing"]), label)
+        for label, row in enumerate(sorted(rows, key=lambda row: int(row["id"])))
+    )
+
+
+def _join(
+    layout: CocoLayout,
+    categories: tuple[Category, ...],
+    images: list[dict[str, Any]],
+    annotations: list[dict[str, Any]],
+    digest: str,
+) -> CocoPanoptic:
+    # One listing of each folder: a stat for every image takes minutes on a network disk.
+    photos, pngs = _names(layout.images), _names(layout.panoptic_dir)
+    known = {category.id for category in categories}
+    by_image = {annotation["image_id"]: annotation for annotation in annotations}
+    times = Counter(image["id"] for image in images)
+    times_annotated = Counter(annotation["image_id"] for annotation in annotations)
+    records: list[PanopticRecord] = []
+    rejections: list[Rejection] = []
+    for image in images:
+        annotation = by_image.get(image["id"])
+        try:
+            if annotation is None:
+                raise InputError("has no annotation", code="annotation-missing")
+            if times[image["id"]] > 1 or times_annotated[image["id"]] > 1:
+                raise InputError("is listed more than once", code="image-duplicate")
+            record = _record(layout, image, annotation)
+            _check_record(record, known)
+            if record.file_name not in photos and not record.photo.is_file():
+                raise InputError("photo missing", where=record.photo, code="photo-missing")
+            if annotation["file_name"] not in pngs and not record.png.is_file():
+                raise InputError("panoptic PNG missing", where=record.png, code="png-missing")
+            records.append(record)
+        except InputError as error:
+            file = str(image.get("file_name", ""))
+            rejections.append(Rejection(image["id"], file, error.code, str(error)))
+        except (KeyError, TypeError, ValueError) as error:
+            file = str(image.get("file_name", ""))
+            message = f"malformed annotation: {type(error).__name__} {error}"
+            rejections.append(Rejection(image["id"], file, "annotation-malformed", message))
+    for image_id in times_annotated.keys() - times.keys():
+        file = str(by_image[image_id].get("file_name", ""))
+        message = "annotation of an image that the file does not list"
+        rejections.append(Rejection(image_id, file, "image-missing", message))
+    _reject_shared_keys(records, rejections)
+    records.sort(key=lambda record: record.key)
+    rejections.sort(key=lambda rejection: (str(rejection.image_id).zfill(12), rejection.code))
+    return CocoPanoptic(categories, tuple(records), tuple(rejections), digest)
+
+
+def _names(folder: Path) -> set[str]:
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries}
+
+
+def sample_key(image_id: ImageId, file_name: str) -> str:
+    """A key without dots: webdataset splits a member's name at its first one."""
+    if isinstance(image_id, int):
+        return f"{image_id:012d}"
+    return Path(file_name).stem.replace(".", "_")
+
+
+def _record(
+    layout: CocoLayout, image: dict[str, Any], annotation: dict[str, Any]
+) -> PanopticRecord:
+    return PanopticRecord(
+        image_id=image["id"],
+        key=sample_key(image["id"], image["file_name"]),
+        file_name=image["file_name"],
+        photo=layout.images / image["file_name"],
+        png=layout.panoptic_dir / annotation["file_name"],
+        height=int(image["height"]),
+        width=int(image["width"]),
+        segments=tuple(
+            SegmentInfo(
+                id=int(row["id"]),
+                category_id=int(row["category_id"]),
+                iscrowd=bool(row.get("iscrowd", 0)),
+                area=row.get("area"),
+                bbox=tuple(row["bbox"]) if "bbox" in row else None,
+            )
+            for row in annotation["segments_info"]
+        ),
+    )
+
+
+def _check_record(record: PanopticRecord, known: set[int]) -> None:
+    seen: set[int] = set()
+    for segment in record.segments:
+        if segment.id in seen:
+            raise InputError(f"segment {segment.id} twice in the JSON", code="segment-duplicate")
+        if not 0 < segment.id < 1 << 24:
+            raise InputError(f"segment id {segment.id} is not in 1..2^24-1", code="segment-id")
+        if segment.category_id not in known:
+            raise InputError(
+                f"segment {segment.id} has unknown category {segment.category_id}",
+                code="category-unknown",
+            )
+        seen.add(segment.id)
+
+
+def _reject_shared_keys(records: list[PanopticRecord], rejections: list[Rejection]) -> None:
+    times = Counter(record.key for record in records)
+    shared = [record for record in records if times[record.key] > 1]
+    for record in shared:
+        message = f"shares the key {record.key} with another image"
+        rejections.append(Rejection(record.image_id, record.file_name, "key-shared", message))
+    if shared:
+        records[:] = [record for record in records if times[record.key] == 1]
+
+
+def read_ids(path: Path) -> NDArray[np.int32]:
+    """Segment ids of a panoptic PNG: R + 256 G + 65536 B.
+
+    Returns:
+        (H, W) int32, 0 = unlabelled.
+
+    Raises:
+        InputError: Missing, damaged (every chunk's checksum is checked, as decoders hand out
+            half pictures), or not 8-bit RGB(A).
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"panoptic PNG unreadable: {error.strerror}", where=path, code="png-missing"
+        ) from None
+    check_png(data, path)
+    if data[24] != 8 or data[25] not in {2, 6}:
+        raise InputError(
+            f"panoptic PNG has bit depth {data[24]}, colour type {data[25]}",
+            where=path,
+            remedy="ids are read from 8-bit RGB or RGBA",
+            code="png-format",
+        )
+    return decode_ids(data, path)
+
+
+def decode_ids(data: bytes, where: Path) -> NDArray[np.int32]:
+    """Decodes the bytes of an 8-bit RGB(A) PNG into (H, W) int32 ids; see `read_ids`."""
+    # Colours as they are stored: a PNG with an alpha channel keeps its RGB under IMREAD_COLOR.
+    bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    if bgr is None:
+        raise InputError("panoptic PNG cannot be decoded", where=where, code="png-damaged")
+    rgba = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGBA)
+    ids: NDArray[np.int32] = rgba.view("<i4")[..., 0] & 0xFFFFFF
+    return ids
+
+
+def check_png(data: bytes, where: Path | str) -> None:
+    """Walks the chunks of a PNG and checks every checksum.
+
+    Raises:
+        InputError: No PNG, cut short, or a checksum is wrong.
+    """
+    if not data.startswith(PNG_SIGNATURE):
+        raise InputError("is no PNG", where=where, code="png-damaged")
+    position = len(PNG_SIGNATURE)
+    while position + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, position)
+        end = position + 8 + length
+        if end + 4 > len(data):
+            break
+        (crc,) = struct.unpack_from(">I", data, end)
+        if crc != zlib.crc32(memoryview(data)[position + 4 : end]):
+            raise InputError("PNG damaged: wrong checksum", where=where, code="png-damaged")
+        if data[position + 4 : position + 8] == b"IEND":
+            return
+        position = end + 4
+    raise InputError("PNG cut short", where=where, code="png-damaged")
+
+
+def ids_to_rgb(ids: NDArray[np.int32]) -> NDArray[np.uint8]:
+    """(H, W) int32 ids -> (H, W, 3) uint8 RGB, the inverse of `read_ids`."""
+    return np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], axis=-1).astype(np.uint8)

@@ -1,0 +1,179 @@
+"""One annotated image -> its sample: read strictly, fit, compute the targets."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+
+from pipeline.coco import Category, PanopticRecord, read_ids
+from pipeline.config import RenderConfig
+from pipeline.errors import InputError
+from pipeline.sample import Sample, Segment, encode_distance
+from pipeline.targets import compute_targets, drop_empty_rows, index_map, resize_index
+
+
+def render_image(
+    record: PanopticRecord,
+    config: RenderConfig,
+    categories: dict[int, Category],
+    repairs: Counter[str],
+) -> Sample:
+    """One image to its sample.
+
+    Args:
+        record: The annotated image.
+        config: Fit and size.
+        categories: By id.
+        repairs: Counts, by code, of what was mended on the way; added to.
+
+    Raises:
+        InputError: The image must be left out.
+    """
+    ids = read_ids(record.png)
+    photo = read_photo(record, repairs, config)
+    if not photo.size == ids.shape == (record.height, record.width):
+        raise InputError(
+            f"sizes differ: photo {photo.size}, PNG {ids.shape},"
+            f" JSON {(record.height, record.width)}",
+            where=record.photo,
+            code="size-mismatch",
+        )
+    index = index_map(ids, [segment.id for segment in record.segments])
+    if np.any((index == 0) & (ids != 0)):
+        repairs["png-id-unknown"] += 1
+    size = fitted_size(ids.shape, config)
+    index, kept = drop_empty_rows(index, len(record.segments))
+    repairs["segment-empty"] += len(record.segments) - len(kept)
+    rows = [record.segments[row] for row in kept]
+    if size != ids.shape:
+        index, kept = drop_empty_rows(resize_index(index, size), len(rows))
+        rows = [rows[row] for row in kept]
+    targets = compute_targets(index, [row.iscrowd for row in rows])
+    geometry = targets.geometry
+    if size == ids.shape:
+        for row, area, box in zip(
+            rows, geometry.area.tolist(), geometry.bbox.tolist(), strict=True
+        ):
+            repairs["area-wrong"] += row.area is not None and row.area != area
+            repairs["bbox-wrong"] += row.bbox is not None and list(row.bbox) != box
+    segments = tuple(
+        Segment(
+            id=row.id,
+            category_id=row.category_id,
+            label=(category := categories[row.category_id]).label,
+            isthing=category.isthing,
+            iscrowd=row.iscrowd,
+            area=area,
+            bbox=tuple(box),
+            centroid=tuple(centroid) if category.isthing and not row.iscrowd else None,
+        )
+        for row, area, box, centroid in zip(
+            rows,
+            geometry.area.tolist(),
+            geometry.bbox.tolist(),
+            geometry.centroid.tolist(),
+            strict=True,
+        )
+    )
+    return Sample(
+        key=record.key,
+        image_id=record.image_id,
+        file_name=record.file_name,
+        original_size=(record.height, record.width),
+        photo=photo.resized(size, config.jpeg_quality),
+        index=index,
+        eds=encode_distance(targets.distance),
+        void=targets.void,
+        segments=segments,
+    )
+
+
+def fitted_size(size: tuple[int, ...], config: RenderConfig) -> tuple[int, int]:
+    """(height, width) of the cached sample."""
+    height, width = size
+    if config.size is None:
+        return height, width
+    if config.fit == "squash":
+        return config.size, config.size
+    scale = config.size / max(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+@dataclass(frozen=True, slots=True)
+class Photo:
+    """A photo as it lies on disk and decoded.
+
+    Attributes:
+        data: JPEG bytes; of a colour photo, the file's own.
+        rgb: (H, W, 3) uint8.
+    """
+
+    data: bytes
+    rgb: NDArray[np.uint8]
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """(height, width)."""
+        return self.rgb.shape[:2]
+
+    def resized(self, size: tuple[int, int], quality: int) -> bytes:
+        """JPEG bytes at another size; the file's own where the size stays."""
+        if size == self.size:
+            return self.data
+        height, width = size
+        smaller = height * width < self.size[0] * self.size[1]
+        rgb = cv2.resize(
+            self.rgb,
+            (width, height),
+            interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC,
+        )
+        return encode_jpeg(rgb, quality)
+
+
+def encode_jpeg(rgb: NDArray[np.uint8], quality: int) -> bytes:
+    """(H, W, 3) uint8 RGB -> JPEG bytes, colour at full resolution."""
+    return bytes(
+        simplejpeg.encode_jpeg(
+            np.ascontiguousarray(rgb), quality=quality, colorspace="RGB", colorsubsampling="444"
+        )
+    )
+
+
+def read_photo(record: PanopticRecord, repairs: Counter[str], config: RenderConfig) -> Photo:
+    """Reads and decodes a JPEG strictly; converts grayscale and CMYK.
+
+    Raises:
+        InputError: Missing, truncated or not a JPEG.
+    """
+    try:
+        data = record.photo.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"photo unreadable: {error.strerror}", where=record.photo, code="photo-missing"
+        ) from None
+    try:
+        _, _, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours in {"CMYK", "YCCK"}:
+            repairs["photo-cmyk"] += 1
+            rgb = _cmyk_to_rgb(simplejpeg.decode_jpeg(data, colorspace="CMYK"))
+            return Photo(encode_jpeg(rgb, config.jpeg_quality), rgb)
+        rgb = simplejpeg.decode_jpeg(data, colorspace="RGB")
+    except ValueError as error:
+        raise InputError(
+            f"photo damaged or no JPEG: {error}", where=record.photo, code="photo-damaged"
+        ) from None
+    if colours == "Gray":
+        repairs["photo-grayscale"] += 1
+        return Photo(encode_jpeg(rgb, config.jpeg_quality), rgb)
+    return Photo(data, rgb)
+
+
+def _cmyk_to_rgb(cmyk: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Inks as Adobe's writers store them, inverted: RGB = CMY * K / 255."""
+    inks = cmyk.astype(np.uint16)
+    return (inks[..., :3] * inks[..., 3:] // 255).astype(np.uint8)

@@ -1,0 +1,93 @@
+"""What will be rendered, before anything is: a pure function of the input and the settings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from pipeline.coco import CocoPanoptic, PanopticRecord, Rejection
+from pipeline.config import RenderConfig, fingerprint
+from pipeline.errors import InputError
+from pipeline.sample import FORMAT_VERSION
+from pipeline.shards import shard_name
+from pipeline.storage import Storage
+
+PLAN_NAME = "plan.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """One task: a shard and the records that go into it, in this order."""
+
+    name: str
+    records: tuple[PanopticRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will be rendered, before anything is.
+
+    Attributes:
+        split: Names the shards.
+        config: The settings.
+        fingerprint: Of settings, annotation file and format version.
+        shards: By name.
+        rejections: Images that are left out already.
+    """
+
+    split: str
+    config: RenderConfig
+    fingerprint: str
+    shards: tuple[ShardPlan, ...]
+    rejections: tuple[Rejection, ...]
+
+
+def make_plan(dataset: CocoPanoptic, split: str, config: RenderConfig) -> Plan:
+    """Cuts the images, in a fixed permutation of their sorted keys, into shards."""
+    order = np.random.default_rng(config.seed).permutation(len(dataset.records))
+    records = [dataset.records[position] for position in order]
+    step = config.samples_per_shard
+    shards = tuple(
+        ShardPlan(shard_name(split, number), tuple(records[start : start + step]))
+        for number, start in enumerate(range(0, len(records), step))
+    )
+    mark = fingerprint(FORMAT_VERSION, split, dataset.digest, asdict(config))
+    return Plan(split, config, mark, shards, dataset.rejections)
+
+
+def allowed(max_bad: float, images: int) -> int:
+    """Images that may be left out: a fraction below 1, else a count."""
+    return int(max_bad * images) if max_bad < 1 else int(max_bad)
+
+
+def claim(storage: Storage, plan: Plan) -> None:
+    """Writes the plan's settings, or refuses a folder that was begun with others."""
+    settings = {"split": plan.split, **asdict(plan.config)}
+    wanted = {"fingerprint": plan.fingerprint, "settings": settings}
+    try:
+        found = json.loads(storage.read(PLAN_NAME))
+        if found["fingerprint"] == plan.fingerprint:
+            return
+        changed = [
+            f"{name} was {found['settings'].get(name)}, now {value}"
+            for name, value in settings.items()
+            if found["settings"].get(name) != value
+        ]
+        raise InputError(
+            "; ".join(changed) or "the annotation file or the format changed",
+            where=storage.url,
+            remedy="the cache here was begun otherwise: use its settings or another folder",
+            code="plan-changed",
+        )
+    except FileNotFoundError:
+        if any(name.endswith(".tar") for name in storage.sizes()):
+            raise InputError(
+                "holds tars but no plan", where=storage.url, remedy="use another folder"
+            ) from None
+        storage.write(PLAN_NAME, json.dumps(wanted, indent=1).encode() + b"\n")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            "plan damaged", where=storage.path(PLAN_NAME), remedy="remove the folder"
+        ) from None

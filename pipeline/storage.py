@@ -1,0 +1,178 @@
+"""Where a cache lies: a local folder or an fsspec URL; a file appears there whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from pipeline.errors import InputError
+
+_TEMPORARY = ".tmp-"
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A folder that holds a cache.
+
+    On a local disk a file is written under a temporary name, synced and renamed, so a kill at any
+    moment leaves the old file or the new one. Elsewhere an object is put in one call, which
+    object stores make atomic; there is no lock there, and nothing to sweep.
+
+    Attributes:
+        url: A local path or an fsspec URL such as `s3://bucket/coco`.
+    """
+
+    url: str
+
+    @property
+    def local(self) -> Path | None:
+        """The folder, where it is a local one."""
+        if "://" not in self.url:
+            return Path(self.url)
+        scheme, _, path = self.url.partition("://")
+        return Path(path) if scheme == "file" else None
+
+    def path(self, name: str) -> str:
+        """The full path or URL of a file."""
+        return f"{self.url.rstrip('/')}/{name}"
+
+    def _remote(self) -> tuple[Any, str]:
+        try:
+            filesystem, path = fsspec.core.url_to_fs(self.url)
+        except (ValueError, ImportError) as error:
+            raise InputError(f"no such kind of URL: {error}", where=self.url) from None
+        return filesystem, path.rstrip("/")
+
+    def create(self) -> None:
+        """Makes the folder; InputError where that is not possible."""
+        folder = self.local
+        if folder is None:
+            filesystem, path = self._remote()
+            filesystem.makedirs(path, exist_ok=True)
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make the folder: {error.strerror}", where=folder) from None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a file whole, and reads it back before it gets its name.
+
+        Raises:
+            InputError: No space, no permission, or the disk returned other bytes.
+        """
+        folder = self.local
+        if folder is None:
+            filesystem, path = self._remote()
+            filesystem.pipe_file(f"{path}/{name}", data)
+            if filesystem.size(f"{path}/{name}") != len(data):
+                raise InputError("stored with another size", where=self.path(name))
+            return
+        temporary = folder / f"{_TEMPORARY}{name}-{uuid.uuid4().hex[:8]}"
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if temporary.read_bytes() != data:
+                raise InputError("the disk returns other bytes than written", where=folder / name)
+            temporary.replace(folder / name)
+            _sync_folder(folder)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise InputError(
+                f"cannot write: {error.strerror}",
+                where=folder / name,
+                remedy="make room or rights, then run the same command to go on",
+                code="write",
+            ) from None
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file; FileNotFoundError where there is none."""
+        folder = self.local
+        if folder is not None:
+            return (folder / name).read_bytes()
+        filesystem, path = self._remote()
+        return bytes(filesystem.cat_file(f"{path}/{name}"))
+
+    def sizes(self) -> dict[str, int]:
+        """The size of every file here, by name, without temporary files."""
+        folder = self.local
+        if folder is not None:
+            if not folder.is_dir():
+                return {}
+            with os.scandir(folder) as entries:
+                found = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        else:
+            filesystem, path = self._remote()
+            if not filesystem.exists(path):
+                return {}
+            filesystem.invalidate_cache()
+            listing = filesystem.ls(path, detail=True)
+            found = {row["name"].rsplit("/", 1)[-1]: row["size"] for row in listing}
+        return {
+            name: size
+            for name, size in found.items()
+            if not name.startswith(_TEMPORARY) and name != _LOCK
+        }
+
+    def remove(self, name: str) -> None:
+        """Removes a file if it is there."""
+        folder = self.local
+        if folder is not None:
+            (folder / name).unlink(missing_ok=True)
+            return
+        filesystem, path = self._remote()
+        if filesystem.exists(f"{path}/{name}"):
+            filesystem.rm_file(f"{path}/{name}")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for one run, and sweeps what a killed one left half written.
+
+        The lock is the kernel's and ends with the process, however it ends.
+
+        Raises:
+            InputError: Another run holds the folder.
+        """
+        folder = self.local
+        if folder is None:
+            yield
+            return
+        path = folder / _LOCK
+        with path.open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(lock.fileno()).st_ino != path.stat().st_ino:
+                    raise BlockingIOError  # its holder removed it just now
+            except (BlockingIOError, FileNotFoundError):
+                raise InputError(
+                    "another run is writing here",
+                    where=folder,
+                    remedy="wait for it, or choose another folder",
+                    code="locked",
+                ) from None
+            for left_over in folder.glob(f"{_TEMPORARY}*"):
+                left_over.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,285 @@
+"""How made-up things and stuff look: coordinates in, masks and colours out.
+
+A thing is a signed distance, which gives its mask, its antialiased edge and its shadow, with a
+blend of two colours and a brightness. A stuff is a texture. Nothing is flat, so that JPEG and a
+network have work to do.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+Plane = npt.NDArray[np.floating[Any]]
+"""(h, w), or broadcastable to it."""
+Picture = npt.NDArray[np.float32]
+"""(h, w, 3), RGB in [0, 1]."""
+
+
+class Look(IntEnum):
+    """What can be painted; all but the last have a category, in this order."""
+
+    BALL = 0
+    CRATE = 1
+    TENT = 2
+    RING = 3
+    STAR = 4
+    SKY = 5
+    WALL = 6
+    GRASS = 7
+    WATER = 8
+    UNKNOWN = 9
+
+
+THINGS = (Look.BALL, Look.CRATE, Look.TENT, Look.RING, Look.STAR)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Where a thing stands.
+
+    Attributes:
+        x: Centre in pixels from the left edge.
+        y: Centre in pixels from the top edge.
+        r: Radius of the circle about it, in pixels.
+        angle: Radians.
+        aspect: Length over width, for crates.
+    """
+
+    x: float
+    y: float
+    r: float
+    angle: float = 0.0
+    aspect: float = 1.0
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What painting changes in place.
+
+    Attributes:
+        photo: (H, W, 3) float32, RGB in [0, 1].
+        rows: (H, W) uint8, the row of the segment on top; 0 = unlabelled.
+        grain: (H, W) float32, noise of unit deviation, the texture of all things.
+    """
+
+    photo: Picture
+    rows: npt.NDArray[np.uint8]
+    grain: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Local:
+    """Coordinates about a thing's centre in units of its radius: (x, y) upright, (u, v) turned."""
+
+    x: Plane
+    y: Plane
+    u: Plane
+    v: Plane
+    aspect: float
+
+
+def _ball(p: _Local) -> tuple[Plane, Plane, Plane]:
+    radius = np.hypot(p.u, p.v)
+    panels = np.clip(0.5 + 4 * np.sin(3 * np.arctan2(p.v, p.u)) * radius, 0, 1)
+    depth = np.sqrt(np.clip(1 - radius * radius, 0, 1))
+    return radius - 1, panels, 0.5 + 0.6 * np.clip(0.75 * depth - 0.35 * p.x - 0.5 * p.y, 0, 1)
+
+
+def _crate(p: _Local) -> tuple[Plane, Plane, Plane]:
+    half = 1 / np.hypot(1, p.aspect)
+    distance = np.maximum(abs(p.u) - p.aspect * half, abs(p.v) - half)
+    frame = np.clip((distance + 0.25 * half) * 30, 0, 1)
+    boards = np.clip(4 * np.cos(3 * np.pi * p.v / half) + 4.3, 0.55, 1)
+    return distance, frame, boards * (0.95 + 0.08 * np.sin(25 * p.v + 3 * np.sin(4 * p.u)))
+
+
+def _tent(p: _Local) -> tuple[Plane, Plane, Plane]:
+    distance = np.maximum(p.v - 0.5, 0.866 * abs(p.u) - 0.5 * p.v - 0.5)
+    stripes = np.clip(0.5 + 3 * np.cos(9 * p.u / np.maximum(p.v + 1.15, 0.1)), 0, 1)
+    return distance, stripes, np.where(p.u > 0.12 * p.v, 0.72, 1.0) - 0.12 * p.v
+
+
+def _ring(p: _Local) -> tuple[Plane, Plane, Plane]:
+    radius = np.hypot(p.u, p.v)
+    across = (radius - 0.73) / 0.27
+    bands = np.clip(5 * np.sin(4 * np.arctan2(p.v, p.u)) - 1.5, 0, 1)
+    tube = np.sqrt(np.clip(1 - across * across, 0, 1))
+    return (abs(across) - 1) * 0.27, bands, 0.5 + 0.5 * tube - 0.12 * (p.x + p.y) * across
+
+
+def _star(p: _Local) -> tuple[Plane, Plane, Plane]:
+    radius = np.hypot(p.u, p.v)
+    fold = np.mod(np.arctan2(p.v, p.u), 2 * np.pi / 5) - np.pi / 5  # 0 at a notch
+    # From the tip (1, 0) to the notch at radius 0.5 the edge's unit normal is (0.442, 0.897).
+    turn = np.pi / 5 - abs(fold)
+    distance = radius * (0.4421 * np.cos(turn) + 0.8970 * np.sin(turn)) - 0.4421
+    return distance, np.clip(1 - 1.3 * radius, 0, 1), np.where(fold > 0, 1.0, 0.72)
+
+
+def _unknown(p: _Local) -> tuple[Plane, Plane, Plane]:
+    slant, half = 0.866 * p.v, p.u / 2
+    distance = np.maximum(abs(p.u), np.maximum(abs(half + slant), abs(half - slant))) - 0.866
+    checks = np.clip(0.5 + 4 * np.sin(7 * p.u) * np.sin(7 * p.v), 0, 1)
+    return distance, checks, 0.9 - 0.2 * p.y
+
+
+@dataclass(frozen=True)
+class _Thing:
+    """A form and its paint: hues to choose from, then saturation and value of two colours."""
+
+    form: Callable[[_Local], tuple[Plane, Plane, Plane]]
+    """Signed distance in radii, blend of the two colours in [0, 1], brightness."""
+    hues: tuple[float, ...]
+    first: tuple[float, float]
+    second: tuple[float, float]
+
+
+_THINGS = {
+    Look.BALL: _Thing(_ball, (0.98, 0.60, 0.40), (0.80, 0.85), (0.08, 0.95)),
+    Look.CRATE: _Thing(_crate, (0.07, 0.10), (0.60, 0.75), (0.65, 0.50)),
+    Look.TENT: _Thing(_tent, (0.78, 0.48, 0.92), (0.60, 0.70), (0.15, 0.95)),
+    Look.RING: _Thing(_ring, (0.02, 0.07), (0.85, 0.95), (0.05, 0.95)),
+    Look.STAR: _Thing(_star, (0.14, 0.90), (0.75, 0.95), (0.35, 1.00)),
+    Look.UNKNOWN: _Thing(_unknown, (0.0, 0.60), (0.10, 0.35), (0.05, 0.80)),
+}
+
+
+def paint_thing(
+    rng: np.random.Generator, canvas: Canvas, look: Look, shape: Shape, *, row: int
+) -> None:
+    """Paints one thing over the canvas: photo with soft edge and shadow, rows without.
+
+    Args:
+        rng: Chooses the colours.
+        canvas: Changed in place.
+        look: A thing's, or `Look.UNKNOWN`.
+        shape: Where; may reach out of the picture.
+        row: What `canvas.rows` says afterwards wherever half a pixel or more is covered.
+    """
+    height, width = canvas.rows.shape
+    reach = 1.2 * shape.r + 1.5  # the shape, its soft edge and its shadow
+    x0, x1 = max(0, int(shape.x - reach)), min(width, int(shape.x + reach) + 1)
+    y0, y1 = max(0, int(shape.y - reach)), min(height, int(shape.y + reach) + 1)
+    if x0 >= x1 or y0 >= y1:
+        return
+    here = np.s_[y0:y1, x0:x1]
+    radius = np.float32(shape.r)
+    x = (np.arange(x0, x1, dtype=np.float32)[None, :] + np.float32(0.5 - shape.x)) / radius
+    y = (np.arange(y0, y1, dtype=np.float32)[:, None] + np.float32(0.5 - shape.y)) / radius
+    cos, sin = np.float32(np.cos(shape.angle)), np.float32(np.sin(shape.angle))
+    thing = _THINGS[look]
+    distance, blend, light = thing.form(
+        _Local(x, y, cos * x + sin * y, cos * y - sin * x, shape.aspect)
+    )
+
+    hue = (rng.choice(thing.hues) + rng.normal(0, 0.015)) % 1
+    dye, gloss = rng.uniform(0.8, 1.15), rng.uniform(0.8, 1.08)
+    first = _rgb(hue, thing.first[0] * dye, thing.first[1] * gloss)
+    second = _rgb(hue, thing.second[0], thing.second[1] * gloss)
+    light = light + 0.022 * canvas.grain[here]
+    colour = _mixed(first, second, blend) * light[..., None]
+
+    patch = canvas.photo[here]
+    shadow = np.clip(1 - 6 * distance, 0, 1) * np.clip(0.55 + 0.45 * y, 0, 1)
+    patch *= (1 - 0.45 * shadow)[..., None]
+    cover = np.clip(0.5 - distance * radius, 0, 1)
+    patch += cover[..., None] * (colour - patch)
+    canvas.rows[here][cover >= 0.5] = row
+
+
+def texture(rng: np.random.Generator, look: Look, height: int, width: int, unit: float) -> Picture:
+    """A patch of stuff, (height, width, 3) float32.
+
+    Args:
+        rng: Source of all choices.
+        look: A stuff's.
+        height: Pixels.
+        width: Pixels.
+        unit: Pixels the texture takes for one, so that it grows with the picture.
+
+    Returns:
+        RGB, in [0, 1] but for a little overshoot.
+    """
+    return _TEXTURES[look](rng, height, width, unit)
+
+
+def _rgb(hue: float, saturation: float, value: float) -> npt.NDArray[np.float32]:
+    """(3,) float32."""
+    return np.array(colorsys.hsv_to_rgb(hue % 1, min(saturation, 1.0), value), np.float32)
+
+
+def _mixed(
+    first: npt.NDArray[np.float32], second: npt.NDArray[np.float32], blend: Plane
+) -> Picture:
+    """(h, w, 3): from the colour `first` to `second` (3,) as `blend` (h, w) goes from 0 to 1."""
+    return first + (second - first) * blend.astype(np.float32)[..., None]
+
+
+def _smooth(
+    rng: np.random.Generator, height: int, width: int, lines: float, columns: float
+) -> npt.NDArray[np.float32]:
+    """(height, width) noise of about unit deviation, with `lines` x `columns` free values."""
+    knots = rng.standard_normal((2 + int(lines), 2 + int(columns)), dtype=np.float32)
+    return np.asarray(cv2.resize(knots, (width, height), interpolation=cv2.INTER_CUBIC))
+
+
+def _sky(rng: np.random.Generator, height: int, width: int, unit: float) -> Picture:
+    zenith, haze = (
+        (_rgb(0.60, 0.66, 0.84), _rgb(0.57, 0.20, 0.98)),
+        (_rgb(0.58, 0.55, 0.86), _rgb(0.13, 0.07, 0.95)),
+        (_rgb(0.65, 0.46, 0.70), _rgb(0.06, 0.36, 0.98)),
+    )[int(rng.integers(3))]
+    fall = np.linspace(0, 1, height, dtype=np.float32)[:, None]
+    sky = _mixed(zenith, haze, np.broadcast_to(fall, (height, width)))
+    clouds = _smooth(rng, height, width, height / (14 * unit), width / (40 * unit))
+    clouds += 0.4 * _smooth(rng, height, width, height / (5 * unit), width / (10 * unit))
+    cover = 0.85 * (1 - np.exp(-np.clip(clouds - rng.uniform(0.2, 0.9), 0, None)))
+    sky += cover[..., None] * (np.float32(0.98) - sky)
+    return sky
+
+
+def _wall(rng: np.random.Generator, height: int, width: int, unit: float) -> Picture:
+    tall = unit * rng.uniform(7, 10)
+    y = np.arange(height, dtype=np.float32)[:, None] / np.float32(tall)
+    line = y.astype(np.int32)
+    x = np.arange(width, dtype=np.float32)[None, :] / np.float32(2.2 * tall)
+    x = x + np.float32(0.5) * (line % 2).astype(np.float32)
+    column = x.astype(np.int32)
+    joint = np.maximum(abs(y - line - 0.5), 2.2 * abs(x - column - 0.5) - 0.6)
+    joint = np.clip((joint - 0.4) * 12, 0, 1).astype(np.float32)
+    tint = rng.uniform(0.78, 1.12, (int(line.max()) + 1, int(column.max()) + 1))
+    shade = tint[line, column] + 0.04 * _smooth(rng, height, width, height / 2, width / 2)
+    wall = _rgb(rng.uniform(0, 0.05), rng.uniform(0.3, 0.5), 0.68) * shade[..., None]
+    return _as_picture(wall + joint[..., None] * (0.74 - wall))
+
+
+def _grass(rng: np.random.Generator, height: int, width: int, unit: float) -> Picture:
+    hue = rng.uniform(0.23, 0.33)
+    blades = _smooth(rng, height, width, height / (6 * unit), width / (1.3 * unit))
+    meadow = 0.45 + 0.2 * _smooth(rng, height, width, 3, 5) + 0.22 * blades
+    return _mixed(_rgb(hue, 0.65, 0.42), _rgb(hue - 0.03, 0.6, 0.68), np.clip(meadow, 0, 1.2))
+
+
+def _water(rng: np.random.Generator, height: int, width: int, unit: float) -> Picture:
+    hue = rng.uniform(0.5, 0.58)
+    y = np.arange(height, dtype=np.float32)[:, None] / np.float32(unit)
+    # The root draws the waves together towards the horizon.
+    phase = 14 * np.sqrt(y + 4) + 2.2 * _smooth(rng, height, width, 4, 5)
+    foam = _smooth(rng, height, width, height / (3 * unit), 8)
+    waves = 0.32 + 0.25 * np.sin(phase) + 0.12 * foam
+    return _mixed(_rgb(hue, 0.8, 0.42), _rgb(hue - 0.02, 0.35, 0.85), np.clip(waves, 0, 1))
+
+
+def _as_picture(values: Plane) -> Picture:
+    return values.astype(np.float32, copy=False)
+
+
+_TEXTURES = {Look.SKY: _sky, Look.WALL: _wall, Look.GRASS: _grass, Look.WATER: _water}

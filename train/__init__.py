@@ -1,0 +1,1 @@
+"""Shards -> batches -> predictions -> losses -> checkpoints."""

@@ -1,0 +1,203 @@
+"""How a centroid becomes a code that a network can regress, and how a code is compared to the grid.
+
+The paper's code is positional (section 3.3); its ablation (Table 3, appendix B) also regresses the
+coordinates directly and classifies them. Each encoding keeps its two sides together: `encode` makes
+the training target of a segment, `axis_costs` tells the decoder how far a prediction lies from
+every cell of the centroid grid.
+
+Centroids are (u, v) in [-1, 1], u to the right, v down; pixel centres lie at (x + 0.5) / W.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+GRID_CELLS = 80
+"""Cells an axis of the paper's decoding grid (section 5.1)."""
+
+
+@dataclass(frozen=True)
+class AxisCosts:
+    """How far each predicted code lies from each cell, split over the axes.
+
+    The cost of cell (a, b) is `u[..., a] + v[..., b]`. Void is one more candidate. For the
+    positional and the direct code a cost is a squared Euclidean distance in code space; for the
+    classification code it is a negative log probability.
+
+    Attributes:
+        u: (..., P, cells) costs of the columns.
+        v: (..., P, cells) costs of the rows.
+        void: (..., P) cost of being no instance.
+    """
+
+    u: Tensor
+    v: Tensor
+    void: Tensor
+
+
+class Encoding(Protocol):
+    """What the model, the losses and the decoder need to know of a code."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of the instance head."""
+        ...
+
+    def encode(self, centroids: Tensor, present: Tensor) -> Tensor:
+        """Training targets of segments.
+
+        Args:
+            centroids: (..., 2) float, (u, v) in [-1, 1]; ignored where absent.
+            present: (...,) bool, false for segments that take the void code.
+
+        Returns:
+            (..., K) targets: the code itself, or class indices for the classification code.
+        """
+        ...
+
+    def axis_costs(self, code: Tensor, cells: int) -> AxisCosts:
+        """Compares predicted codes (..., channels, P) with a grid of `cells` x `cells`."""
+        ...
+
+
+def gamma(p: Tensor, harmonics: int) -> Tensor:
+    """The sine-cosine positional code of a coordinate (section 3.3).
+
+    gamma(p) = [sin(pi p), cos(pi p), ..., sin(2^(L-1) pi p), cos(2^(L-1) pi p)], so |gamma|^2 = L
+    everywhere, and gamma(-1) = gamma(1).
+
+    Args:
+        p: (...,) coordinates in [-1, 1].
+        harmonics: L.
+
+    Returns:
+        (..., 2L), in the precision of `p`.
+    """
+    frequencies = math.pi * 2.0 ** torch.arange(harmonics, device=p.device, dtype=p.dtype)
+    angles = p[..., None] * frequencies  # (..., L)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
+def cell_centres(cells: int, *, device: torch.device | None = None) -> Tensor:
+    """Centres p_i = -1 + (2i + 1) / n of the grid's cells, (cells,) float32.
+
+    Centres rather than ends: gamma has period 2, so a grid holding both -1 and 1 would make the
+    left and the right edge one place.
+    """
+    return (2 * torch.arange(cells, device=device, dtype=torch.float32) + 1) / cells - 1
+
+
+def nearest_cell(p: Tensor, cells: int) -> Tensor:
+    """The cell each coordinate in [-1, 1] falls into, int64."""
+    return ((p + 1) * (cells / 2)).floor().clamp(0, cells - 1).long()
+
+
+@dataclass(frozen=True)
+class PositionalCode:
+    """concat(gamma(u), gamma(v)) in R^4L; void is the zero vector (section 3.3)."""
+
+    harmonics: int = 4
+
+    @property
+    def channels(self) -> int:
+        """4L: 2L for u, then 2L for v."""
+        return 4 * self.harmonics
+
+    def encode(self, centroids: Tensor, present: Tensor) -> Tensor:
+        """See `Encoding.encode`: (..., 4L) codes."""
+        code = gamma(torch.where(present[..., None], centroids, 0.0), self.harmonics)
+        return code.flatten(-2) * present[..., None]
+
+    def axis_costs(self, code: Tensor, cells: int) -> AxisCosts:
+        """See `Encoding.axis_costs`.
+
+        |x - gamma(a)|^2 = |x|^2 + L - 2 x . gamma(a): one matrix product an axis, since |gamma|
+        is constant.
+        """
+        grid = gamma(cell_centres(cells, device=code.device), self.harmonics).to(code.dtype)
+        u, v = torch.unflatten(code, -2, (2, 2 * self.harmonics)).unbind(-3)  # (..., 2L, P) each
+        u_norm, v_norm = u.square().sum(-2), v.square().sum(-2)  # (..., P)
+        return AxisCosts(
+            u=(u_norm + self.harmonics)[..., None] - 2 * (u.transpose(-1, -2) @ grid.T),
+            v=(v_norm + self.harmonics)[..., None] - 2 * (v.transpose(-1, -2) @ grid.T),
+            void=u_norm + v_norm,
+        )
+
+
+@dataclass(frozen=True)
+class DirectCode:
+    """(u, v, 1) with u, v scaled to [0, 1], as RGB; void is black (appendix B)."""
+
+    @property
+    def channels(self) -> int:
+        """Red = u, green = v, blue = instance or not."""
+        return 3
+
+    def encode(self, centroids: Tensor, present: Tensor) -> Tensor:
+        """See `Encoding.encode`: (..., 3) colours."""
+        colour = torch.cat([(centroids + 1) / 2, torch.ones_like(centroids[..., :1])], dim=-1)
+        return torch.where(present[..., None], colour, 0.0)
+
+    def axis_costs(self, code: Tensor, cells: int) -> AxisCosts:
+        """See `Encoding.axis_costs`; the blue channel's share is split over the axes."""
+        grid = ((cell_centres(cells, device=code.device) + 1) / 2).to(code.dtype)
+        red, green, blue = code.unbind(-2)  # (..., P)
+        missing = (blue - 1).square()[..., None] / 2
+        return AxisCosts(
+            u=(red[..., None] - grid).square() + missing,
+            v=(green[..., None] - grid).square() + missing,
+            void=code.square().sum(-2),
+        )
+
+
+@dataclass(frozen=True)
+class ClassificationCode:
+    """The cell of u and the cell of v, classified independently (appendix B).
+
+    The paper leaves open how a pixel says "no instance": one more class an axis does.
+    """
+
+    cells: int = GRID_CELLS
+
+    @property
+    def channels(self) -> int:
+        """`cells` + 1 logits for u, then as many for v; the last of each is void."""
+        return 2 * (self.cells + 1)
+
+    def encode(self, centroids: Tensor, present: Tensor) -> Tensor:
+        """See `Encoding.encode`: (..., 2) int64 classes of u and v."""
+        return torch.where(present[..., None], nearest_cell(centroids, self.cells), self.cells)
+
+    def axis_costs(self, code: Tensor, cells: int) -> AxisCosts:
+        """See `Encoding.axis_costs`: negative log probabilities.
+
+        A grid other than the trained one reads the classes at its own cell centres.
+        """
+        logits = torch.unflatten(code, -2, (2, self.cells + 1)).transpose(
+            -1, -2
+        )  # (..., 2, P, cells + 1)
+        costs = -F.log_softmax(logits, dim=-1)
+        columns = nearest_cell(cell_centres(cells, device=code.device), self.cells)
+        u, v = costs.unbind(-3)
+        return AxisCosts(
+            u=u[..., columns], v=v[..., columns], void=u[..., self.cells] + v[..., self.cells]
+        )
+
+
+def make_encoding(name: str, harmonics: int) -> Encoding:
+    """The encoding a configuration names: `positional`, `direct` or `classification`."""
+    match name:
+        case "positional":
+            return PositionalCode(harmonics)
+        case "direct":
+            return DirectCode()
+        case "classification":
+            return ClassificationCode()
+        case _:
+            raise ValueError(f"no such encoding: {name}")
