@@ -325,7 +325,6 @@ def score(
     pred_dir: Path | None = None,
     *,
     workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
 ) -> PQResult:
     """Scores a folder of predictions; the result is the same for any number of workers.
 
@@ -335,19 +334,29 @@ def score(
         gt_dir: Folder of the ground truth's PNGs; the JSON's path without `.json` if None.
         pred_dir: The same for the predictions.
         workers: Processes; 1 works in this one.
-        progress: Called after each image with (done, total).
 
     Raises:
         InputError: Whatever is wrong with the files, naming image and segments.
     """
     categories, pairs = read_pairs(gt_json, pred_json, gt_dir, pred_dir)
+    return score_pairs(categories, pairs, workers=workers)
+
+
+def score_pairs(
+    categories: Sequence[Category],
+    pairs: Sequence[ImagePair],
+    *,
+    workers: int = 1,
+    advance: Callable[[], None] | None = None,
+) -> PQResult:
+    """Scores pairs of images, see `score`; calls `advance` after each one."""
     total, wrong = PQStat(), {}
-    for done, image in enumerate(evaluate_images(pairs, workers=workers), start=1):
+    for image in evaluate_images(pairs, workers=workers):
         total += image.stat
         if image.wrong_areas:
             wrong[image.image_id] = image.wrong_areas
-        if progress is not None:
-            progress(done, len(pairs))
+        if advance is not None:
+            advance()
     if wrong:
         image_id, ids = next(iter(wrong.items()))
         logger.warning(
@@ -373,10 +382,11 @@ def evaluate_images(pairs: Sequence[ImagePair], *, workers: int = 1) -> Iterator
     chunks = [pairs[start : start + chunk] for start in range(0, len(pairs), chunk)]
     workers = min(workers, len(chunks))
     if workers <= 1:
+        _keep_heap()
         yield from map(_evaluate_image, pairs)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, cv2.setNumThreads, (1,)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
         # A bounded window: results of a slow consumer do not pile up, an error stops soon.
         window: deque[Future[list[ImageStat]]] = deque()
         try:
@@ -394,6 +404,21 @@ def evaluate_images(pairs: Sequence[ImagePair], *, workers: int = 1) -> Iterator
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    cv2.setNumThreads(1)
+    _keep_heap()
+
+
+def _keep_heap() -> None:
+    """Makes glibc reuse picture-sized blocks, which cuts an image from 7.5 to 5 ms.
+
+    It maps every block above a threshold anew, page fault by page fault, and raises the threshold
+    to the largest block ever freed (mallopt(3), M_MMAP_THRESHOLD; 32 MiB at most). An untouched
+    block of that size costs nothing; with another allocator nothing happens.
+    """
+    np.empty(31 << 20, np.uint8)
 
 
 def _evaluate_chunk(pairs: Sequence[ImagePair]) -> list[ImageStat]:

@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from pipeline.errors import InputError
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MAX_KEY_BYTES = 80
+"""A tar header has 100 bytes for a member's name, and the key is followed by a suffix."""
 ImageId = int | str
 
 
@@ -88,6 +90,13 @@ class Rejection:
     file: str
     code: str
     message: str
+
+    @classmethod
+    def of(cls, image_id: ImageId, file_name: str, error: InputError) -> Rejection:
+        """From an error; folders are left out, for a cache's bytes do not depend on them."""
+        place = f"{Path(error.where).name}: " if error.where else ""
+        remedy = f" ({error.remedy})" if error.remedy else ""
+        return cls(image_id, file_name, error.code, f"{place}{error.what}{remedy}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +228,7 @@ def _join(
             records.append(record)
         except InputError as error:
             file = str(image.get("file_name", ""))
-            rejections.append(Rejection(image["id"], file, error.code, str(error)))
+            rejections.append(Rejection.of(image["id"], file, error))
         except (KeyError, TypeError, ValueError) as error:
             file = str(image.get("file_name", ""))
             message = f"malformed annotation: {type(error).__name__} {error}"
@@ -263,7 +272,7 @@ def _record(
                 category_id=int(row["category_id"]),
                 iscrowd=bool(row.get("iscrowd", 0)),
                 area=row.get("area"),
-                bbox=tuple(row["bbox"]) if "bbox" in row else None,
+                bbox=tuple(row["bbox"]) if row.get("bbox") is not None else None,
             )
             for row in annotation["segments_info"]
         ),
@@ -271,6 +280,14 @@ def _record(
 
 
 def _check_record(record: PanopticRecord, known: set[int]) -> None:
+    # Names that came from undecodable bytes hold lone surrogates, which no tar header takes.
+    plain = record.key.encode(errors="replace")
+    if len(plain) > MAX_KEY_BYTES or plain.decode() != record.key:
+        raise InputError(
+            f"its name cannot be a key: more than {MAX_KEY_BYTES} bytes, or not UTF-8",
+            remedy="give the photo another name",
+            code="key-invalid",
+        )
     seen: set[int] = set()
     for segment in record.segments:
         if segment.id in seen:
@@ -325,7 +342,13 @@ def read_ids(path: Path) -> NDArray[np.int32]:
 def decode_ids(data: bytes, where: Path) -> NDArray[np.int32]:
     """Decodes the bytes of an 8-bit RGB(A) PNG into (H, W) int32 ids; see `read_ids`."""
     # Colours as they are stored: a PNG with an alpha channel keeps its RGB under IMREAD_COLOR.
-    bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    # Pixels where they are stored: OpenCV would turn a PNG by its eXIf chunk.
+    try:
+        bgr = cv2.imdecode(
+            np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+        )
+    except cv2.error:  # it claims more pixels than OpenCV reads
+        bgr = None
     if bgr is None:
         raise InputError("panoptic PNG cannot be decoded", where=where, code="png-damaged")
     rgba = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGBA)

@@ -6,6 +6,7 @@ key is an error that names the nearest known one.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -59,6 +60,10 @@ class RenderConfig:
             )
         if self.samples_per_shard < 1:
             raise InputError("a shard holds at least one sample", where="--samples-per-shard")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise InputError("JPEG quality is 1 to 100", where=f"jpeg_quality={self.jpeg_quality}")
+        if self.seed < 0:
+            raise InputError("a seed is 0 or more", where=f"seed={self.seed}")
 
 
 def fingerprint(*parts: object) -> str:
@@ -88,19 +93,19 @@ def load_config(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
 
 def override(values: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """Applies settings such as `optim.lr=1e-4`; a value is TOML, or else taken as a string."""
-    result = json.loads(json.dumps(values))
+    result = copy.deepcopy(dict(values))
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals or not name:
             raise InputError("not of the form name=value", where=f"--set {setting}")
         *tables, key = name.split(".")
-        table = result
+        table: Any = result
         for part in tables:
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
                 raise InputError(f"{part} is a value, not a table", where=f"--set {setting}")
         table[key] = _toml_value(text)
-    return dict(result)
+    return result
 
 
 def _toml_value(text: str) -> Any:
@@ -119,7 +124,8 @@ def build_config(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
         where: The file, for messages.
 
     Raises:
-        InputError: An unknown key, a value of another type or out of the allowed choices.
+        InputError: An unknown or missing key, a value of another type or out of the allowed
+            choices.
     """
     hints = get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
@@ -128,6 +134,15 @@ def build_config(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
             known = f"did you mean {near[0]}?" if near else f"known: {', '.join(fields)}"
             raise InputError(f"unknown key {key}", where=where, remedy=known)
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise InputError(f"lacks {', '.join(missing)}", where=where)
     return cls(
         **{key: _convert(value, hints[key], f"{where}: {key}") for key, value in values.items()}
     )

@@ -36,11 +36,10 @@ def render_image(
     """
     ids = read_ids(record.png)
     photo = read_photo(record, repairs, config)
-    if not photo.size == ids.shape == (record.height, record.width):
+    if photo.size != ids.shape:
         raise InputError(
-            f"sizes differ: photo {photo.size}, PNG {ids.shape},"
-            f" JSON {(record.height, record.width)}",
-            where=record.photo,
+            f"sizes differ: PNG {ids.shape}, photo and JSON {photo.size}",
+            where=record.png,
             code="size-mismatch",
         )
     index = index_map(ids, [segment.id for segment in record.segments])
@@ -148,7 +147,7 @@ def read_photo(record: PanopticRecord, repairs: Counter[str], config: RenderConf
     """Reads and decodes a JPEG strictly; converts grayscale and CMYK.
 
     Raises:
-        InputError: Missing, truncated or not a JPEG.
+        InputError: Missing, truncated, not a JPEG, or of another size than annotated.
     """
     try:
         data = record.photo.read_bytes()
@@ -157,7 +156,14 @@ def read_photo(record: PanopticRecord, repairs: Counter[str], config: RenderConf
             f"photo unreadable: {error.strerror}", where=record.photo, code="photo-missing"
         ) from None
     try:
-        _, _, colours, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        # Before decoding: a header can claim gigabytes.
+        if (height, width) != (record.height, record.width):
+            raise InputError(
+                f"sizes differ: photo {(height, width)}, JSON {(record.height, record.width)}",
+                where=record.photo,
+                code="size-mismatch",
+            )
         if colours in {"CMYK", "YCCK"}:
             repairs["photo-cmyk"] += 1
             rgb = _cmyk_to_rgb(simplejpeg.decode_jpeg(data, colorspace="CMYK"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +34,8 @@ class Plan:
     Attributes:
         split: Names the shards.
         config: The settings.
-        fingerprint: Of settings, annotation file and format version.
+        fingerprint: Of settings, annotation file, format version and the images to be tried:
+            which ones lie on the disk decides what goes into which shard.
         shards: By name.
         rejections: Images that are left out already.
     """
@@ -53,7 +56,8 @@ def make_plan(dataset: CocoPanoptic, split: str, config: RenderConfig) -> Plan:
         ShardPlan(shard_name(split, number), tuple(records[start : start + step]))
         for number, start in enumerate(range(0, len(records), step))
     )
-    mark = fingerprint(FORMAT_VERSION, split, dataset.digest, asdict(config))
+    keys = [record.key for record in dataset.records]
+    mark = fingerprint(FORMAT_VERSION, split, dataset.digest, asdict(config), keys)
     return Plan(split, config, mark, shards, dataset.rejections)
 
 
@@ -62,10 +66,15 @@ def allowed(max_bad: float, images: int) -> int:
     return int(max_bad * images) if max_bad < 1 else int(max_bad)
 
 
+def encode_plan(mark: str, settings: Mapping[str, Any]) -> bytes:
+    """The bytes of `plan.json`: a fingerprint, and the settings with the split before them."""
+    values = {"fingerprint": mark, "settings": dict(settings)}
+    return json.dumps(values, indent=1).encode() + b"\n"
+
+
 def claim(storage: Storage, plan: Plan) -> None:
     """Writes the plan's settings, or refuses a folder that was begun with others."""
     settings = {"split": plan.split, **asdict(plan.config)}
-    wanted = {"fingerprint": plan.fingerprint, "settings": settings}
     try:
         found = json.loads(storage.read(PLAN_NAME))
         if found["fingerprint"] == plan.fingerprint:
@@ -76,7 +85,8 @@ def claim(storage: Storage, plan: Plan) -> None:
             if found["settings"].get(name) != value
         ]
         raise InputError(
-            "; ".join(changed) or "the annotation file or the format changed",
+            "; ".join(changed)
+            or "the annotation file, the set of images on the disk or the format changed",
             where=storage.url,
             remedy="the cache here was begun otherwise: use its settings or another folder",
             code="plan-changed",
@@ -86,7 +96,7 @@ def claim(storage: Storage, plan: Plan) -> None:
             raise InputError(
                 "holds tars but no plan", where=storage.url, remedy="use another folder"
             ) from None
-        storage.write(PLAN_NAME, json.dumps(wanted, indent=1).encode() + b"\n")
+        storage.write(PLAN_NAME, encode_plan(plan.fingerprint, settings))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
             "plan damaged", where=storage.path(PLAN_NAME), remedy="remove the folder"

@@ -11,29 +11,31 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import cv2
-from distributed import Client, LocalCluster, as_completed
+from distributed import Client, KilledWorker, LocalCluster, as_completed
 
 from pipeline.coco import Category, CocoPanoptic, Rejection
 from pipeline.config import RenderConfig
 from pipeline.errors import InputError
 from pipeline.image import render_image
-from pipeline.plan import Plan, ShardPlan, claim, make_plan
+from pipeline.plan import Plan, ShardPlan, allowed, claim, make_plan
 from pipeline.progress import progress
 from pipeline.sample import FORMAT_VERSION, Sample
 from pipeline.shards import (
+    INDEX_NAME,
     QUARANTINE_NAME,
     ShardEntry,
     ShardIndex,
     Sidecar,
+    encode_index,
     encode_sidecar,
     finished_shard,
-    write_index,
+    pack_shard,
     write_shard,
 )
 from pipeline.storage import Storage
@@ -66,11 +68,6 @@ class RenderResult:
     def to_json(self) -> dict[str, Any]:
         """The fields that `preprocess --json` prints."""
         return {key: value for key, value in asdict(self).items() if key != "too_many"}
-
-
-def allowed(max_bad: float, images: int) -> int:
-    """Images that may be left out: a fraction of them below 1, else a count."""
-    return int(max_bad * images) if max_bad < 1 else int(max_bad)
 
 
 def render(
@@ -123,6 +120,8 @@ def render(
             if (sidecar := finished_shard(storage, shard.name, plan.fingerprint, sizes))
         }
         todo = [shard for shard in plan.shards if shard.name not in done]
+        if strict:
+            _check_strictly(done.values())
         if done:
             log.info("%d of %d shards are done already", len(done), len(plan.shards))
         finished = sum(len(shard.records) for shard in plan.shards if shard.name in done)
@@ -131,13 +130,15 @@ def render(
                 todo, plan, dataset.categories, storage, workers=workers, scheduler=scheduler
             ):
                 done[sidecar.name] = sidecar
-                if strict and (sidecar.rejections or sidecar.repairs):
-                    raise InputError(_first_problem(sidecar), where=sidecar.name, code="strict")
+                if strict:
+                    _check_strictly([sidecar])
                 advance(len(sidecar.samples) + len(sidecar.rejections))
         sidecars = [done[shard.name] for shard in plan.shards]
-        rejections = _write_quarantine(storage, plan, sidecars)
-        index = make_index(plan, dataset.categories, sidecars, len(rejections))
-        write_index(storage, index)
+        rejections = left_out(plan, sidecars)
+        quarantine = encode_quarantine(rejections)
+        index = make_index(plan, dataset.categories, sidecars, len(rejections), quarantine)
+        storage.write(QUARANTINE_NAME, quarantine)
+        storage.write(INDEX_NAME, encode_index(index))
     _report(sidecars, rejections)
     return RenderResult(
         images=images,
@@ -182,7 +183,14 @@ def _run(
         for _ in range(window):
             submit()
         for future in futures:
-            yield future.result()
+            try:
+                yield future.result()
+            except KilledWorker as error:
+                raise InputError(
+                    f"its worker died again and again, most likely out of memory: {error}",
+                    remedy="give fewer workers, or smaller shards by --samples-per-shard",
+                    code="worker-killed",
+                ) from None
             future.release()
             submit()
 
@@ -241,16 +249,60 @@ def render_shard(
         try:
             samples.append(render_image(record, config, by_id, repairs))
         except InputError as error:
-            rejections.append(Rejection(record.image_id, record.file_name, error.code, str(error)))
+            rejections.append(Rejection.of(record.image_id, record.file_name, error))
     return write_shard(
         storage, shard.name, samples, plan=plan, rejections=rejections, repairs=repairs
     )
 
 
+def dry_run(
+    dataset: CocoPanoptic, config: RenderConfig, *, workers: int, max_bad: float, tried: int = 8
+) -> dict[str, Any]:
+    """What rendering would do, found without decoding more than a few images.
+
+    Args:
+        dataset: The annotated split.
+        config: The settings.
+        workers: Processes that would render.
+        max_bad: See `render`.
+        tried: Images that are rendered, in memory, to tell bytes and time.
+
+    Returns:
+        Counts of `images`, `quarantined` and `shards`, whether they are `too_many`, and the
+        `bytes` and `seconds` expected.
+    """
+    records = dataset.records
+    by_id = {category.id: category for category in dataset.categories}
+    start, sizes = time.monotonic(), []
+    for record in records[:: max(1, len(records) // tried)][:tried]:
+        try:
+            sample = render_image(record, config, by_id, Counter())
+        except InputError as error:
+            log.warning("%s", error)
+            continue
+        sizes.append(len(pack_shard([sample])[0]))
+    seconds = (time.monotonic() - start) / max(1, len(sizes))
+    images = len(records) + len(dataset.rejections)
+    for rejection in dataset.rejections:
+        log.warning("left out: %s, image %s", rejection.message, rejection.image_id)
+    return {
+        "images": images,
+        "quarantined": len(dataset.rejections),
+        "too_many": len(dataset.rejections) > allowed(max_bad, images),
+        "shards": -(-len(records) // config.samples_per_shard),
+        "bytes": sum(sizes) * len(records) // max(1, len(sizes)),
+        "seconds": round(seconds * len(records) / max(1, workers), 1),
+    }
+
+
 def make_index(
-    plan: Plan, categories: tuple[Category, ...], sidecars: Sequence[Sidecar], quarantined: int
+    plan: Plan,
+    categories: tuple[Category, ...],
+    sidecars: Sequence[Sidecar],
+    quarantined: int,
+    quarantine: bytes,
 ) -> ShardIndex:
-    """The index of finished shards."""
+    """The index of finished shards and of the quarantine's bytes."""
     return ShardIndex(
         format_version=FORMAT_VERSION,
         split=plan.split,
@@ -259,6 +311,7 @@ def make_index(
         categories=categories,
         samples=sum(len(sidecar.samples) for sidecar in sidecars),
         quarantined=quarantined,
+        quarantine_sha256=hashlib.sha256(quarantine).hexdigest(),
         shards=tuple(
             ShardEntry(
                 name=sidecar.name,
@@ -272,22 +325,25 @@ def make_index(
     )
 
 
-def _write_quarantine(
-    storage: Storage, plan: Plan, sidecars: Sequence[Sidecar]
-) -> tuple[Rejection, ...]:
-    """Writes a JSON line for each image left out, by image id."""
+def left_out(plan: Plan, sidecars: Sequence[Sidecar]) -> tuple[Rejection, ...]:
+    """The images left out, before the work and in it, by image id."""
     found = [*plan.rejections, *(r for sidecar in sidecars for r in sidecar.rejections)]
     found.sort(key=lambda rejection: (str(rejection.image_id).zfill(12), rejection.code))
-    lines = "".join(f"{json.dumps(asdict(rejection))}\n" for rejection in found)
-    storage.write(QUARANTINE_NAME, lines.encode())
     return tuple(found)
 
 
-def _first_problem(sidecar: Sidecar) -> str:
-    if sidecar.rejections:
-        return sidecar.rejections[0].message
-    code, count = next(iter(sidecar.repairs.items()))
-    return f"{code} in {count} places"
+def encode_quarantine(rejections: Sequence[Rejection]) -> bytes:
+    """The bytes of `quarantine.jsonl`: a JSON line for each image left out."""
+    return "".join(f"{json.dumps(asdict(rejection))}\n" for rejection in rejections).encode()
+
+
+def _check_strictly(sidecars: Iterable[Sidecar]) -> None:
+    """Raises InputError where an image was left out or mended, by this run or an earlier one."""
+    for sidecar in sidecars:
+        if sidecar.rejections:
+            raise InputError(sidecar.rejections[0].message, where=sidecar.name, code="strict")
+        for code, count in sidecar.repairs.items():
+            raise InputError(f"{code} in {count} places", where=sidecar.name, code="strict")
 
 
 def _report(sidecars: Sequence[Sidecar], rejections: Sequence[Rejection]) -> None:

@@ -171,13 +171,20 @@ def decode_sample(key: str, members: Mapping[str, bytes]) -> Sample:
     table = decode_table(members["json"], key)
     maps = {name: decode_png(members[f"{name}.png"], f"{key}.{name}.png") for name in _MAPS}
     for name, values in maps.items():
-        if list(values.shape) != table["size"]:
+        wide = values.dtype != np.uint8 and name != "segments"
+        if list(values.shape) != table["size"] or wide:
             raise InputError(
-                f"map is {values.shape}, the table says {table['size']}",
+                f"map is {values.dtype} {values.shape}, the table says {table['size']}",
                 where=f"{key}.{name}.png",
                 code="member-damaged",
             )
-    height, width = table["original_size"]
+    try:
+        height, width = table["original_size"]
+        segments = tuple(_segment(row) for row in table["segments"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"malformed segment table: {error}", where=f"{key}.json", code="member-damaged"
+        ) from None
     return Sample(
         key=key,
         image_id=table["image_id"],
@@ -187,7 +194,7 @@ def decode_sample(key: str, members: Mapping[str, bytes]) -> Sample:
         index=maps["segments"],
         eds=maps["eds"].astype(np.uint8, copy=False),
         void=maps["void"].astype(np.uint8, copy=False),
-        segments=tuple(_segment(row) for row in table["segments"]),
+        segments=segments,
     )
 
 
@@ -195,7 +202,8 @@ def decode_table(data: bytes, key: str) -> dict[str, Any]:
     """The JSON member as plain values; InputError where it is none."""
     try:
         table = json.loads(data)
-        table["size"], table["original_size"], table["segments"]
+        for field in ("image_id", "file_name", "original_size", "size", "segments"):
+            table[field]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"no segment table: {error}", where=f"{key}.json", code="member-damaged"
@@ -237,7 +245,10 @@ def _encode_png(values: NDArray[np.unsignedinteger[Any]], settings: tuple[int, .
 
 def decode_png(data: bytes, where: str) -> NDArray[np.unsignedinteger[Any]]:
     """Grayscale PNG bytes -> (H, W) uint8 or uint16; InputError where damaged."""
-    values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    try:
+        values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:  # no bytes, or more pixels than OpenCV reads
+        values = None
     if values is None or values.ndim != 2 or values.dtype not in (np.uint8, np.uint16):
         raise InputError("map cannot be decoded", where=where, code="member-damaged")
     return np.asarray(values)

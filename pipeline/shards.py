@@ -96,6 +96,7 @@ class ShardIndex:
         categories: By label.
         samples: Samples in all shards.
         quarantined: Images left out.
+        quarantine_sha256: Of `quarantine.jsonl`, which lists them.
         shards: By name.
     """
 
@@ -106,6 +107,7 @@ class ShardIndex:
     categories: tuple[Category, ...]
     samples: int
     quarantined: int
+    quarantine_sha256: str
     shards: tuple[ShardEntry, ...]
 
 
@@ -154,6 +156,8 @@ def write_shard(
         rejections: What was left out of this shard.
         repairs: Counts by code.
     """
+    # A sidecar of an earlier run must not vouch for the new tar: sizes are multiples of 10 KiB.
+    storage.remove(f"{name}.json")
     data, entries = pack_shard(samples)
     sidecar = Sidecar(
         name=name,
@@ -170,16 +174,19 @@ def write_shard(
 
 
 def encode_sidecar(sidecar: Sidecar) -> bytes:
-    """Canonical JSON with a line for each sample."""
+    """Canonical JSON with a digest of its contents and a line for each sample."""
     values = asdict(sidecar)
+    digest = fingerprint(values)
     samples = ",\n  ".join(_compact(row) for row in values.pop("samples"))
-    return f'{_compact(values)[:-1]},"samples":[\n  {samples}\n]}}\n'.encode()
+    head = _compact({**values, "digest": digest})
+    return f'{head[:-1]},"samples":[\n  {samples}\n]}}\n'.encode()
 
 
 def decode_sidecar(data: bytes, where: str) -> Sidecar:
-    """The inverse of `encode_sidecar`; InputError where it is none."""
+    """The inverse of `encode_sidecar`; InputError where it is none. Checks no digest."""
     try:
         values = json.loads(data)
+        del values["digest"]
         return Sidecar(
             **{
                 **values,
@@ -200,29 +207,33 @@ def decode_sidecar(data: bytes, where: str) -> Sidecar:
 
 
 def _compact(values: object) -> str:
-    return json.dumps(values, separators=(",", ":"), ensure_ascii=False)
+    return json.dumps(values, separators=(",", ":"))
 
 
 def finished_shard(
     storage: Storage, name: str, plan: str, sizes: Mapping[str, int]
 ) -> Sidecar | None:
-    """The sidecar of a shard that is done: right plan, right size. None where there is no such."""
+    """The sidecar of a shard that is done: whole, right plan, right size. Else None."""
     if f"{name}.json" not in sizes:
         return None
+    data = storage.read(f"{name}.json")
     try:
-        sidecar = decode_sidecar(storage.read(f"{name}.json"), storage.path(f"{name}.json"))
+        sidecar = decode_sidecar(data, storage.path(f"{name}.json"))
     except InputError:
         return None  # rendered again, which replaces it
+    # Else the index, which is made of sidecars, would vouch for a damaged one.
+    if encode_sidecar(sidecar) != data or sidecar.name != name:
+        return None
     if sidecar.fingerprint != plan or sizes.get(f"{name}.tar") != sidecar.size:
         return None
     return sidecar
 
 
-def write_index(storage: Storage, index: ShardIndex) -> None:
-    """Writes `index.json` with a digest of its own contents."""
+def encode_index(index: ShardIndex) -> bytes:
+    """The bytes of `index.json`: canonical JSON with a digest of its own contents."""
     values = asdict(index)
     values["digest"] = fingerprint(values)
-    storage.write(INDEX_NAME, json.dumps(values, indent=1).encode() + b"\n")
+    return json.dumps(values, indent=1).encode() + b"\n"
 
 
 def read_index(storage: Storage) -> ShardIndex:
@@ -242,7 +253,7 @@ def read_index(storage: Storage) -> ShardIndex:
             remedy="run panoptic preprocess to make or finish it",
             code="index-missing",
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"index damaged: {error}", where=where, code="index-damaged") from None
     if version != FORMAT_VERSION:
         raise InputError(
@@ -268,6 +279,10 @@ def read_sidecar(storage: Storage, shard: ShardEntry) -> Sidecar:
         data = storage.read(f"{shard.name}.json")
     except FileNotFoundError:
         raise InputError("sidecar missing", where=where, code="sidecar-missing") from None
+    except OSError as error:
+        raise InputError(
+            f"sidecar unreadable: {error}", where=where, code="sidecar-damaged"
+        ) from None
     if hashlib.sha256(data).hexdigest() != shard.sidecar_sha256:
         raise InputError(
             "sidecar is not the one the index names",
@@ -278,11 +293,16 @@ def read_sidecar(storage: Storage, shard: ShardEntry) -> Sidecar:
     return decode_sidecar(data, where)
 
 
+_OPEN_FILES = 256
+"""Tars that a reader holds open; the usual limit of a process is 1024 files."""
+
+
 class ShardReader:
     """Reads samples of a local cache by position, without scanning tars.
 
     Every shard's size is checked against the index before its first read. Files are opened when
-    first needed and a reader pickles without them, so each worker process opens its own.
+    first needed and a reader pickles without them, so each worker process opens its own; threads
+    must not share a reader.
 
     Attributes:
         index: The cache's index.
@@ -335,6 +355,8 @@ class ShardReader:
 
     def _file(self, number: int) -> int:
         if number not in self._files:
+            if len(self._files) >= _OPEN_FILES:
+                os.close(self._files.pop(next(iter(self._files))))
             path = self._folder / f"{self.index.shards[number].name}.tar"
             self._files[number] = os.open(path, os.O_RDONLY)
         return self._files[number]

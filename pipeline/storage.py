@@ -84,6 +84,7 @@ class Storage:
                 file.flush()
                 os.fsync(file.fileno())
             if temporary.read_bytes() != data:
+                temporary.unlink()
                 raise InputError("the disk returns other bytes than written", where=folder / name)
             temporary.replace(folder / name)
             _sync_folder(folder)
@@ -114,11 +115,15 @@ class Storage:
                 found = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
         else:
             filesystem, path = self._remote()
+            filesystem.invalidate_cache()
             if not filesystem.exists(path):
                 return {}
-            filesystem.invalidate_cache()
             listing = filesystem.ls(path, detail=True)
-            found = {row["name"].rsplit("/", 1)[-1]: row["size"] for row in listing}
+            found = {
+                row["name"].rsplit("/", 1)[-1]: row["size"]
+                for row in listing
+                if row["type"] == "file"
+            }
         return {
             name: size
             for name, size in found.items()
@@ -142,14 +147,18 @@ class Storage:
         The lock is the kernel's and ends with the process, however it ends.
 
         Raises:
-            InputError: Another run holds the folder.
+            InputError: Another run holds the folder, or it cannot be locked.
         """
         folder = self.local
         if folder is None:
             yield
             return
         path = folder / _LOCK
-        with path.open("w") as lock:
+        try:
+            lock = path.open("w")
+        except OSError as error:
+            raise InputError(f"cannot write: {error.strerror}", where=folder) from None
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(lock.fileno()).st_ino != path.stat().st_ino:

@@ -1,0 +1,359 @@
+"""The command line: parses, sets up logging, calls one function."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    from evaluate.pq import PQResult
+    from pipeline.coco import Category, CocoLayout
+
+app = typer.Typer(
+    help="Panoptic segmentation from a precomputed target cache.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
+Root = Annotated[Path | None, typer.Option("--coco", help="Root of a dataset in COCO's layout.")]
+Split = Annotated[str | None, typer.Option(help="Such as val2017.")]
+Images = Annotated[Path | None, typer.Option(help="Folder of photos, instead of --coco.")]
+Annotations = Annotated[Path | None, typer.Option(help="Annotation file, instead of --coco.")]
+Pngs = Annotated[Path | None, typer.Option(help="Folder of panoptic PNGs, instead of --coco.")]
+Checkpoint = Annotated[Path, typer.Option(help="A run's folder, or one of its checkpoints.")]
+Device = Annotated[str | None, typer.Option(help="Such as cuda; by default a GPU if there is one.")]
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    images: Annotated[int, typer.Option(min=1, help="Scenes of the train split.")] = 64,
+    val_images: Annotated[int, typer.Option(min=0, help="Scenes of the val split.")] = 16,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    size: Annotated[int, typer.Option(min=32, help="Longer side, pixels.")] = 160,
+) -> None:
+    """Write made-up scenes as a COCO panoptic dataset."""
+    from pipeline.progress import progress
+    from pipeline.synthetic import write_dataset
+
+    with progress("synth", images + val_images, "scenes") as advance:
+        written = write_dataset(
+            out,
+            images=images,
+            val_images=val_images,
+            seed=seed,
+            size=size,
+            progress=advance,
+        )
+    log.info("%s: %s", out, "written" if written else "is complete already")
+
+
+@app.command()
+def preprocess(
+    out: Annotated[str, typer.Option(help="Folder or fsspec URL of the cache.")],
+    coco: Root = None,
+    split: Split = None,
+    images: Images = None,
+    panoptic_json: Annotations = None,
+    panoptic_dir: Pngs = None,
+    fit: Annotated[
+        Literal["native", "squash", "longest"],
+        typer.Option(help="native: COCO's own size; squash: a square; longest: longer side."),
+    ] = "native",
+    size: Annotated[int | None, typer.Option(min=1, help="Pixels; not with native.")] = None,
+    samples_per_shard: Annotated[int, typer.Option(min=1)] = 256,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 = in this one.")] = 2,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Address of a running Dask scheduler, for --workers.")
+    ] = None,
+    max_bad: Annotated[
+        float, typer.Option(min=0, help="Images that may be left out: a part below 1, or a count.")
+    ] = 0.01,
+    strict: Annotated[bool, typer.Option(help="Every warning aborts.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check what can be without decoding.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Render a split into shards with precomputed targets; run again to go on."""
+    from pipeline.coco import read_dataset
+    from pipeline.config import RenderConfig
+    from pipeline.render import dry_run as look
+    from pipeline.render import render
+    from pipeline.storage import Storage
+
+    layout, name = _layout(coco, split, images, panoptic_json, panoptic_dir)
+    config = RenderConfig(fit=fit, size=size, samples_per_shard=samples_per_shard)
+    dataset = read_dataset(layout)
+    if dry_run:
+        outlook = look(dataset, config, workers=workers, max_bad=max_bad)
+        _show(outlook, as_json)
+        return
+    result = render(
+        dataset,
+        name,
+        Storage(out),
+        config,
+        workers=workers,
+        scheduler=scheduler,
+        max_bad=max_bad,
+        strict=strict,
+    )
+    _show(result.to_json(), as_json)
+    if result.too_many:
+        log.error("%s: more images left out than --max-bad allows, see quarantine.jsonl", out)
+        raise typer.Exit(3)
+
+
+@app.command()
+def verify(
+    cache: Annotated[str, typer.Argument(help="Folder or URL of a cache.")],
+    deep: Annotated[bool, typer.Option(help="Read every byte, decode every member.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a cache against its index; exit 1 and name what is damaged."""
+    from pipeline.storage import Storage
+    from pipeline.verify import verify as check
+
+    report = check(Storage(cache), deep=deep)
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        for problem in report.problems:
+            place = f"{problem.shard} {problem.sample}" if problem.sample else problem.shard
+            _out.print(f"{place}: {problem.problem}", highlight=False, markup=False, soft_wrap=True)
+        state = "sound" if report.ok else f"{len(report.problems)} problems"
+        _out.print(f"{report.shards} shards, {report.samples} samples: {state}")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    place: Annotated[str, typer.Argument(help="A cache's folder or URL, or one tar.")],
+    sample: Annotated[str | None, typer.Option(help="Key of the sample to draw.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to put the sample's picture.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a cache or a shard as a table, a sample as one picture."""
+    from pipeline.draw import save_picture
+    from pipeline.inspection import ShardSummary, describe, find_categories, find_sample
+    from pipeline.portrait import sample_sheet
+
+    if sample is not None or out is not None:
+        found = find_sample(place, sample)
+        path = out or Path(f"{found.key}.png")
+        save_picture(path, sample_sheet(found, find_categories(place)))
+        _show({"sample": found.key, "picture": str(path)}, as_json)
+        return
+    summary = describe(place)
+    if as_json:
+        _print_json(summary.to_json())
+    elif isinstance(summary, ShardSummary):
+        _print_table(summary.COLUMNS, summary.rows(), left=1)
+    else:
+        _print_table(("", place), summary.rows(), left=2)
+
+
+@app.command()
+def ceiling(
+    coco: Root = None,
+    split: Split = None,
+    images: Images = None,
+    panoptic_json: Annotations = None,
+    panoptic_dir: Pngs = None,
+    size: Annotated[int, typer.Option(min=1, help="Side of the network's input.")] = 420,
+    noise: Annotated[float, typer.Option(min=0, help="Level of corruption, 0 to 3.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the corruption.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Score the ground truth, encoded, corrupted and decoded: the best a network could reach."""
+    from evaluate.ceiling import ceiling as measure
+
+    from pipeline.coco import read_dataset
+
+    layout, _ = _layout(coco, split, images, panoptic_json, panoptic_dir)
+    dataset = read_dataset(layout)
+    result = measure(dataset, size=size, noise=noise, seed=seed)
+    _show_scores(result.pq, dataset.categories, result.to_json(), as_json, by_category=False)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="Folder of predictions, pictures and report.")],
+    coco: Root = None,
+    split: Split = None,
+    images: Images = None,
+    panoptic_json: Annotations = None,
+    panoptic_dir: Pngs = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 8,
+    overlays: Annotated[int, typer.Option(min=0, help="Images to draw.")] = 16,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Predict a split, score it, and write predictions, overlays and a report."""
+    from evaluate.evaluation import evaluate as run
+    from evaluate.predict import Predictor
+    from pipeline.coco import read_dataset
+
+    layout, name = _layout(coco, split, images, panoptic_json, panoptic_dir)
+    dataset = read_dataset(layout)
+    outcome = run(
+        Predictor(checkpoint, device), dataset, out, batch=batch, overlays=overlays, title=name
+    )
+    _show_scores(outcome.pq, dataset.categories, outcome.to_json(), as_json)
+    log.info("report: %s", out / "report.html")
+
+
+@app.command()
+def score(
+    truth: Annotated[Path, typer.Argument(help="Panoptic JSON of the ground truth.")],
+    prediction: Annotated[Path, typer.Argument(help="Panoptic JSON of the prediction.")],
+    gt_dir: Annotated[Path | None, typer.Option(help="Its PNGs; by default beside it.")] = None,
+    pred_dir: Annotated[Path | None, typer.Option(help="Its PNGs; by default beside it.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Score one COCO panoptic JSON against another, to the official evaluator's last digit."""
+    from evaluate.pairs import read_pairs
+    from evaluate.pq import score_pairs
+    from pipeline.progress import progress
+
+    categories, pairs = read_pairs(truth, prediction, gt_dir, pred_dir)
+    with progress("score", len(pairs), "images") as advance:
+        result = score_pairs(categories, pairs, workers=workers, advance=advance)
+    _show_scores(result, categories, result.to_json(), as_json)
+
+
+@app.command()
+def predict(
+    pictures: Annotated[list[Path], typer.Argument(help="JPEGs, PNGs, or folders of them.")],
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="Folder of overlays, panoptic PNGs and JSON.")],
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Segment any pictures: overlays with labels, panoptic PNGs and their JSON."""
+    from evaluate.predict import Predictor, list_pictures, predict_pictures
+
+    paths = list_pictures(pictures)
+    written = predict_pictures(Predictor(checkpoint, device), paths, out)
+    _show({"pictures": len(paths), "json": str(written)}, as_json)
+
+
+@app.command()
+def model(
+    config: Annotated[Path, typer.Argument(help="A file of configs/.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a setting, as data.size=616.")
+    ] = None,
+    classes: Annotated[int, typer.Option(min=1, help="Categories; COCO has 133.")] = 133,
+    as_json: Json = False,
+) -> None:
+    """Show a configuration's parameters, operations and memory."""
+    from pipeline.config import load_config
+    from train.config import TrainConfig
+    from train.summary import summarize_model
+
+    summary = summarize_model(load_config(TrainConfig, config, settings or []), classes)
+    if as_json:
+        _print_json(summary.to_json())
+    else:
+        _print_table(("", str(config)), summary.rows(), left=2)
+
+
+def _layout(
+    coco: Path | None,
+    split: str | None,
+    images: Path | None,
+    panoptic_json: Path | None,
+    panoptic_dir: Path | None,
+) -> tuple[CocoLayout, str]:
+    """The dataset that the options name, and what to call it."""
+    from pipeline.coco import CocoLayout
+
+    if coco is not None and split is not None and not (images or panoptic_json or panoptic_dir):
+        return CocoLayout.of(coco, split), split
+    if coco is None and images and panoptic_json and panoptic_dir:
+        name = split or panoptic_json.stem.removeprefix("panoptic_")
+        return CocoLayout(images, panoptic_json, panoptic_dir), name
+    raise typer.BadParameter(
+        "give --coco and --split, or --images, --panoptic-json and --panoptic-dir"
+    )
+
+
+def _show(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(values)
+    else:
+        rows = [
+            (name, f"{value:,}" if isinstance(value, int) else str(value))
+            for name, value in values.items()
+        ]
+        _print_table(("", ""), rows, left=2)
+
+
+def _show_scores(
+    result: PQResult,
+    categories: Sequence[Category],
+    values: dict[str, Any],
+    as_json: bool,
+    *,
+    by_category: bool = True,
+) -> None:
+    from evaluate.report import CATEGORY_COLUMNS, GROUP_COLUMNS, category_table, pq_table
+
+    if as_json:
+        _print_json(values)
+        return
+    if by_category:
+        _print_table(CATEGORY_COLUMNS, category_table(result, categories), left=2)
+    _print_table(GROUP_COLUMNS, pq_table(result), left=1)
+    if "seconds_per_image" in values:
+        parts = ", ".join(f"{k} {v * 1e3:.1f}" for k, v in values["seconds_per_image"].items())
+        _out.print(f"{values['images']} images; ms an image: {parts}", highlight=False)
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    print(json.dumps(values))
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> None:
+    table = Table(box=None, show_header=any(columns), header_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    _out.print(table, highlight=False)
+
+
+log = logging.getLogger("panoptic")
+_out = Console()
+
+
+def main() -> None:
+    """Runs the command line; what a user can cause ends in one line and exit code 1."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for name in ("panoptic", "pipeline", "train", "evaluate"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    try:
+        app()
+    except InputError as error:
+        log.error("%s", error)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""A trained model on pictures: photos -> heads -> panoptic maps -> COCO panoptic PNG and JSON.
+
+Three lines do it from Python:
+
+    from evaluate.predict import Predictor, read_picture
+    predictor = Predictor("runs/train")
+    result = predictor([read_picture("photo.jpg")])[0]
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from evaluate.decode import DecodeConfig, PanopticMap, decode
+from evaluate.report import predicted_map, write_overlay
+from pipeline.coco import Category, ImageId, ids_to_rgb
+from pipeline.draw import Picture, centroid_colours, encode_picture, semantic_colours
+from pipeline.errors import InputError
+from pipeline.progress import progress
+from pipeline.storage import Storage
+from train.checkpoint import load_model
+from train.data import fitted_size
+from train.encoding import Encoding, cell_centres, make_encoding
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What the network says of one picture, before decoding.
+
+    Attributes:
+        instance: (channels, h, w) codes, at the network's size without padding.
+        semantic: (C, h, w) logits.
+    """
+
+    instance: Tensor
+    semantic: Tensor
+
+
+class Predictor:
+    """A model with everything that turns pictures into panoptic maps.
+
+    Args:
+        checkpoint: A run's folder or one of its checkpoints.
+        device: Such as `cuda`; by default the GPU where there is one.
+        decoding: Settings of the decoder.
+
+    Attributes:
+        categories: By label.
+        size: Side of the network's square input, pixels.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path | str,
+        device: str | None = None,
+        decoding: DecodeConfig | None = None,
+    ) -> None:
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._model, self.state = load_model(Path(checkpoint), self._device)
+        self._decoding = decoding or DecodeConfig()
+        config = self.state.config
+        self._fit = config.data.fit
+        self.size = config.data.size
+        self.categories: tuple[Category, ...] = self.state.categories
+        self.encoding: Encoding = make_encoding(config.loss.encoding, config.loss.harmonics)
+        self._isthing = torch.tensor([category.isthing for category in self.categories])
+
+    def __call__(self, photos: Sequence[Picture]) -> list[PanopticMap]:
+        """Panoptic maps of (H, W, 3) uint8 RGB photos, at their own sizes."""
+        return [
+            self.decode(heads, (photo.shape[0], photo.shape[1]))
+            for photo, heads in zip(photos, self.heads(photos), strict=True)
+        ]
+
+    @torch.inference_mode()
+    def heads(self, photos: Sequence[Picture]) -> list[Heads]:
+        """Runs the network on one batch of photos of any sizes."""
+        side = self.size
+        batch = np.zeros((len(photos), side, side, 3), np.uint8)
+        spans: list[tuple[slice, slice]] = []
+        for canvas, photo in zip(batch, photos, strict=True):
+            height, width = self._fitted(photo)
+            smaller = height * width < photo.shape[0] * photo.shape[1]
+            mode = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
+            top, left = (side - height) // 2, (side - width) // 2
+            span = slice(top, top + height), slice(left, left + width)
+            canvas[span] = cv2.resize(photo, (width, height), interpolation=mode)
+            spans.append(span)
+        pictures = torch.from_numpy(batch).permute(0, 3, 1, 2).to(self._device)
+        prediction = self._model(pictures, "both")
+        return [
+            Heads(instance[:, *span].float(), semantic[:, *span].float())
+            for instance, semantic, span in zip(
+                prediction.instance, prediction.semantic, spans, strict=True
+            )
+        ]
+
+    def _fitted(self, photo: Picture) -> tuple[int, int]:
+        """Size on the network's canvas: as in training, but never cropped."""
+        fit = "squash" if self._fit == "squash" else "longest"
+        height, width = fitted_size(photo.shape[0], photo.shape[1], self.size, fit)
+        return max(1, round(height)), max(1, round(width))
+
+    def decode(self, heads: Heads, size: tuple[int, int]) -> PanopticMap:
+        """The panoptic map of a picture of (height, width)."""
+        return decode(
+            heads.instance[None],
+            heads.semantic[None],
+            encoding=self.encoding,
+            isthing=self._isthing,
+            sizes=[size],
+            config=self._decoding,
+        )[0]
+
+    def head_pictures(self, heads: Heads) -> tuple[Picture, Picture]:
+        """The instance head as centroid colours and the semantic head's categories (Figure 8)."""
+        uv = nearest_centroids(heads.instance, self.encoding, self._decoding.cells)
+        labels = heads.semantic.argmax(0).cpu().numpy()
+        isthing = [category.isthing for category in self.categories]
+        return centroid_colours(uv), semantic_colours(labels, isthing)
+
+
+def nearest_centroids(code: Tensor, encoding: Encoding, cells: int) -> NDArray[np.float32]:
+    """The grid's nearest centroid at each pixel.
+
+    Args:
+        code: (channels, h, w).
+        encoding: Of the codes.
+        cells: Of the grid, an axis.
+
+    Returns:
+        (2, h, w) float32, (u, v) in [-1, 1]; nan where void is nearer than every cell.
+    """
+    costs = encoding.axis_costs(code.flatten(1), cells)
+    (u_cost, u), (v_cost, v) = costs.u.min(-1), costs.v.min(-1)
+    centres = cell_centres(cells, device=code.device)
+    uv = torch.stack([centres[u], centres[v]])  # (2, P)
+    uv[:, costs.void < u_cost + v_cost] = torch.nan
+    return uv.unflatten(1, code.shape[1:]).cpu().numpy()  # type: ignore[no-untyped-call, no-any-return]
+
+
+def read_picture(path: Path | str, *, upright: bool = True) -> Picture:
+    """Any JPEG or PNG as (H, W, 3) uint8 RGB.
+
+    Args:
+        path: Of the picture.
+        upright: Turn it as its EXIF tag says. Annotated photos must not be: annotations lie on
+            the pixels as they are stored.
+
+    Raises:
+        InputError: Missing, damaged, or no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            turned = ImageOps.exif_transpose(image) if upright else image
+            return np.asarray(turned.convert("RGB"))
+    except FileNotFoundError:
+        raise InputError("no such picture", where=path) from None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"not a readable picture: {error}", where=path) from None
+
+
+def list_pictures(paths: Sequence[Path]) -> list[Path]:
+    """The pictures named, and those in the folders named, in order.
+
+    Raises:
+        InputError: Nothing there.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
+            if not inside:
+                raise InputError("no JPEG or PNG in this folder", where=path)
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise InputError("no such picture or folder", where=path)
+    return found
+
+
+def read_ahead(paths: Sequence[Path], ahead: int, *, upright: bool = True) -> Iterator[Picture]:
+    """Reads pictures in order with a few threads, at most `ahead` of them early."""
+    read = partial(read_picture, upright=upright)
+    with ThreadPoolExecutor(2) as pool:
+        waiting: list[Future[Picture]] = []
+        rest = iter(paths)
+        waiting.extend(pool.submit(read, path) for path in islice(rest, ahead))
+        while waiting:
+            yield waiting.pop(0).result()
+            waiting.extend(pool.submit(read, path) for path in islice(rest, 1))
+
+
+@dataclass
+class PredictionWriter:
+    """Writes panoptic PNGs as they come and their JSON last.
+
+    Attributes:
+        folder: Gets `panoptic/*.png` and `panoptic.json`, COCO's layout of a prediction.
+        categories: By label.
+    """
+
+    folder: Path
+    categories: Sequence[Category]
+    _rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        Storage(str(self.folder / "panoptic")).create()
+
+    def add(self, image_id: ImageId, name: str, result: PanopticMap) -> None:
+        """Writes the PNG of one image and notes its row."""
+        png = encode_picture(ids_to_rgb(result.ids))
+        Storage(str(self.folder / "panoptic")).write(f"{name}.png", png)
+        self._rows.append(
+            {
+                "image_id": image_id,
+                "file_name": f"{name}.png",
+                "segments_info": [
+                    {
+                        "id": segment.id,
+                        "category_id": self.categories[segment.label].id,
+                        "area": segment.area,
+                        "score": round(segment.score, 4),
+                    }
+                    for segment in result.segments
+                ],
+            }
+        )
+
+    def finish(self) -> Path:
+        """Writes `panoptic.json` and returns its path."""
+        categories = [
+            {"id": c.id, "name": c.name, "isthing": int(c.isthing)} for c in self.categories
+        ]
+        content = {"annotations": self._rows, "categories": categories}
+        Storage(str(self.folder)).write("panoptic.json", json.dumps(content).encode())
+        return self.folder / "panoptic.json"
+
+
+def predict_pictures(predictor: Predictor, paths: Sequence[Path], out: Path) -> Path:
+    """Segments pictures: `overlays/*.jpg` with labels, `panoptic/*.png`, `panoptic.json`.
+
+    Pictures with one stem in different folders get a number behind it.
+
+    Args:
+        predictor: The trained model.
+        paths: Of the pictures.
+        out: Where to write.
+
+    Returns:
+        The JSON's path.
+
+    Raises:
+        InputError: A picture is missing or damaged.
+    """
+    writer = PredictionWriter(out, predictor.categories)
+    Storage(str(out / "overlays")).create()
+    taken: Counter[str] = Counter()
+    with progress("predict", len(paths), "pictures") as advance:
+        for path, photo in zip(paths, read_ahead(paths, 4), strict=True):
+            taken[path.stem] += 1
+            name = path.stem if taken[path.stem] == 1 else f"{path.stem}_{taken[path.stem]}"
+            result = predictor([photo])[0]
+            writer.add(path.name, name, result)
+            overlay = out / "overlays" / f"{name}.jpg"
+            write_overlay(overlay, photo, predicted_map(result), predictor.categories)
+            advance()
+    return writer.finish()

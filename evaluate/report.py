@@ -1,0 +1,204 @@
+"""Results to look at: tables, overlays, and truth beside prediction, as plain values and arrays.
+
+The HTML page is `evaluate/page.py`. Nothing here needs a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluate.compare import Comparison, compare, matched_numbers
+from evaluate.pq import CategoryStat, GroupPQ, PQResult, PQStat
+from pipeline.coco import Category, SegmentInfo
+from pipeline.draw import (
+    LabelledMap,
+    Picture,
+    fitted,
+    overlay,
+    resized,
+    save_picture,
+    segment_colours,
+    stained,
+)
+from pipeline.sheet import Tile, label_segments, sheet
+from pipeline.targets import index_map
+
+if TYPE_CHECKING:
+    from evaluate.decode import PanopticMap
+
+GROUP_COLUMNS = ("group", "PQ", "SQ", "RQ", "categories")
+CATEGORY_COLUMNS = ("category", "kind", "PQ", "SQ", "RQ", "TP", "FP", "FN")
+PANEL = 480
+"""Longer side of a picture in a figure, pixels."""
+MISSED, FALSE, BOTH = (213, 94, 0), (0, 114, 178), (196, 105, 160)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageView:
+    """One image and what was made of it; all maps at the photo's size, heads at any.
+
+    Attributes:
+        title: Such as the file name.
+        photo: (H, W, 3) uint8 RGB.
+        prediction: See `predicted_map`.
+        truth: See `true_map`; None where there is none.
+        instance: Instance head, (h, w, 3) uint8; see `draw.centroid_colours`.
+        semantic: Semantic head, (h, w, 3) uint8; see `draw.semantic_colours`.
+        pq: PQ of this image, see `image_pq`.
+    """
+
+    title: str
+    photo: Picture
+    prediction: LabelledMap
+    truth: LabelledMap | None = None
+    instance: Picture | None = None
+    semantic: Picture | None = None
+    pq: float | None = None
+
+
+def predicted_map(result: PanopticMap) -> LabelledMap:
+    """A decoded prediction, for drawing."""
+    return LabelledMap(
+        index_map(result.ids, [segment.id for segment in result.segments]),
+        tuple(segment.label for segment in result.segments),
+        tuple(segment.isthing for segment in result.segments),
+    )
+
+
+def true_map(
+    ids: NDArray[np.int32], segments: Sequence[SegmentInfo], categories: Sequence[Category]
+) -> LabelledMap:
+    """An annotated image, for drawing.
+
+    Args:
+        ids: (H, W) int32 segment ids.
+        segments: As annotated.
+        categories: Of the annotation file.
+    """
+    by_id = {category.id: category for category in categories}
+    return LabelledMap(
+        index_map(ids, [segment.id for segment in segments]),
+        tuple(by_id[segment.category_id].label for segment in segments),
+        tuple(by_id[segment.category_id].isthing and not segment.iscrowd for segment in segments),
+        frozenset(row for row, segment in enumerate(segments) if segment.iscrowd),
+    )
+
+
+def image_pq(stat: PQStat) -> float | None:
+    """PQ of one image: the mean over its categories; None where it counts no segment."""
+    values = [one.pq for one in stat.categories.values() if not one.empty]
+    return sum(values) / len(values) if values else None
+
+
+def pq_table(result: PQResult) -> list[tuple[str, ...]]:
+    """A row for All, Things and Stuff, in percent; see `GROUP_COLUMNS`."""
+    return [
+        (name, *_percent(group), str(group.n if group else 0))
+        for name, group in (("All", result.all), ("Things", result.things), ("Stuff", result.stuff))
+    ]
+
+
+def category_table(result: PQResult, categories: Sequence[Category]) -> list[tuple[str, ...]]:
+    """A row for each category, in percent; see `CATEGORY_COLUMNS`."""
+    rows: list[tuple[str, ...]] = []
+    for category in categories:
+        stat = result.per_class[category.id]
+        kind = "thing" if category.isthing else "stuff"
+        counts = (str(stat.tp), str(stat.fp), str(stat.fn))
+        rows.append((category.name, kind, *_percent(None if stat.empty else stat), *counts))
+    return rows
+
+
+def _percent(score: GroupPQ | CategoryStat | None) -> tuple[str, str, str]:
+    if score is None:
+        return "-", "-", "-"
+    return f"{score.pq:.1%}"[:-1], f"{score.sq:.1%}"[:-1], f"{score.rq:.1%}"[:-1]
+
+
+def named_overlay(
+    photo: Picture,
+    segments: LabelledMap,
+    categories: Sequence[Category],
+    numbers: Sequence[int] | None = None,
+) -> Picture:
+    """A photo with its segments in colour and named; `categories` lie by label."""
+    colours = segment_colours(segments.labels, segments.isthing, numbers)
+    names = [
+        categories[label].name + (" (crowd)" if row in segments.crowd else "")
+        for row, label in enumerate(segments.labels)
+    ]
+    return label_segments(overlay(photo, segments.index, colours), segments.index, names)
+
+
+def write_overlay(
+    path: Path, photo: Picture, segments: LabelledMap, categories: Sequence[Category]
+) -> None:
+    """Writes `named_overlay` as PNG or JPEG, by suffix."""
+    save_picture(path, named_overlay(photo, segments, categories))
+
+
+def error_picture(
+    photo: Picture, truth: LabelledMap, prediction: LabelledMap, comparison: Comparison
+) -> Picture:
+    """A pale photo with missed segments in `MISSED`, false ones in `FALSE`, and `BOTH`."""
+    missed = np.isin(truth.index, np.add(comparison.missed, 1))
+    false = np.isin(prediction.index, np.add(comparison.false, 1))
+    return stained(photo, ((missed, MISSED), (false, FALSE), (missed & false, BOTH)))
+
+
+def panels(view: ImageView, categories: Sequence[Category], longest: int = PANEL) -> list[Tile]:
+    """The captioned pictures of one image, as in Figure 8, with the truth and the errors.
+
+    Args:
+        view: The image.
+        categories: By label.
+        longest: Longer side of each picture, pixels.
+
+    Returns:
+        Photo, truth, result, semantic head, instance head, errors: those that there are.
+    """
+    size = fitted((view.photo.shape[0], view.photo.shape[1]), longest)
+    photo = resized(view.photo, size)
+    prediction = view.prediction.resized(size)
+    tiles = [("photo", photo)]
+    if view.truth is None:
+        tiles.append(("result", named_overlay(photo, prediction, categories)))
+    else:
+        truth = view.truth.resized(size)
+        comparison = compare(view.truth, view.prediction)
+        numbers = matched_numbers(truth, prediction, comparison)
+        tiles += [
+            ("truth", named_overlay(photo, truth, categories)),
+            ("result", named_overlay(photo, prediction, categories, numbers)),
+        ]
+    for name, head in (("semantic head", view.semantic), ("instance head", view.instance)):
+        if head is not None:
+            tiles.append((name, resized(head, size, smooth=False)))
+    if view.truth is not None:
+        tiles.append(("errors", error_picture(photo, truth, prediction, comparison)))
+    return tiles
+
+
+def comparison_sheet(
+    views: Sequence[ImageView], categories: Sequence[Category], *, title: str = ""
+) -> Picture:
+    """One picture of several images, a row each: photo, truth, result; the title with its PQ.
+
+    Args:
+        views: In the order of the rows.
+        categories: By label.
+        title: A line above everything.
+    """
+    rows: list[list[Tile]] = []
+    for view in views:
+        shown = dict(panels(view, categories, 400))
+        score = "" if view.pq is None else f", PQ {view.pq:.1%}"
+        captions = {"photo": view.title, "truth": "truth", "result": f"result{score}"}
+        rows.append([(text, shown[name]) for name, text in captions.items() if name in shown])
+    return sheet(rows, title=title)

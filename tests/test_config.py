@@ -1,0 +1,150 @@
+"""Configuration: what is understood, and how what is not understood is said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from pipeline.config import RenderConfig, build_config, fingerprint, load_config, override
+from pipeline.errors import InputError
+
+
+@dataclass(frozen=True)
+class Optim:
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Run:
+    steps: int
+    name: str = "run"
+    amp: bool = True
+    loss: Literal["norm", "squared"] = "norm"
+    limit: int | None = None
+    taps: tuple[int, ...] = ()
+    optim: Optim = field(default_factory=Optim)
+
+
+def build(**values: Any) -> Run:
+    return build_config(Run, {"steps": 1, **values}, where="run.toml")
+
+
+def test_defaults_come_from_the_dataclass() -> None:
+    assert build() == Run(1)
+
+
+def test_values_are_converted_to_the_fields_types() -> None:
+    run = build(optim={"lr": 1, "betas": [0, 1]}, taps=[3, 6], limit=4, loss="squared", amp=False)
+    wanted = Run(1, amp=False, loss="squared", limit=4, taps=(3, 6), optim=Optim(1.0, (0.0, 1.0)))
+    assert run == wanted
+    assert isinstance(run.optim.lr, float)
+    assert build(limit="none").limit is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stepps": 3}, r"run\.toml: unknown key stepps \(did you mean steps\?\)"),
+        ({"optim": {"lrr": 3}}, r"run\.toml: optim: unknown key lrr \(did you mean lr\?\)"),
+        ({"xyz": 3}, r"unknown key xyz \(known: steps, name, amp, loss, limit, taps, optim\)"),
+        ({"steps": 1.5}, r"steps: must be int, not 1\.5"),
+        ({"steps": "3"}, "steps: must be int, not '3'"),
+        ({"steps": True}, "steps: must be int, not True"),
+        ({"amp": 1}, "amp: must be bool, not 1"),
+        ({"name": 3}, "name: must be str, not 3"),
+        ({"limit": "many"}, "limit: must be int, not 'many'"),
+        ({"loss": "l2"}, r"loss: 'l2' is not a choice \(one of norm, squared\)"),
+        ({"taps": 3}, "taps: must be a list, not 3"),
+        ({"taps": [1, "2"]}, "taps: must be int, not '2'"),
+        ({"optim": {"betas": [0.9]}}, "optim: betas: must have 2 values, not 1"),
+        ({"optim": 3}, "optim: must be a table"),
+    ],
+)
+def test_what_is_not_understood_is_said(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build(**values)
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(InputError, match=r"run\.toml: lacks steps"):
+        build_config(Run, {}, where="run.toml")
+
+
+@pytest.mark.parametrize(
+    ("setting", "wanted"),
+    [
+        ("optim.lr=1e-4", {"optim": {"lr": 1e-4}}),
+        ("steps=3", {"steps": 3}),
+        ("amp=false", {"amp": False}),
+        ("taps=[3, 6]", {"taps": [3, 6]}),
+        ('name="a=b"', {"name": "a=b"}),
+        ("name=vit-l/14", {"name": "vit-l/14"}),
+        ("name=", {"name": ""}),
+        ("name=a=b", {"name": "a=b"}),
+        ("a.b.c=1", {"a": {"b": {"c": 1}}}),
+    ],
+)
+def test_a_setting_is_toml_or_else_a_string(setting: str, wanted: dict[str, Any]) -> None:
+    assert override({}, [setting]) == wanted
+
+
+def test_settings_apply_in_order_and_leave_the_file_alone() -> None:
+    values = {"optim": {"lr": 1.0, "betas": [0.9, 0.9]}}
+    changed = override(values, ["optim.lr=2.0", "optim.lr=3.0", "steps=1"])
+    assert changed == {"optim": {"lr": 3.0, "betas": [0.9, 0.9]}, "steps": 1}
+    assert values["optim"]["lr"] == 1.0
+
+
+@pytest.mark.parametrize("setting", ["steps", "=3", "name.x=1"])
+def test_settings_that_make_no_sense_are_refused(setting: str) -> None:
+    with pytest.raises(InputError, match="--set"):
+        override({"name": "run"}, [setting])
+
+
+def test_a_file_holds_only_what_differs(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("# What it reproduces\nsteps = 5\n[optim]\nlr = 0.5\n")
+    assert load_config(Run, path) == Run(5, optim=Optim(lr=0.5))
+    assert load_config(Run, path, ["steps=6", "optim.lr=2"]) == Run(6, optim=Optim(lr=2.0))
+
+
+@pytest.mark.parametrize("content", [None, b"steps = = 5", b"\xff\xfe"])
+def test_a_file_that_is_no_toml_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "run.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=r"run\.toml"):
+        load_config(Run, path)
+
+
+def test_a_date_is_refused_and_no_accident(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("steps = 5\nname = 2020-01-01\n")
+    with pytest.raises(InputError, match="name: must be str"):
+        load_config(Run, path, ["steps=6"])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"size": 420},
+        {"fit": "squash"},
+        {"fit": "longest", "size": 0},
+        {"samples_per_shard": 0},
+        {"jpeg_quality": 0},
+        {"jpeg_quality": 101},
+        {"seed": -1},
+    ],
+)
+def test_render_settings_that_make_no_sense_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        RenderConfig(**values)
+
+
+def test_fingerprints_depend_on_contents_only() -> None:
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": (2,), "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2}) != fingerprint({"a": 1}, None)

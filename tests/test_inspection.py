@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import draw
+from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
+from pipeline.config import RenderConfig
+from pipeline.errors import InputError
+from pipeline.inspection import (
+    CacheSummary,
+    SampleRow,
+    ShardSummary,
+    describe,
+    describe_shard,
+    find_categories,
+    find_sample,
+    readable,
+)
+from pipeline.portrait import TILE, decode_photo, labelled_map, sample_sheet
+from pipeline.render import render
+from pipeline.shards import ShardReader
+from pipeline.storage import Storage
+
+
+def tars(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.tar"))
+
+
+def test_cache_is_described_by_its_index(tiny_cache: Path, tiny_dataset: CocoPanoptic) -> None:
+    summary = describe(str(tiny_cache))
+    assert isinstance(summary, CacheSummary)
+    assert (summary.split, summary.shards, summary.samples) == ("train", 3, 12)
+    assert summary.bytes == sum(tar.stat().st_size for tar in tars(tiny_cache))
+    assert summary.categories == summary.things + summary.stuff == len(tiny_dataset.categories)
+    assert json.loads(json.dumps(summary.to_json()))["settings"]["samples_per_shard"] == 4
+    assert ("split", "train") in summary.rows()
+
+
+def test_shard_is_described_by_itself(tiny_cache: Path) -> None:
+    reader = ShardReader(tiny_cache)
+    samples = {reader.keys[i]: reader.sample(i) for i in range(len(reader))}
+    rows: list[SampleRow] = []
+    for tar in tars(tiny_cache):
+        summary = describe(str(tar))
+        assert isinstance(summary, ShardSummary)
+        assert (summary.problem, summary.bytes) == ("", tar.stat().st_size)
+        assert [len(row) for row in summary.rows()] == [len(summary.COLUMNS)] * 4
+        rows += summary.samples
+    assert [row.key for row in rows] == list(samples)
+    for row in rows:
+        sample = samples[row.key]
+        assert (row.height, row.width) == sample.index.shape
+        assert row.segments == row.things + row.stuff + row.crowd == len(sample.segments)
+        assert row.things == sum(segment.centroid is not None for segment in sample.segments)
+        assert row.crowd == sum(segment.iscrowd for segment in sample.segments)
+
+
+def test_shard_without_its_cache(tiny_cache: Path, tmp_path: Path) -> None:
+    tar = tmp_path / "alone.tar"
+    tar.write_bytes(tars(tiny_cache)[0].read_bytes())
+    assert describe_shard(tar).problem == "no sidecar"
+    sample = find_sample(str(tar))
+    assert find_categories(str(tar)) == ()
+    assert sample_sheet(sample).dtype == np.uint8
+    tar.with_suffix(".json").write_text("{}")
+    assert "not a sidecar" in describe_shard(tar).problem
+
+
+def test_stale_sidecar_is_a_problem(cache: Path) -> None:
+    first, second, _ = tars(cache)
+    second.write_bytes(first.read_bytes())
+    assert "another tar" in describe_shard(second).problem
+
+
+def test_sample_is_found_in_cache_and_tar(tiny_cache: Path) -> None:
+    reader = ShardReader(tiny_cache)
+    last = reader.sample(len(reader) - 1)
+    spellings = (last.key, last.key.lstrip("0"), last.file_name)
+    for place in (tiny_cache, tars(tiny_cache)[-1]):
+        for key in spellings:
+            assert find_sample(str(place), key).photo == last.photo
+    assert find_sample(str(tiny_cache)).key == reader.keys[0]
+    assert find_categories(str(tars(tiny_cache)[0])) == find_categories(str(tiny_cache)) != ()
+
+
+def test_unknown_key_names_some_that_exist(tiny_cache: Path) -> None:
+    known = ShardReader(tiny_cache).keys
+    for place, count in ((tiny_cache, 12), (tars(tiny_cache)[0], 4)):
+        with pytest.raises(InputError, match=f"no sample 777.*{count} samples") as caught:
+            find_sample(str(place), "777")
+        assert ", ".join(known[:3]) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["absent", "absent.tar", "photo.jpg", "", "empty.tar"])
+def test_what_is_neither_cache_nor_tar(tmp_path: Path, name: str) -> None:
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8 not a tar" * 99)
+    (tmp_path / "empty.tar").touch()
+    for call in (describe, find_sample):
+        with pytest.raises(InputError) as caught:
+            call(str(tmp_path / name))
+        assert caught.value.remedy
+
+
+def test_cut_tar_is_told(cache: Path) -> None:
+    tar = tars(cache)[0]
+    os.truncate(tar, tar.stat().st_size // 2)
+    with pytest.raises(InputError, match="not a readable tar"):
+        describe_shard(tar)
+    with pytest.raises(InputError, match="bytes, the index says"):
+        find_sample(str(cache))
+
+
+def test_sheet_shows_the_sample(tiny_cache: Path) -> None:
+    categories = find_categories(str(tiny_cache))
+    reader = ShardReader(tiny_cache)
+    for position in range(len(reader)):
+        sample = reader.sample(position)
+        picture = sample_sheet(sample, categories)
+        assert picture.dtype == np.uint8
+        assert picture.shape[1] > 2 * TILE
+        height, width = draw.fitted(sample.index.shape, TILE)
+        photo = draw.resized(decode_photo(sample), (height, width))
+        corners = np.argwhere((picture[: -height + 1, : -width + 1] == photo[0, 0]).all(-1))
+        assert any(
+            np.array_equal(picture[y : y + height, x : x + width], photo) for y, x in corners
+        ), "the photo is on it as it is"
+
+
+def test_crowd_is_drawn_as_stuff(tiny_cache: Path) -> None:
+    reader = ShardReader(tiny_cache)
+    samples = [reader.sample(position) for position in range(len(reader))]
+    crowded = next(s for s in samples if any(segment.iscrowd for segment in s.segments))
+    drawn = labelled_map(crowded)
+    rows = [row for row, segment in enumerate(crowded.segments) if segment.iscrowd]
+    assert drawn.crowd == frozenset(rows)
+    assert not any(drawn.isthing[row] for row in rows)
+
+
+def test_damaged_photo_is_told(tiny_cache: Path) -> None:
+    sample = replace(find_sample(str(tiny_cache)), photo=b"no jpeg")
+    with pytest.raises(InputError, match=f"{sample.key}.jpg"):
+        sample_sheet(sample)
+
+
+def test_readable_sizes() -> None:
+    assert [readable(n) for n in (0, 999, 4157440, 2.5e13)] == ["0 B", "999 B", "4.16 MB", "25 TB"]
+
+
+def test_real_image(coco_sample: Path, tmp_path: Path) -> None:
+    dataset = read_dataset(CocoLayout.of(coco_sample, "val2017"))
+    render(dataset, "val2017", Storage(str(tmp_path)), RenderConfig(), workers=0)
+    picture = sample_sheet(find_sample(str(tmp_path), "439180"), dataset.categories)
+    assert picture.shape[1] < 1700

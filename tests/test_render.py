@@ -1,0 +1,371 @@
+"""Rendering: the same bytes for any number of workers, interruptions and kills."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+import pytest
+from distributed import LocalCluster
+from handmade import hashes
+
+import pipeline.render
+from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset, read_ids
+from pipeline.config import RenderConfig
+from pipeline.errors import InputError
+from pipeline.image import render_image
+from pipeline.render import RenderResult, render
+from pipeline.sample import check_sample
+from pipeline.shards import ShardReader
+from pipeline.storage import Storage
+from pipeline.synthetic import write_dataset
+from pipeline.verify import verify
+
+CONFIG = RenderConfig(samples_per_shard=4)
+
+
+def run(dataset: CocoPanoptic, folder: Path, **settings: Any) -> RenderResult:
+    config = settings.pop("config", CONFIG)
+    return render(dataset, "train", Storage(str(folder)), config, **{"workers": 0, **settings})
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_the_result_counts_what_was_made(tiny_dataset: CocoPanoptic, tmp_path: Path) -> None:
+    result = run(tiny_dataset, tmp_path / "cache")
+    tars = list((tmp_path / "cache").glob("*.tar"))
+    assert result.to_json() == {
+        "images": 12,
+        "written": 12,
+        "quarantined": 0,
+        "shards": 3,
+        "bytes": sum(path.stat().st_size for path in tars),
+        "seconds": result.seconds,
+    }
+    assert not result.too_many
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {
+        "index.json", "plan.json", "quarantine.jsonl",
+        *(f"train-{n:05d}.{suffix}" for n in range(3) for suffix in ("tar", "json")),
+    }  # fmt: skip
+
+
+def test_workers_change_no_byte(
+    tiny_dataset: CocoPanoptic, tiny_cache: Path, tmp_path: Path
+) -> None:
+    run(tiny_dataset, tmp_path / "cache", workers=2)
+    assert hashes(tmp_path / "cache") == hashes(tiny_cache)
+
+
+def test_a_running_scheduler_changes_no_byte(
+    tiny_dataset: CocoPanoptic, tiny_cache: Path, tmp_path: Path
+) -> None:
+    with LocalCluster(n_workers=1, processes=False, dashboard_address=None) as cluster:
+        run(tiny_dataset, tmp_path / "cache", scheduler=cluster.scheduler_address)
+    assert hashes(tmp_path / "cache") == hashes(tiny_cache)
+
+
+def test_the_place_of_data_and_cache_changes_no_byte(
+    root: Path, tiny_cache: Path, tmp_path: Path
+) -> None:
+    run(read_dataset(CocoLayout.of(root, "train")), tmp_path / "elsewhere")
+    assert hashes(tmp_path / "elsewhere") == hashes(tiny_cache)
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_an_interrupted_run_goes_on(
+    tiny_dataset: CocoPanoptic,
+    tiny_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    after: int,
+) -> None:
+    left, work = iter(range(after)), pipeline.render.render_shard
+
+    def interrupted(*arguments: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return work(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.render, "render_shard", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny_dataset, tmp_path)
+    assert len(list(tmp_path.glob("*.tar"))) == after
+    assert not (tmp_path / "index.json").exists()
+    before = times(tmp_path)
+    run(tiny_dataset, tmp_path)
+    assert hashes(tmp_path) == hashes(tiny_cache)
+    assert {k: v for k, v in times(tmp_path).items() if k in before} == before
+
+
+def test_a_second_run_renders_nothing_again(
+    tiny_dataset: CocoPanoptic, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, shards = hashes(cache), {k: v for k, v in times(cache).items() if "train" in k}
+    monkeypatch.setattr(pipeline.render, "render_shard", None)  # nobody may call it
+    result = run(tiny_dataset, cache)
+    assert hashes(cache) == before
+    assert {k: v for k, v in times(cache).items() if "train" in k} == shards
+    assert (result.written, result.shards) == (12, 3)
+
+
+@pytest.mark.parametrize("name", ["train-00001.tar", "train-00001.json", "index.json"])
+@pytest.mark.parametrize("harm", ["remove", "cut"])
+def test_what_is_missing_or_cut_is_made_again(
+    tiny_dataset: CocoPanoptic, cache: Path, name: str, harm: str
+) -> None:
+    before = hashes(cache)
+    if harm == "cut":
+        os.truncate(cache / name, 700)
+    else:
+        (cache / name).unlink()
+    run(tiny_dataset, cache)
+    assert hashes(cache) == before
+
+
+def test_a_damaged_sidecar_is_never_vouched_for(tiny_dataset: CocoPanoptic, cache: Path) -> None:
+    before, path = hashes(cache), cache / "train-00002.json"
+    data = path.read_bytes()
+    for position in np.random.default_rng(0).integers(0, len(data), 12).tolist():
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        run(tiny_dataset, cache)
+        assert hashes(cache) == before
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (replace(CONFIG, samples_per_shard=5), "samples_per_shard was 4, now 5"),
+        (replace(CONFIG, seed=1), "seed was 0, now 1"),
+        (
+            replace(CONFIG, fit="squash", size=32),
+            "fit was native, now squash; size was None, now 32",
+        ),
+    ],
+)
+def test_other_settings_are_refused_and_named(
+    tiny_dataset: CocoPanoptic, cache: Path, config: RenderConfig, message: str
+) -> None:
+    before = hashes(cache)
+    with pytest.raises(InputError, match=message) as caught:
+        run(tiny_dataset, cache, config=config)
+    assert caught.value.code == "plan-changed"
+    assert hashes(cache) == before
+
+
+def test_other_data_are_refused(tiny_root: Path, cache: Path, root: Path) -> None:
+    with pytest.raises(InputError, match="split was train, now val"):
+        render(read_dataset(CocoLayout.of(tiny_root, "val")), "val", Storage(str(cache)), CONFIG)
+    (root / "train" / "000000000003.jpg").unlink()
+    with pytest.raises(InputError, match="the set of images on the disk"):
+        run(read_dataset(CocoLayout.of(root, "train")), cache, max_bad=1)
+    layout = CocoLayout.of(root, "train")
+    content = json.loads(layout.panoptic_json.read_bytes())
+    content["categories"][0]["name"] = "globe"
+    layout.panoptic_json.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="the annotation file"):
+        run(read_dataset(layout), cache, max_bad=1)
+
+
+def test_a_photo_that_appears_later_never_mixes_two_plans(root: Path, tmp_path: Path) -> None:
+    photo = root / "train" / "000000000003.jpg"
+    data = photo.read_bytes()
+    photo.unlink()
+    run(read_dataset(CocoLayout.of(root, "train")), tmp_path / "cache", max_bad=1)
+    (tmp_path / "cache" / "train-00000.tar").unlink()
+    photo.write_bytes(data)
+    with pytest.raises(InputError) as caught:
+        run(read_dataset(CocoLayout.of(root, "train")), tmp_path / "cache", max_bad=1)
+    assert caught.value.code == "plan-changed"
+
+
+def test_a_folder_of_other_tars_is_refused(tiny_dataset: CocoPanoptic, tmp_path: Path) -> None:
+    (tmp_path / "holiday.tar").touch()
+    with pytest.raises(InputError, match="tars but no plan"):
+        run(tiny_dataset, tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"fingerprint": "x", "settings": 3}'])
+def test_a_damaged_plan_is_refused(tiny_dataset: CocoPanoptic, cache: Path, content: str) -> None:
+    (cache / "plan.json").write_text(content)
+    with pytest.raises(InputError, match="plan damaged"):
+        run(tiny_dataset, cache)
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_later(
+    tiny_dataset: CocoPanoptic,
+    tiny_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    syncs, sync = itertools.count(), os.fsync
+
+    def full(descriptor: int) -> None:
+        if next(syncs) > 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(InputError, match="No space left"):
+            run(tiny_dataset, tmp_path)
+    run(tiny_dataset, tmp_path)
+    assert hashes(tmp_path) == hashes(tiny_cache)
+
+
+def test_two_runs_never_share_a_folder(tiny_dataset: CocoPanoptic, tmp_path: Path) -> None:
+    with Storage(str(tmp_path)).locked(), pytest.raises(InputError, match="another run"):
+        run(tiny_dataset, tmp_path)
+
+
+def test_a_cache_can_lie_elsewhere_than_on_a_disk(
+    tiny_dataset: CocoPanoptic, tiny_cache: Path
+) -> None:
+    storage = Storage("memory://render/cache")
+    for _ in range(2):
+        render(tiny_dataset, "train", storage, CONFIG, workers=0)
+        for path in tiny_cache.iterdir():
+            assert storage.read(path.name) == path.read_bytes()
+    assert verify(storage, deep=True).ok
+
+
+@pytest.mark.parametrize(("fit", "shape"), [("squash", (40, 40)), ("longest", None)])
+def test_targets_are_computed_after_the_resize(
+    tiny_dataset: CocoPanoptic, tmp_path: Path, fit: Any, shape: tuple[int, int] | None
+) -> None:
+    run(tiny_dataset, tmp_path, config=RenderConfig(fit=fit, size=40, samples_per_shard=7))
+    reader = ShardReader(tmp_path)
+    for position in range(len(reader)):
+        sample = reader.sample(position)
+        height, width = sample.original_size
+        longest = max(height, width)
+        wanted = shape or (round(height * 40 / longest), round(width * 40 / longest))
+        assert sample.index.shape == wanted
+        check_sample(sample)  # areas, centroids and distances are those of the resized map
+    assert verify(Storage(str(tmp_path)), deep=True).ok
+
+
+def test_shards_hold_every_image_once_in_a_fixed_mix(
+    tiny_dataset: CocoPanoptic, tiny_cache: Path
+) -> None:
+    keys = ShardReader(tiny_cache).keys
+    assert sorted(keys) == [record.key for record in tiny_dataset.records]
+    assert list(keys) != sorted(keys)
+
+
+def test_native_samples_are_what_was_annotated(coco_sample: Path, tmp_path: Path) -> None:
+    dataset = read_dataset(CocoLayout.of(coco_sample, "val2017"))
+    result = render(dataset, "val2017", Storage(str(tmp_path)), CONFIG, workers=0, strict=True)
+    assert (result.written, result.quarantined) == (16, 0)
+    records, reader = {record.key: record for record in dataset.records}, ShardReader(tmp_path)
+    for position, key in enumerate(reader.keys):
+        sample, record = reader.sample(position), records[key]
+        assert sample.photo == record.photo.read_bytes()
+        ids = np.array([0, *(segment.id for segment in sample.segments)])[sample.index]
+        np.testing.assert_array_equal(ids, read_ids(record.png))
+        assert [(s.id, s.category_id, s.iscrowd, s.area, s.bbox) for s in sample.segments] == [
+            (s.id, s.category_id, s.iscrowd, s.area, s.bbox) for s in record.segments
+        ]
+    assert verify(Storage(str(tmp_path)), deep=True).ok
+
+
+def test_renaming_ids_changes_no_target(root: Path) -> None:
+    layout = CocoLayout.of(root, "val")
+    dataset = read_dataset(layout)
+    categories = {category.id: category for category in dataset.categories}
+    rng = np.random.default_rng(0)
+    for record in dataset.records:
+        names = rng.choice(2**24 - 1, len(record.segments), replace=False) + 1
+        rename = {s.id: int(name) for s, name in zip(record.segments, names, strict=True)}
+        ids = np.vectorize(lambda i: rename.get(i, 0))(read_ids(record.png))  # noqa: B023
+        bgr = np.stack([ids >> 16 & 255, ids >> 8 & 255, ids & 255], -1).astype(np.uint8)
+        renamed = replace(
+            record,
+            png=record.png.with_suffix(".renamed.png"),
+            segments=tuple(replace(s, id=rename[s.id]) for s in record.segments),
+        )
+        cv2.imwrite(str(renamed.png), bgr)
+        one, other = (
+            render_image(each, CONFIG, categories, Counter()) for each in (record, renamed)
+        )
+        for name in ("index", "eds", "void"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        assert [replace(s, id=rename[s.id]) for s in one.segments] == list(other.segments)
+
+
+# Killed at any moment: one image a shard makes many moments.
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from pipeline.coco import CocoLayout, read_dataset
+from pipeline.config import RenderConfig
+from pipeline.render import render
+from pipeline.storage import Storage
+
+if __name__ == "__main__":
+    root, out, workers = sys.argv[1:]
+    dataset = read_dataset(CocoLayout.of(Path(root), "train"))
+    render(dataset, "train", Storage(out), RenderConfig(samples_per_shard=1), workers=int(workers))
+"""
+IMAGES = 100
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A dataset of many small images, and the hashes of its cache."""
+    root = tmp_path_factory.mktemp("many")
+    write_dataset(root / "coco", images=IMAGES, val_images=0, seed=1, size=32)
+    dataset = read_dataset(CocoLayout.of(root / "coco", "train"))
+    run(dataset, root / "cache", config=RenderConfig(samples_per_shard=1))
+    return root / "coco", hashes(root / "cache")
+
+
+def start_and_kill(root: Path, out: Path, workers: int, tars: int) -> list[psutil.Process]:
+    """Kills a render once it has written so many tars; the processes that it had started."""
+    script = out.with_suffix(".py")
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), str(root), str(out), str(workers)]
+    with subprocess.Popen(command, env=environment) as process:
+        while process.poll() is None and len(list(out.glob("*.tar"))) < tars:
+            time.sleep(0.001)
+        children: list[psutil.Process] = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it was to be killed in the middle"
+    return children
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    many: tuple[Path, dict[str, str]], tmp_path: Path, workers: int
+) -> None:
+    root, wanted = many
+    out = tmp_path / "cache"
+    moments = np.random.default_rng().integers(1, IMAGES // 2, 1 if workers else 2)
+    for moment in sorted(moments.tolist()):
+        children = start_and_kill(root, out, workers, moment)
+        assert not (out / "index.json").exists()
+        assert len(children) >= workers
+        _, orphans = psutil.wait_procs(children, timeout=20)
+        assert orphans == [], f"killed after {moment} tars"
+    result = run(
+        read_dataset(CocoLayout.of(root, "train")), out, config=RenderConfig(samples_per_shard=1)
+    )
+    assert result.written == IMAGES
+    assert hashes(out) == wanted, f"killed after {moments} tars"

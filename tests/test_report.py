@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import base64
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evaluate.compare import compare, matched_numbers
+from evaluate.decode import DecodedSegment, PanopticMap
+from evaluate.gallery import Gallery
+from evaluate.page import write_report
+from evaluate.pq import PQResult, PQStat, match_image, summarize
+from evaluate.report import (
+    BOTH,
+    CATEGORY_COLUMNS,
+    FALSE,
+    GROUP_COLUMNS,
+    MISSED,
+    ImageView,
+    category_table,
+    comparison_sheet,
+    error_picture,
+    image_pq,
+    panels,
+    pq_table,
+    predicted_map,
+    true_map,
+    write_overlay,
+)
+from pipeline.coco import Category, SegmentInfo
+from pipeline.draw import LabelledMap, segment_colours
+
+CATEGORIES = (
+    Category(1, "disc", True, 0),
+    Category(5, "<b>box & co</b>", True, 1),
+    Category(9, "sky", False, 2),
+)
+IDS = np.repeat(np.repeat(np.array([[10, 10, 20, 0], [10, 10, 30, 30]], np.int32), 40, 0), 40, 1)
+SEGMENTS = (SegmentInfo(10, 1, False), SegmentInfo(20, 1, False), SegmentInfo(30, 9, False))
+
+
+def view(title: str = "a.jpg", pq: float | None = 0.5) -> ImageView:
+    """The disc of 10 is found, that of 20 is called a box; void is called sky."""
+    ids = np.select([IDS == 10, IDS == 20, IDS == 30], [7, 3, 4], 4).astype(np.int32)
+    result = PanopticMap(
+        ids,
+        (
+            DecodedSegment(3, 1, True, 1.0, 1600),
+            DecodedSegment(4, 2, False, 1.0, 4800),
+            DecodedSegment(7, 0, True, 1.0, 6400),
+        ),
+    )
+    head = np.zeros((20, 40, 3), np.uint8)
+    photo = np.full((*IDS.shape, 3), 99, np.uint8)
+    truth = true_map(IDS, SEGMENTS, CATEGORIES)
+    return ImageView(title, photo, predicted_map(result), truth, head, head, pq)
+
+
+def result_of(one: ImageView) -> PQResult:
+    found = {row + 1: CATEGORIES[label].id for row, label in enumerate(one.prediction.labels)}
+    return summarize(match_image(1, IDS, SEGMENTS, one.prediction.index, found).stat, CATEGORIES)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_comparison_counts_as_the_metric_does(data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    blocks = rng.integers(0, 6, (2, 4, 5))
+    true, found = (np.repeat(np.repeat(b, 3, 0), 3, 1).astype(np.int32) for b in blocks)
+    found[:, :8] = true[:, :8]
+    rows = [
+        SegmentInfo(i, int(rng.choice([1, 5, 9])), bool(rng.random() < 0.3))
+        for i in np.unique(true[true > 0]).tolist()
+    ]
+    labels = {int(i): int(rng.integers(0, 3)) for i in np.unique(found[found > 0])}
+    for row in rows:
+        if row.id in labels and rng.random() < 0.7:
+            labels[row.id] = [c.id for c in CATEGORIES].index(row.category_id)
+    prediction = predicted_map(
+        PanopticMap(found, tuple(DecodedSegment(i, n, True, 1.0, 1) for i, n in labels.items()))
+    )
+    stat = match_image(1, true, rows, found, {i: CATEGORIES[n].id for i, n in labels.items()}).stat
+    ours = compare(true_map(true, rows, CATEGORIES), prediction)
+    counts = [
+        sum(getattr(one, name) for one in stat.categories.values()) for name in ("tp", "fn", "fp")
+    ]
+    assert [len(ours.matches), len(ours.missed), len(ours.false)] == counts
+
+
+def test_a_match_has_its_true_segments_colour() -> None:
+    one = view()
+    assert one.truth is not None
+    found = compare(one.truth, one.prediction)
+    assert found.matches == {2: 0, 1: 2}
+    numbers = matched_numbers(one.truth, one.prediction, found)
+    theirs = segment_colours(one.truth.labels, one.truth.isthing)
+    ours = segment_colours(one.prediction.labels, one.prediction.isthing, numbers)
+    assert np.array_equal(ours[3], theirs[1])
+    assert np.array_equal(ours[2], theirs[3])
+
+
+def test_false_instances_take_unused_numbers() -> None:
+    truth = LabelledMap(np.array([[1, 1, 2, 2]], np.uint8), (0, 0), (True, True))
+    prediction = LabelledMap(np.array([[1, 3, 2, 2]], np.uint8), (0, 0, 0), (True,) * 3)
+    found = compare(truth, prediction)
+    assert found.matches == {1: 1}
+    assert matched_numbers(truth, prediction, found) == (2, 1, 3)
+
+
+def test_errors_are_marked() -> None:
+    one = view()
+    assert one.truth is not None
+    found = compare(one.truth, one.prediction)
+    picture = error_picture(one.photo, one.truth, one.prediction, found).astype(int)
+    wrong = (IDS == 20) & (one.prediction.index == 1)
+    expected = 0.25 * 99 + 0.75 * np.array(BOTH)
+    assert np.abs(picture[wrong] - expected).max() <= 1
+    assert len(np.unique(picture[~wrong], axis=0)) == 1
+    assert len({MISSED, FALSE, BOTH}) == 3
+
+
+def test_tables_are_plain_rows() -> None:
+    result = result_of(view())
+    rows = pq_table(result)
+    assert rows == [
+        ("All", "55.6", "66.7", "55.6", "3"),
+        ("Things", "33.3", "50.0", "33.3", "2"),
+        ("Stuff", "100.0", "100.0", "100.0", "1"),
+    ]
+    assert {len(row) for row in rows} == {len(GROUP_COLUMNS)}
+    rows = category_table(result, CATEGORIES)
+    assert rows[0] == ("disc", "thing", "66.7", "100.0", "66.7", "1", "0", "1")
+    assert {len(row) for row in rows} == {len(CATEGORY_COLUMNS)}
+
+
+def test_undefined_is_a_dash() -> None:
+    result = summarize(PQStat(), CATEGORIES)
+    assert pq_table(result)[0] == ("All", "-", "-", "-", "0")
+    assert category_table(result, CATEGORIES)[0][2:5] == ("-", "-", "-")
+    assert image_pq(PQStat()) is None
+
+
+def test_image_pq_is_the_mean_over_its_categories() -> None:
+    result = result_of(view())
+    assert result.all is not None
+    assert image_pq(PQStat(result.per_class)) == pytest.approx(result.all.pq)
+
+
+def test_panels_follow_what_there_is() -> None:
+    names = [name for name, _ in panels(view(), CATEGORIES)]
+    assert names == ["photo", "truth", "result", "semantic head", "instance head", "errors"]
+    one = view()
+    bare = ImageView(one.title, one.photo, one.prediction)
+    assert [name for name, _ in panels(bare, CATEGORIES)] == ["photo", "result"]
+    assert {picture.shape for _, picture in panels(one, CATEGORIES, 100)} == {(50, 100, 3)}
+
+
+def test_sheet_has_a_row_for_each_image(tmp_path: Path) -> None:
+    one, two = (comparison_sheet([view()] * n, CATEGORIES) for n in (1, 2))
+    assert one.shape[1] == two.shape[1] > 1200
+    assert two.shape[0] > one.shape[0] + 200
+    write_overlay(tmp_path / "a.png", view().photo, view().prediction, CATEGORIES)
+    assert np.asarray(cv2.imread(str(tmp_path / "a.png"))).shape == (80, 160, 3)
+
+
+@given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), max_size=9), st.integers(0, 3))
+@settings(max_examples=12, deadline=None)
+def test_gallery_keeps_the_best_and_the_worst(scores: list[float], limit: int) -> None:
+    gallery = Gallery(CATEGORIES, limit)
+    small = LabelledMap(np.ones((2, 2), np.uint8), (2,), (False,))
+    for number, pq in enumerate(scores):
+        kept = gallery.wants(pq)
+        gallery.add(ImageView(str(number), np.zeros((2, 2, 3), np.uint8), small, pq=pq))
+        shown = {f.title for f in (*gallery.best(), *gallery.worst())}
+        assert kept == (str(number) in shown)
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    best = [str(i) for i in order[:limit]]
+    worst = sorted(range(len(scores)), key=lambda i: (scores[i], i))[:limit]
+    assert [figure.title for figure in gallery.best()] == best
+    assert [figure.title for figure in gallery.worst()] == [
+        str(i) for i in worst if str(i) not in best
+    ]
+
+
+def test_gallery_passes_over_images_without_pq() -> None:
+    gallery = Gallery(CATEGORIES)
+    gallery.add(view(pq=None))
+    assert not gallery.wants(None)
+    assert gallery.best() == ()
+
+
+class Page(HTMLParser):
+    """Balanced tags, addresses and rows of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.rows = 0
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.rows += tag == "tr"
+        self.addresses += [value or "" for name, value in attrs if name in {"src", "href"}]
+        if tag not in {"meta", "img"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_page_is_one_file_without_any_other(tmp_path: Path) -> None:
+    gallery = Gallery(CATEGORIES, 1)
+    for number, pq in enumerate((0.2, 0.9)):
+        gallery.add(view(f"<i>{number}</i>.jpg", pq))
+    path = write_report(
+        tmp_path / "new", result_of(view()), CATEGORIES, gallery, facts={"images": "2 < 3"}
+    )
+    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+    text = path.read_text()
+    page = Page(text)
+    assert page.open == []
+    assert page.rows == 1 + len(CATEGORIES)
+    assert len(page.addresses) == 2 * 6
+    assert all(address.startswith("data:image/jpeg;base64,") for address in page.addresses)
+    assert not re.search(r"https?://|url\(|@import", text)
+    jpeg = base64.b64decode(page.addresses[0].partition(",")[2])
+    assert np.asarray(cv2.imdecode(np.frombuffer(jpeg, np.uint8), 1)).shape == (240, 480, 3)
+    assert "<i>" not in text
+    assert "<b>box" not in text
+    assert "2 &lt; 3" in text
+    assert text.index("&lt;i&gt;1") < text.index("&lt;i&gt;0"), "the best image comes first"
+    assert "2 of 3 segments found; missed: disc; false: " in text
+
+
+def test_page_without_images_or_scores(tmp_path: Path) -> None:
+    text = write_report(
+        tmp_path, summarize(PQStat(), CATEGORIES), CATEGORIES, Gallery(CATEGORIES)
+    ).read_text()
+    assert "undefined" in text
+    assert "<article>" not in text

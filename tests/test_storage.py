@@ -1,0 +1,168 @@
+"""Storage: files whole or not at all, one run at a time, and folders that are none."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.storage import Storage
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "cache"
+    Storage(str(path)).create()
+    return path
+
+
+@pytest.fixture(params=["path", "file", "memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
+    name = uuid.uuid4().hex
+    url = {
+        "path": str(tmp_path / name),
+        "file": f"file://{tmp_path / name}",
+        "memory": f"memory://{name}/deep/",
+    }[request.param]
+    storage = Storage(url)
+    storage.create()
+    yield storage
+    if request.param == "memory":
+        fsspec.filesystem("memory").rm(f"/{name}", recursive=True)
+
+
+def test_every_kind_of_place_behaves_the_same(storage: Storage) -> None:
+    assert storage.sizes() == {}
+    storage.create()  # again
+    storage.write("a.tar", b"one")
+    storage.write("b.json", b"")
+    storage.write("a.tar", b"three")
+    assert storage.sizes() == {"a.tar": 5, "b.json": 0}
+    assert storage.read("a.tar") == b"three"
+    with fsspec.open(storage.path("a.tar"), "rb") as file:
+        assert file.read() == b"three"
+    Storage(storage.path("below")).create()
+    Storage(storage.path("below")).write("c.tar", b"")
+    assert set(storage.sizes()) == {"a.tar", "b.json"}
+    with storage.locked():
+        storage.remove("a.tar")
+    storage.remove("a.tar")  # again
+    assert set(storage.sizes()) == {"b.json"}
+    with pytest.raises(FileNotFoundError):
+        storage.read("a.tar")
+
+
+@pytest.mark.parametrize("url", ["/nowhere/at/all", "memory://nowhere/at/all"])
+def test_a_place_that_is_not_there_is_empty(url: str) -> None:
+    assert Storage(url).sizes() == {}
+
+
+def test_an_unknown_kind_of_url_is_named() -> None:
+    with pytest.raises(InputError, match="carrier-pigeon"):
+        Storage("carrier-pigeon://coop/cache").sizes()
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(InputError, match="cannot make the folder"):
+        Storage(str(tmp_path / "cache")).create()
+    with pytest.raises(InputError, match="cannot write"), Storage(str(tmp_path / "no")).locked():
+        pass
+
+
+@pytest.mark.parametrize("step", ["os.fsync", "pathlib.Path.replace"])
+def test_a_write_that_fails_leaves_the_old_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    storage = Storage(str(folder))
+    storage.write("a.tar", b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step, full)
+        with pytest.raises(InputError, match="No space left") as caught:
+            storage.write("a.tar", b"new")
+    assert caught.value.code == "write"
+    assert storage.read("a.tar") == b"old"
+    assert [path.name for path in folder.iterdir()] == ["a.tar"]
+
+
+def test_bytes_that_come_back_changed_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "read_bytes", lambda _: b"rotten")
+    with pytest.raises(InputError, match="other bytes than written"):
+        Storage(str(folder)).write("a.tar", b"fresh")
+    assert list(folder.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_not_seen_and_is_swept(folder: Path) -> None:
+    storage = Storage(str(folder))
+    (folder / ".tmp-a.tar-0badcafe").write_bytes(b"half")
+    (folder / ".lock").touch()
+    assert storage.sizes() == {}
+    with storage.locked():
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+    assert list(folder.iterdir()) == []
+
+
+def test_a_second_run_is_refused_while_the_first_holds_the_folder(folder: Path) -> None:
+    storage = Storage(str(folder))
+    with storage.locked():
+        with pytest.raises(InputError, match="another run is writing here"), storage.locked():
+            pass
+        with pytest.raises(InputError), storage.locked():  # the refusal did not free it
+            pass
+    with storage.locked():
+        pass
+
+
+def test_the_lock_ends_with_its_process(folder: Path) -> None:
+    script = (
+        "import sys, time; from pipeline.storage import Storage\n"
+        "with Storage(sys.argv[1]).locked(): print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(InputError), Storage(str(folder)).locked():
+            pass
+        holder.kill()
+    with Storage(str(folder)).locked():
+        pass
+
+
+def test_never_two_hold_the_lock(folder: Path) -> None:
+    inside, held, clashes = [0], [0], [0]
+
+    def contend() -> None:
+        for _ in range(60):
+            try:
+                with Storage(str(folder)).locked():
+                    inside[0] += 1
+                    clashes[0] += inside[0] > 1
+                    held[0] += 1
+                    os.sched_yield()
+                    inside[0] -= 1
+            except InputError:
+                pass
+
+    threads = [threading.Thread(target=contend) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert held[0] > 0
+    assert clashes[0] == 0

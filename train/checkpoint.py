@@ -1,0 +1,241 @@
+"""Checkpoints: complete or ignored.
+
+A checkpoint is a folder `step_%07d`:
+
+    model.safetensors   the weights
+    backbone.json       the encoder's architecture: no hub is needed to load it
+    optimizer.pt        the optimizer's state
+    rng_RANK.pt         the random number generators of each rank
+    state.json          step, configuration, categories; can be read with cat
+    complete.json       size and SHA-256 of every file above; written last
+
+It is written under a temporary name and renamed when `complete.json` is in place, so a kill at any
+moment leaves the earlier checkpoints untouched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.coco import Category
+from pipeline.config import build_config
+from pipeline.errors import InputError
+from train.config import TrainConfig
+from train.encoding import make_encoding
+from train.model import PanopticModel
+
+_TEMPORARY = ".tmp-"
+ARCHITECTURE = "backbone.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainState:
+    """Where a run stands.
+
+    Attributes:
+        step: Optimizer steps done; the next one is this number.
+        cache_fingerprint: Of the cache it trains from.
+        config: Of the run.
+        categories: By label.
+    """
+
+    step: int
+    cache_fingerprint: str
+    config: TrainConfig
+    categories: tuple[Category, ...]
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """`checkpoints/step_%07d`."""
+    return checkpoints / f"step_{step:07d}"
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of this process' random number generators."""
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state(),  # noqa: NPY002 - libraries may draw from the global one
+        "python": random.getstate(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """The inverse of `rng_state`."""
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    random.setstate(state["python"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def begun_folder(checkpoints: Path, step: int) -> Path:
+    """The temporary folder that every rank writes into."""
+    return checkpoints / f"{_TEMPORARY}step_{step:07d}"
+
+
+def begin_checkpoint(checkpoints: Path, step: int) -> Path:
+    """Makes the temporary folder; call on the main rank."""
+    folder = begun_folder(checkpoints, step)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def write_checkpoint(
+    folder: Path, state: TrainState, model: PanopticModel, optimizer: torch.optim.Optimizer
+) -> None:
+    """Writes weights, optimizer and state; call on the main rank."""
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+    model.encoder.config.to_json_file(folder / ARCHITECTURE, use_diff=False)
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    (folder / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
+
+
+def finish_checkpoint(folder: Path, keep: int) -> Path:
+    """Vouches for the files, renames the folder and prunes older ones; call on the main rank."""
+    files = {
+        file.name: {"size": file.stat().st_size, "sha256": _sha256(file)}
+        for file in sorted(folder.iterdir())
+    }
+    (folder / "complete.json").write_text(json.dumps(files, indent=1) + "\n")
+    for file in folder.iterdir():
+        _sync(file)
+    _sync(folder)
+    final = folder.with_name(folder.name.removeprefix(_TEMPORARY))
+    if final.exists():
+        shutil.rmtree(final)
+    folder.rename(final)
+    _sync(final.parent)
+    for old in sorted(final.parent.glob("step_*"))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def latest_checkpoint(checkpoints: Path) -> Path | None:
+    """The newest complete checkpoint, or None."""
+    for folder in sorted(checkpoints.glob("step_*"), reverse=True):
+        if not incomplete(folder):
+            return folder
+    return None
+
+
+def incomplete(folder: Path) -> str | None:
+    """What makes a checkpoint unusable, judged by names and sizes; None where it is whole."""
+    try:
+        files = json.loads((folder / "complete.json").read_text())
+        for name, facts in files.items():
+            if (folder / name).stat().st_size != facts["size"]:
+                return f"{name} has another size than complete.json says"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "complete.json is damaged"
+    return None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint from its folder, or the newest of a run's folder.
+
+    Raises:
+        InputError: There is none, or it is not complete.
+    """
+    for folder in (path / "checkpoints", path):
+        if found := latest_checkpoint(folder):
+            return found
+    problem = incomplete(path) if path.is_dir() else "no such folder"
+    if problem:
+        raise InputError(
+            f"no complete checkpoint: {problem}",
+            where=path,
+            remedy="give a run's folder or one of its checkpoints/step_*",
+        )
+    return path
+
+
+def read_state(folder: Path) -> TrainState:
+    """The `state.json` of a checkpoint; InputError where it cannot be read."""
+    path = folder / "state.json"
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"unreadable: {error}", where=path) from None
+    return build_config(TrainState, values, where=str(path))
+
+
+def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[PanopticModel, TrainState]:
+    """The trained model of a checkpoint or run folder, in evaluation mode.
+
+    Raises:
+        InputError: No complete checkpoint, or its weights are of another configuration.
+    """
+    folder = find_checkpoint(path)
+    state = read_state(folder)
+    config = state.config
+    encoding = make_encoding(config.loss.encoding, config.loss.harmonics)
+    model = PanopticModel(
+        config.model,
+        encoding.channels,
+        len(state.categories),
+        load_weights=False,
+        architecture=folder / ARCHITECTURE,
+    )
+    load_weights(model, folder)
+    return model.to(device).eval(), state
+
+
+def load_weights(model: PanopticModel, folder: Path) -> None:
+    """Loads `model.safetensors` strictly; InputError where it does not fit."""
+    path = folder / "model.safetensors"
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"weights do not fit the model: {str(error).splitlines()[0]}",
+            where=path,
+            remedy="the checkpoint is damaged or of another configuration",
+        ) from None
+
+
+def load_training(
+    folder: Path, model: PanopticModel, optimizer: torch.optim.Optimizer, rank: int
+) -> TrainState:
+    """Puts a run back where a checkpoint was taken.
+
+    Raises:
+        InputError: The weights do not fit the model.
+    """
+    state = read_state(folder)
+    load_weights(model, folder)
+    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu"))
+    generators = folder / f"rng_{rank}.pt"
+    if generators.exists():  # another number of ranks draws afresh
+        set_rng_state(torch.load(generators, weights_only=False))
+    return state
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,197 @@
+"""`TrainConfig`: every choice of a training run. The defaults are the paper's (section 5.1).
+
+What the paper leaves open is a default here too, with the reason beside it. The files in `configs/`
+hold only what differs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from pipeline.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig:
+    """What is read and how a batch is made of it.
+
+    Attributes:
+        cache: Folder or URL of the training cache.
+        reader: `indexed` reads local shards in any order and resumes exactly; `stream` reads
+            shards in sequence from anywhere.
+        size: Side of the network's square input, pixels; a multiple of the patch size.
+        fit: `squash` to the square, as the paper does; `longest` keeps the aspect ratio and pads;
+            `crop` keeps it, fills the square and crops.
+        augment: Switches flip, scale and colour off together.
+        flip: Mirror half of the samples.
+        scale: Range of the isotropic scale, drawn log-uniformly; what grows is cropped, what
+            shrinks is padded.
+        colour: Strength of the jitter of brightness, contrast and saturation.
+        batch: Samples an optimizer step, over all ranks and accumulated micro-batches.
+        micro_batch: Samples a rank puts through the network at once.
+        workers: Loader processes a rank.
+    """
+
+    cache: str = ""
+    reader: Literal["indexed", "stream"] = "indexed"
+    size: int = 420
+    fit: Literal["squash", "longest", "crop"] = "squash"
+    augment: bool = True
+    flip: bool = True
+    scale: tuple[float, float] = (0.7, 1.4)
+    colour: float = 0.2
+    batch: int = 256
+    micro_batch: int = 16
+    workers: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RandomBackbone:
+    """A small `Dinov2Backbone` without pretrained weights, for demos and tests."""
+
+    hidden_size: int = 128
+    layers: int = 6
+    heads: int = 4
+    patch_size: int = 7
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Encoder, decoder and heads (section 3.1).
+
+    Attributes:
+        backbone: Hub name or local folder of a pretrained backbone, or `random`.
+        random: The architecture that `random` builds.
+        taps: Encoder blocks, counted from 1, whose outputs the decoder takes.
+        channels: Width d of the decoder.
+        strides: Of the four transposed convolutions; their product is the upscaling, and the rest
+            to the image's size is bilinear. Stride 1 comes second, where it is cheap.
+        drop_path: Stochastic depth, the same for each block.
+        gradient_checkpointing: Recompute the encoder in the backward pass to save memory.
+    """
+
+    backbone: str = "facebook/dinov2-base"
+    random: RandomBackbone = field(default_factory=RandomBackbone)
+    taps: tuple[int, ...] = (3, 6, 9, 12)
+    channels: int = 256
+    strides: tuple[int, int, int, int] = (2, 1, 2, 2)
+    drop_path: float = 0.0
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LossConfig:
+    """The losses (sections 3.2 and 3.3, appendix A).
+
+    Attributes:
+        encoding: How a centroid is coded; the others are Table 3's.
+        harmonics: L of the positional code.
+        instance: `norm` is the paper's; `squared` is what an encoder without pretrained weights
+            needs, as the zero code is the geometric median while most pixels are void;
+            `squared_then_norm` changes at `switch`.
+        switch: Part of the run after which `squared_then_norm` takes the norm.
+        eds: Weight pixels by edge distance sampling; else all alike.
+        d: D, pixels of the network's input.
+        w_min: Weight far away from every boundary.
+        include_void: Unlabelled pixels count in the instance task (Table 2).
+        reduction: `mean` divides an image's weighted sum by its sum of weights; `sum` is the
+            paper's plain sum.
+        tv: Weight of the total variation.
+        dice: Weight of DICE, in the instance task.
+    """
+
+    encoding: Literal["positional", "direct", "classification"] = "positional"
+    harmonics: int = 4
+    instance: Literal["norm", "squared", "squared_then_norm"] = "norm"
+    switch: float = 0.5
+    eds: bool = True
+    d: float = 20.0
+    w_min: float = 0.0
+    include_void: bool = True
+    reduction: Literal["mean", "sum"] = "mean"
+    tv: float = 0.1
+    dice: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class OptimConfig:
+    """AdamW with layer decay, linear warm-up and a cosine.
+
+    Attributes:
+        lr: Peak learning rate of the decoder and the heads.
+        min_lr: The cosine's end.
+        warmup_epochs: Of the linear rise.
+        layer_decay: Factor a block, from the last to the embeddings. The paper names none; 0.6 is
+            its authors' later choice.
+        weight_decay: Not on biases, norms, LayerScale and position embeddings.
+        betas: Of AdamW.
+        clip_norm: Largest norm of the gradient.
+    """
+
+    lr: float = 5e-4
+    min_lr: float = 1e-6
+    warmup_epochs: float = 3.0
+    layer_decay: float = 0.6
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """A whole run.
+
+    Attributes:
+        out: Folder of the run: `config.toml`, `metrics.jsonl`, `checkpoints/`.
+        epochs: Passes over the cache.
+        seed: Of weights, order, augmentation and tasks.
+        precision: `bf16` computes in mixed precision.
+        compile: `torch.compile` the model.
+        checkpoint_every: Optimizer steps between two checkpoints; the last step always has one.
+        keep: Checkpoints that stay.
+        log_every: Optimizer steps between two lines of `metrics.jsonl`.
+        data: See `DataConfig`.
+        model: See `ModelConfig`.
+        loss: See `LossConfig`.
+        optim: See `OptimConfig`.
+    """
+
+    out: str = "runs/train"
+    epochs: float = 200.0
+    seed: int = 0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    compile: bool = False
+    checkpoint_every: int = 1000
+    keep: int = 3
+    log_every: int = 1
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        low, high = self.data.scale
+        taps = self.model.taps
+        sizes = (self.data.batch, self.data.micro_batch)
+        intervals = (self.keep, self.checkpoint_every, self.log_every)
+        problems = [
+            ("data.batch and data.micro_batch must be positive", min(sizes) < 1),
+            ("data.scale must be two rising positive numbers", not 0 < low <= high),
+            ("model.taps must be rising block numbers from 1", sorted({0, *taps}) != [0, *taps]),
+            ("model.strides must be positive", min(self.model.strides) < 1),
+            ("loss.d must be positive", self.loss.d <= 0),
+            ("epochs must be positive", self.epochs <= 0),
+            ("keep, checkpoint_every and log_every must be positive", min(intervals) < 1),
+        ]
+        for message, wrong in problems:
+            if wrong:
+                raise InputError(message, where="configuration")
+
+    def steps(self, samples: int) -> int:
+        """Optimizer steps of the run over a cache of `samples`."""
+        return max(1, int(self.epochs * samples) // self.data.batch)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values, as TOML and JSON take them."""
+        return asdict(self)

@@ -1,0 +1,233 @@
+"""The losses: edge distance sampling, total variation, DICE (sections 3.2 and 3.3, appendix A).
+
+All work on full-size predictions in float32. Every term is computed for each image and then
+averaged over images, so a batch has the same loss however it is split into micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.sample import EDS_FAR, EDS_STEP
+from pipeline.targets import CROWD, UNLABELLED
+from train.config import LossConfig
+from train.data import PADDING, Batch
+from train.encoding import ClassificationCode, Encoding, PositionalCode
+
+Distance = Literal["norm", "squared"]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The terms of one micro-batch, scalars, before their weights; `total` is weighted."""
+
+    total: Tensor
+    pixel: Tensor
+    tv: Tensor
+    dice: Tensor
+
+
+def instance_loss(
+    prediction: Tensor, batch: Batch, encoding: Encoding, config: LossConfig, distance: Distance
+) -> Losses:
+    """The instance task's losses.
+
+    Args:
+        prediction: (B, channels, S, S) output of the instance head.
+        batch: The samples.
+        encoding: How centroids are coded.
+        config: Weights and switches.
+        distance: Which power of the Euclidean distance counts.
+    """
+    prediction = prediction.float()
+    target = gather_rows(encoding.encode(batch.centroid, batch.instance), batch.index)
+    classes = isinstance(encoding, ClassificationCode)
+    pixel = (
+        code_cross_entropy(prediction, target, encoding.cells)
+        if isinstance(encoding, ClassificationCode)
+        else code_distance(prediction - target, encoding, distance)
+    )
+    inside = (batch.void != PADDING).float()
+    pixel_loss = reduce_pixels(pixel, instance_weight(batch, config), config.reduction)
+    smoothness = (
+        class_variation(torch.unflatten(prediction, 1, (2, -1)).transpose(1, 2), inside)
+        if classes
+        else code_variation(prediction, encoding, inside)
+    )
+    overlap = (
+        dice(prediction, batch, encoding)
+        if isinstance(encoding, PositionalCode) and config.dice
+        else prediction.new_zeros(())
+    )
+    total = pixel_loss + config.tv * smoothness + config.dice * overlap
+    return Losses(total, pixel_loss, smoothness, overlap)
+
+
+def semantic_loss(prediction: Tensor, batch: Batch, config: LossConfig) -> Losses:
+    """The semantic task's losses.
+
+    Args:
+        prediction: (B, C, S, S) logits.
+        batch: The samples.
+        config: Weights and switches.
+    """
+    prediction = prediction.float()
+    label = batch.label.gather(1, batch.index.flatten(1).long()).view(batch.index.shape)
+    pixel = F.cross_entropy(prediction, label, ignore_index=-1, reduction="none")
+    weight = eds_weight(batch, config) * (label >= 0)
+    pixel_loss = reduce_pixels(pixel, weight, config.reduction)
+    smoothness = class_variation(prediction, (batch.void != PADDING).float())
+    total = pixel_loss + config.tv * smoothness
+    return Losses(total, pixel_loss, smoothness, prediction.new_zeros(()))
+
+
+def gather_rows(table: Tensor, index: Tensor) -> Tensor:
+    """Looks up an index map in each image's table: (B, R, K), (B, H, W) -> (B, K, H, W)."""
+    flat = index.flatten(1).long()  # (B, HW)
+    values = table.transpose(1, 2)  # (B, K, R)
+    rows = flat[:, None].expand(-1, values.shape[1], -1)  # (B, K, HW)
+    return torch.unflatten(values.gather(2, rows), 2, index.shape[1:])
+
+
+def eds_weight(batch: Batch, config: LossConfig) -> Tensor:
+    """(B, H, W) float32 weights of edge distance sampling (section 3.2); ones without it.
+
+    w = w_min + (1 - w_min) exp(-(d / D)^2), d in pixels of the network's input.
+    """
+    if not config.eds:
+        return torch.ones_like(batch.eds, dtype=torch.float32)
+    codes = torch.arange(256, device=batch.eds.device, dtype=torch.float32)
+    distance = codes * (batch.eds_scale[:, None] * EDS_STEP)  # (B, 256)
+    table = config.w_min + (1 - config.w_min) * torch.exp(-(distance / config.d).square())
+    table[:, EDS_FAR] = config.w_min
+    weights: Tensor = table.gather(1, batch.eds.flatten(1).long()).view(batch.eds.shape)
+    return weights
+
+
+def instance_weight(batch: Batch, config: LossConfig) -> Tensor:
+    """(B, H, W) weights of the instance task: crowd and padding never count."""
+    counted = (batch.void != CROWD) & (batch.void != PADDING)
+    if not config.include_void:
+        counted &= batch.void != UNLABELLED
+    return eds_weight(batch, config) * counted
+
+
+def reduce_pixels(loss: Tensor, weight: Tensor, reduction: str) -> Tensor:
+    """Weighted mean (or sum) over each image's pixels, then the mean over images.
+
+    An image without weight contributes 0.
+    """
+    total = (loss * weight).sum((1, 2))
+    if reduction == "mean":
+        total = total / weight.sum((1, 2)).clamp_min(1e-6)
+    return total.mean()
+
+
+def axis_norms(difference: Tensor, encoding: Encoding) -> Tensor:
+    """Squared length of each axis' part of a code difference.
+
+    Args:
+        difference: (B, channels, ...).
+        encoding: The positional code has two parts, u and v; the direct code is one.
+
+    Returns:
+        (B, parts, ...).
+    """
+    parts = 2 if isinstance(encoding, PositionalCode) else 1
+    return torch.unflatten(difference, 1, (parts, -1)).square().sum(2)
+
+
+def code_distance(difference: Tensor, encoding: Encoding, distance: Distance) -> Tensor:
+    """L_inst (section 3.3): the mean over u and v of the Euclidean distance, or its square."""
+    squared = axis_norms(difference, encoding)
+    return (squared if distance == "squared" else safe_sqrt(squared)).mean(1)
+
+
+def safe_sqrt(squared: Tensor) -> Tensor:
+    """Square root with gradient 0 at 0, as the norm's subgradient has it."""
+    positive = squared > 0
+    return torch.where(positive, squared, 1.0).sqrt() * positive
+
+
+def code_cross_entropy(prediction: Tensor, target: Tensor, cells: int) -> Tensor:
+    """Mean over u and v of the cross-entropy of the cell (appendix B), (B, H, W)."""
+    logits = torch.unflatten(prediction, 1, (2, cells + 1)).transpose(
+        1, 2
+    )  # (B, cells + 1, 2, H, W)
+    return F.cross_entropy(logits, target, reduction="none").mean(1)
+
+
+def code_variation(prediction: Tensor, encoding: Encoding, inside: Tensor) -> Tensor:
+    """Total variation of codes: distance to the pixel above plus to the one on the left.
+
+    Void counts (appendix A); padding does not. Mean over pixels.
+
+    Args:
+        prediction: (B, channels, H, W).
+        encoding: See `axis_norms`.
+        inside: (B, H, W) 1 inside the picture.
+    """
+    down = code_distance(prediction[:, :, 1:] - prediction[:, :, :-1], encoding, "norm")
+    right = code_distance(prediction[..., 1:] - prediction[..., :-1], encoding, "norm")
+    return _mean_pairs(down, right, inside)
+
+
+def class_variation(logits: Tensor, inside: Tensor) -> Tensor:
+    """Total variation of distributions (appendix A): cross-entropy between neighbours.
+
+    1/2 (H(P_ij, P_i+1,j) + H(P_ij, P_i,j+1)), H(a, b) = -sum a log b; mean over pixels.
+
+    Args:
+        logits: (B, C, ..., H, W); several distributions a pixel are averaged.
+        inside: (B, H, W) 1 inside the picture.
+    """
+    log_p = F.log_softmax(logits, dim=1)
+    p = log_p.exp()
+    down = -(p[..., :-1, :] * log_p[..., 1:, :]).sum(1) / 2
+    right = -(p[..., :-1] * log_p[..., 1:]).sum(1) / 2
+    if down.ndim == 4:
+        down, right = down.mean(1), right.mean(1)
+    return _mean_pairs(down, right, inside)
+
+
+def _mean_pairs(down: Tensor, right: Tensor, inside: Tensor) -> Tensor:
+    """Sums a term on vertical and one on horizontal pairs; each image's mean over its pixels."""
+    down = (down * (inside[:, 1:] * inside[:, :-1])).sum((1, 2))
+    right = (right * (inside[..., 1:] * inside[..., :-1])).sum((1, 2))
+    return ((down + right) / inside.sum((1, 2)).clamp_min(1)).mean()
+
+
+def dice(prediction: Tensor, batch: Batch, encoding: PositionalCode) -> Tensor:
+    """Generalised DICE over the labelled instances (appendix A).
+
+    1 - 2 sum_l w_l sum_ij r p / sum_l w_l sum_ij (r + p), w_l = 1 / area_l,
+    p_l = exp(-dx^2) exp(-dy^2), where dx and dy are the distances of the prediction's halves to
+    the instance's code. Sums go over all pixels but padding and crowd. An image without instance
+    contributes 0.
+
+    Args:
+        prediction: (B, 4L, H, W).
+        batch: The samples.
+        encoding: Of the centroids.
+    """
+    counted = ((batch.void != PADDING) & (batch.void != CROWD)).flatten(1)  # (B, P)
+    code = encoding.encode(batch.centroid, batch.instance)  # (B, R, 4L)
+    flat = prediction.flatten(2)  # (B, 4L, P)
+    # |x - c|^2 over both halves: |x|^2 + 2L - 2 x . c, as |gamma|^2 = L.
+    squared = flat.square().sum(1)[:, None] + 2 * encoding.harmonics - 2 * (code @ flat)
+    p = torch.exp(-squared.clamp_min(0)) * counted[:, None]  # (B, R, P)
+    index = batch.index.flatten(1).long()  # (B, P)
+    area = torch.zeros_like(batch.label, dtype=torch.float32)
+    area.scatter_add_(1, index, counted.float())
+    weight = batch.instance / area.clamp_min(1)  # (B, R)
+    own = p.gather(1, index[:, None]).squeeze(1)  # (B, P): p of the pixel's own segment
+    overlap = (own * weight.gather(1, index)).sum(1)
+    extent = (weight * (area + p.sum(2))).sum(1)
+    present = batch.instance.any(1)
+    loss = 1 - 2 * overlap / torch.where(present, extent, 1.0)
+    return (loss * present).mean()

@@ -1,0 +1,76 @@
+"""Parameter groups with layer decay; the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from train.config import OptimConfig
+
+_BLOCK = re.compile(r"encoder\.(?:.*\.)?layers?\.(\d+)\.")
+_UNDECAYED = (
+    "bias",
+    "lambda1",
+    "position_embeddings",
+    "cls_token",
+    "mask_token",
+    "register_tokens",
+)
+
+
+def layer_id(name: str, blocks: int) -> int:
+    """0 for the embeddings, i + 1 for block i, blocks + 1 for whatever comes after."""
+    if found := _BLOCK.match(name):
+        return int(found.group(1)) + 1
+    return 0 if name.startswith("encoder.embeddings") else blocks + 1
+
+
+def parameter_groups(model: nn.Module, blocks: int, config: OptimConfig) -> list[dict[str, Any]]:
+    """AdamW groups; `scale` is layer_decay^(blocks + 1 - id), 1 after the encoder.
+
+    No weight decay on vectors (biases, norms, LayerScale), position embeddings and tokens.
+
+    Args:
+        model: With an `encoder`.
+        blocks: Transformer blocks of the encoder.
+        config: Decays.
+    """
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decayed = parameter.ndim > 1 and not name.endswith(_UNDECAYED)
+            groups[layer_id(name, blocks), decayed].append(parameter)
+    return [
+        {
+            "params": parameters,
+            "scale": config.layer_decay ** (blocks + 1 - layer),
+            "weight_decay": config.weight_decay if decayed else 0.0,
+        }
+        for (layer, decayed), parameters in sorted(groups.items(), key=lambda group: group[0])
+    ]
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, then a cosine to `min_lr` at the last step.
+
+    Args:
+        config: Peak and end.
+        step: 0-based optimizer step.
+        steps: Of the run.
+        warmup: Steps of the warm-up.
+    """
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    part = (step - warmup) / max(1, steps - 1 - warmup)
+    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * part)) / 2
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets every group's rate, scaled by its layer."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]

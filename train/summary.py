@@ -1,0 +1,124 @@
+"""What a configuration costs: parameters, operations, memory. Nothing is allocated for it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from train.config import TrainConfig
+from train.encoding import make_encoding
+from train.model import PanopticModel, check_size
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSummary:
+    """The cost of a model.
+
+    Attributes:
+        parameters: Counts of `total`, `encoder`, `decoder`, `heads`.
+        size: Side of the input, pixels.
+        patch_size: Pixels.
+        tokens: Patches of one image.
+        taps: Encoder blocks that the decoder takes, from 1.
+        blocks: Encoder blocks.
+        features: Side of the decoder's output before the last resize.
+        flops_per_image: Floating-point operations of a forward pass with both heads.
+        train_flops_per_image: Of a training step with the instance head, forward and backward.
+        state_bytes: Weights, gradients and AdamW's two moments, in float32.
+        activation_bytes_per_image: Kept for the backward pass of an instance step, before losses.
+    """
+
+    parameters: dict[str, int]
+    size: int
+    patch_size: int
+    tokens: int
+    taps: tuple[int, ...]
+    blocks: int
+    features: int
+    flops_per_image: int
+    train_flops_per_image: int
+    state_bytes: int
+    activation_bytes_per_image: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `model --json` prints."""
+        return asdict(self)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Name and value of each line of a table."""
+        parts = self.parameters.items()
+        taps = ", ".join(map(str, self.taps))
+        return [
+            ("parameters", ", ".join(f"{name} {n / 1e6:.2f} M" for name, n in parts)),
+            ("input", f"{self.size} px, {self.tokens} patches of {self.patch_size} px"),
+            ("taps", f"blocks {taps} of {self.blocks}"),
+            ("decoder's output", f"{self.features} x {self.features}, then resized to the input"),
+            ("a prediction", f"{self.flops_per_image / 1e9:.1f} GFLOP an image"),
+            ("a training step", f"{self.train_flops_per_image / 1e9:.1f} GFLOP an image"),
+            ("weights, gradients, AdamW", f"{self.state_bytes / 2**30:.2f} GiB"),
+            ("activations", f"{self.activation_bytes_per_image / 2**20:.0f} MiB an image"),
+        ]
+
+
+def summarize_model(config: TrainConfig, classes: int) -> ModelSummary:
+    """Measures a configuration's model on the meta device.
+
+    Args:
+        config: The run.
+        classes: Categories of the dataset.
+
+    Raises:
+        InputError: The size does not fit the patches, or the backbone is not known.
+    """
+    encoding = make_encoding(config.loss.encoding, config.loss.harmonics)
+    with torch.device("meta"):
+        model = PanopticModel(config.model, encoding.channels, classes, load_weights=False)
+        photo = torch.empty(1, 3, config.data.size, config.data.size)
+    check_size(config.data.size, config.data.size, model.patch_size)
+    parts = {
+        "encoder": count(model.encoder),
+        "decoder": count(model.decoder),
+        "heads": count(model.instance_head) + count(model.semantic_head),
+    }
+    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+        model(photo, "both")
+    kept: dict[int, int] = {}
+    own = {id(parameter) for parameter in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if id(tensor) not in own:
+            kept[id(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+            held.append(tensor)
+        return tensor
+
+    held: list[Tensor] = []  # so that no id is given twice
+    with FlopCounterMode(display=False) as step:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = model(photo, "instance").instance
+        output.sum().backward()
+    bytes_each = 2 if config.precision == "bf16" else 4
+    with torch.no_grad():
+        features = model.features(photo).shape[-1]
+    total = count(model)
+    return ModelSummary(
+        parameters={"total": total, **parts},
+        size=config.data.size,
+        patch_size=model.patch_size,
+        tokens=(config.data.size // model.patch_size) ** 2,
+        taps=config.model.taps,
+        blocks=model.encoder.config.num_hidden_layers,
+        features=features,
+        flops_per_image=forward.get_total_flops(),
+        train_flops_per_image=step.get_total_flops(),
+        state_bytes=16 * total,
+        activation_bytes_per_image=sum(kept.values()) * bytes_each // 4,
+    )
+
+
+def count(module: nn.Module) -> int:
+    """Parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
