@@ -17,6 +17,7 @@ from pipeline.errors import InputError
 
 if TYPE_CHECKING:
     from evaluate.pq import PQResult
+    from pipeline.bench import Bench
     from pipeline.coco import Category, CocoLayout
 
 app = typer.Typer(
@@ -199,6 +200,7 @@ def evaluate(
     panoptic_json: Annotations = None,
     panoptic_dir: Pngs = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
     overlays: Annotated[int, typer.Option(min=0, help="Images to draw.")] = 16,
     device: Device = None,
     as_json: Json = False,
@@ -209,7 +211,7 @@ def evaluate(
     from pipeline.coco import read_dataset
 
     layout, name = _layout(coco, split, images, panoptic_json, panoptic_dir)
-    dataset = read_dataset(layout)
+    dataset = read_dataset(layout).head(limit)
     outcome = run(
         Predictor(checkpoint, device), dataset, out, batch=batch, overlays=overlays, title=name
     )
@@ -272,6 +274,81 @@ def model(
         _print_json(summary.to_json())
     else:
         _print_table(("", str(config)), summary.rows(), left=2)
+
+
+bench = typer.Typer(help="Measure against the obvious way and the floor.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+Count = Annotated[int, typer.Option("--count", min=1, help="Images to measure on.")]
+
+
+@bench.command("render")
+def bench_render(
+    coco: Root = None, split: Split = None, count: Count = 32, as_json: Json = False
+) -> None:
+    """Rendering one image on one core."""
+    from pipeline.bench import bench_render as measure
+
+    _show_bench(measure(_bench_layout(coco, split), count), as_json)
+
+
+@bench.command("load")
+def bench_load(
+    coco: Root = None, split: Split = None, count: Count = 32, as_json: Json = False
+) -> None:
+    """Making one training sample on one core."""
+    from train.bench import bench_load as measure
+
+    _show_bench(measure(_bench_layout(coco, split), count), as_json)
+
+
+@bench.command("step")
+def bench_step(
+    config: Annotated[Path, typer.Argument(help="A file of configs/.")] = Path("configs/demo.toml"),
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a setting, as data.size=616.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to average over.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """One training step on this machine's device."""
+    from pipeline.config import load_config
+    from train.bench import bench_step as measure
+    from train.config import TrainConfig
+
+    _show_bench(measure(load_config(TrainConfig, config, settings or []), steps=steps), as_json)
+
+
+@bench.command("decode")
+def bench_decode(
+    coco: Root = None, split: Split = None, count: Count = 8, as_json: Json = False
+) -> None:
+    """Decoding one prediction."""
+    from evaluate.bench import bench_decode as measure
+
+    _show_bench(measure(_bench_layout(coco, split), count), as_json)
+
+
+@bench.command("score")
+def bench_score(
+    coco: Root = None, split: Split = None, count: Count = 64, as_json: Json = False
+) -> None:
+    """Scoring one image in one process."""
+    from evaluate.bench import bench_score as measure
+
+    _show_bench(measure(_bench_layout(coco, split), count), as_json)
+
+
+def _bench_layout(coco: Path | None, split: str | None) -> CocoLayout | None:
+    return None if coco is None else _layout(coco, split, None, None, None)[0]
+
+
+def _show_bench(result: Bench, as_json: bool) -> None:
+    if as_json:
+        _print_json(result.to_json())
+        return
+    _out.print(result.title, highlight=False)
+    _print_table(result.COLUMNS, result.rows(), left=1)
 
 
 def _layout(

@@ -153,7 +153,8 @@ def nearest_centroids(code: Tensor, encoding: Encoding, cells: int) -> NDArray[n
     centres = cell_centres(cells, device=code.device)
     uv = torch.stack([centres[u], centres[v]])  # (2, P)
     uv[:, costs.void < u_cost + v_cost] = torch.nan
-    return uv.unflatten(1, code.shape[1:]).cpu().numpy()  # type: ignore[no-untyped-call, no-any-return]
+    centroids: NDArray[np.float32] = torch.unflatten(uv, 1, code.shape[1:]).cpu().numpy()
+    return centroids
 
 
 def read_picture(path: Path | str, *, upright: bool = True) -> Picture:

@@ -13,7 +13,7 @@ import os
 import struct
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,12 @@ class CocoPanoptic:
     records: tuple[PanopticRecord, ...]
     rejections: tuple[Rejection, ...]
     digest: str
+
+    def head(self, limit: int | None) -> CocoPanoptic:
+        """The first `limit` records, or all; without rejections, if limited."""
+        if limit is None:
+            return self
+        return replace(self, records=self.records[:limit], rejections=())
 
 
 def read_dataset(layout: CocoLayout) -> CocoPanoptic:

@@ -190,10 +190,7 @@ def decode_sidecar(data: bytes, where: str) -> Sidecar:
         return Sidecar(
             **{
                 **values,
-                "samples": tuple(
-                    SampleEntry(**{**row, "members": tuple(map(tuple, row["members"]))})
-                    for row in values["samples"]
-                ),
+                "samples": tuple(_entry(row) for row in values["samples"]),
                 "rejections": tuple(Rejection(**row) for row in values["rejections"]),
             }
         )
@@ -204,6 +201,13 @@ def decode_sidecar(data: bytes, where: str) -> Sidecar:
             remedy="remove the shard and its sidecar and run preprocess again",
             code="sidecar-damaged",
         ) from None
+
+
+def _entry(row: Mapping[str, Any]) -> SampleEntry:
+    members = tuple((offset, size) for offset, size in row["members"])
+    if len(members) != len(MEMBERS):
+        raise ValueError(f"{len(members)} members in {row['key']}, not {len(MEMBERS)}")
+    return SampleEntry(**{**row, "members": members})
 
 
 def _compact(values: object) -> str:

@@ -34,6 +34,7 @@ from pipeline.shards import (
     Sidecar,
     decode_sidecar,
     encode_index,
+    encode_sidecar,
     members_of,
     read_index,
     read_sidecar,
@@ -113,7 +114,7 @@ def verify(storage: Storage, *, deep: bool = False, threads: int | None = None) 
         problems += _check_folder(storage, index, sizes)
     except InputError as error:
         problems.append(Problem(INDEX_NAME, None, error.what))
-    # Without an index the sidecars vouch for the tars, and nothing for the sidecars.
+    # Without an index the sidecars vouch for the tars, and by their digests for themselves.
     shards = index.shards if index is not None else tuple(_self_described(storage, sizes))
     categories = {category.id: category for category in index.categories} if index else None
     owners = {shard.sha256: shard.name for shard in shards}
@@ -181,12 +182,12 @@ def _self_described(storage: Storage, sizes: Mapping[str, int]) -> Iterator[Shar
         if suffix != "json" or file in {INDEX_NAME, PLAN_NAME}:
             continue
         data = storage.read(file)
-        digest = hashlib.sha256(data).hexdigest()
         try:
             sidecar = decode_sidecar(data, file)
+            digest = hashlib.sha256(encode_sidecar(sidecar)).hexdigest()
             yield ShardEntry(name, len(sidecar.samples), sidecar.size, sidecar.sha256, digest)
         except InputError:
-            yield ShardEntry(name, 0, sizes.get(f"{name}.tar", 0), "", digest)
+            yield ShardEntry(name, 0, sizes.get(f"{name}.tar", 0), "", "")
 
 
 def _check_sidecar(
@@ -210,7 +211,7 @@ def _check_spans(sidecar: Sidecar) -> Iterator[Problem]:
     end = 0
     for entry in sidecar.samples:
         position = end
-        fits = entry.offset == end and len(entry.members) == len(MEMBERS)
+        fits = entry.offset == end
         for offset, size in entry.members:
             fits = fits and offset == position + _BLOCK and size >= 0
             position = offset + -(-size // _BLOCK) * _BLOCK
@@ -285,7 +286,7 @@ def _check_headers(data: bytes, name: str, samples: tuple[SampleEntry, ...]) -> 
     wanted = [
         (f"{entry.key}.{suffix}", *place)
         for entry in samples
-        for suffix, place in zip(MEMBERS, entry.members, strict=False)
+        for suffix, place in zip(MEMBERS, entry.members, strict=True)
     ]
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:

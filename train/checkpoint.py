@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline.coco import Category
@@ -121,7 +122,10 @@ def finish_checkpoint(folder: Path, keep: int) -> Path:
         shutil.rmtree(final)
     folder.rename(final)
     _sync(final.parent)
-    for old in sorted(final.parent.glob("step_*"))[:-keep]:
+    folders = sorted(final.parent.glob("step_*"))
+    kept = [folder for folder in folders if not incomplete(folder)][-keep:]
+    # What goes is older, damaged, or was left half written by a kill.
+    for old in {*folders, *final.parent.glob(f"{_TEMPORARY}*")} - {*kept}:
         shutil.rmtree(old)
     return final
 
@@ -203,7 +207,7 @@ def load_weights(model: PanopticModel, folder: Path) -> None:
     path = folder / "model.safetensors"
     try:
         model.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise InputError(
             f"weights do not fit the model: {str(error).splitlines()[0]}",
             where=path,

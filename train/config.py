@@ -48,12 +48,21 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True)
 class RandomBackbone:
-    """A small `Dinov2Backbone` without pretrained weights, for demos and tests."""
+    """A small `Dinov2Backbone` without pretrained weights, for demos and tests.
+
+    Attributes:
+        hidden_size: Width, a multiple of 4 and of `heads`.
+        layers: Blocks.
+        heads: Of attention.
+        patch_size: Pixels.
+        grid: Patches a side for which position embeddings are made; other sizes interpolate them.
+    """
 
     hidden_size: int = 128
     layers: int = 6
     heads: int = 4
     patch_size: int = 7
+    grid: int = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +154,7 @@ class TrainConfig:
     Attributes:
         out: Folder of the run: `config.toml`, `metrics.jsonl`, `checkpoints/`.
         epochs: Passes over the cache.
+        steps: Optimizer steps, instead of epochs.
         seed: Of weights, order, augmentation and tasks.
         precision: `bf16` computes in mixed precision.
         compile: `torch.compile` the model.
@@ -159,6 +169,7 @@ class TrainConfig:
 
     out: str = "runs/train"
     epochs: float = 200.0
+    steps: int | None = None
     seed: int = 0
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = False
@@ -181,17 +192,20 @@ class TrainConfig:
             ("model.taps must be rising block numbers from 1", sorted({0, *taps}) != [0, *taps]),
             ("model.strides must be positive", min(self.model.strides) < 1),
             ("loss.d must be positive", self.loss.d <= 0),
-            ("epochs must be positive", self.epochs <= 0),
+            ("epochs and steps must be positive", min(self.epochs, self.steps or 1) <= 0),
+            ("seed and data.workers must not be negative", min(self.seed, self.data.workers) < 0),
             ("keep, checkpoint_every and log_every must be positive", min(intervals) < 1),
         ]
         for message, wrong in problems:
             if wrong:
                 raise InputError(message, where="configuration")
 
-    def steps(self, samples: int) -> int:
+    def total_steps(self, samples: int) -> int:
         """Optimizer steps of the run over a cache of `samples`."""
+        if self.steps is not None:
+            return self.steps
         return max(1, int(self.epochs * samples) // self.data.batch)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested values, as TOML and JSON take them."""
-        return asdict(self)
+        """Plain nested values, as TOML and JSON take them; what is None is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from pathlib import Path
 from typing import TypeVar, cast
 
 import cv2
@@ -27,7 +26,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipeline.errors import InputError
 from pipeline.sample import Sample, encode_distance
-from pipeline.shards import ShardReader
+from pipeline.shards import ShardIndex, ShardReader, read_index
+from pipeline.storage import Storage
 from pipeline.targets import IndexMap, boundary, edge_distance, geometry, resize_index
 from train.config import DataConfig
 
@@ -161,7 +161,7 @@ def make_item(sample: Sample, config: DataConfig, augmentation: Augmentation) ->
     index = np.ascontiguousarray(index)
 
     found = geometry(index, len(sample.segments))
-    instance = [s.isthing and not s.iscrowd for s in sample.segments] & (found.area > 0)
+    things = np.array([s.isthing and not s.iscrowd for s in sample.segments], np.bool_)
     return Item(
         key=sample.key,
         photo=np.ascontiguousarray(photo.transpose(2, 0, 1)),
@@ -173,7 +173,7 @@ def make_item(sample: Sample, config: DataConfig, augmentation: Augmentation) ->
         centroid=np.concatenate([np.zeros((1, 2)), np.nan_to_num(found.centroid)]).astype(
             np.float32
         ),
-        instance=np.concatenate([[False], instance]),
+        instance=np.concatenate([[False], things & (found.area > 0)]),
         label=np.array([-1, *(segment.label for segment in sample.segments)], np.int64),
     )
 
@@ -349,11 +349,14 @@ def jitter_colour(photo: Tensor, factors: Tensor) -> Tensor:
     return jittered.clamp(0, 1)
 
 
-def open_cache(config: DataConfig) -> ShardReader:
-    """The training cache; InputError where none is named or it is not finished."""
+def open_index(config: DataConfig) -> ShardIndex:
+    """The training cache's index; InputError where none is named or it is not finished."""
     if not config.cache:
         raise InputError("no cache is named", where="data.cache", remedy="--set data.cache=DIR")
-    return ShardReader(Path(config.cache))
+    index = read_index(Storage(config.cache))
+    if index.samples == 0:
+        raise InputError("the cache is empty", where=config.cache)
+    return index
 
 
 def indexed_loader(
@@ -370,10 +373,9 @@ def indexed_loader(
 
     It must not go through `Accelerator.prepare`: it is cut into ranks already.
     """
-    samples = len(reader)
-    if samples == 0:
-        raise InputError("the cache is empty", where=config.cache)
-    sampler = MicroBatches(config, seed=seed, samples=samples, steps=steps, rank=rank, world=world)
+    sampler = MicroBatches(
+        config, seed=seed, samples=len(reader), steps=steps, rank=rank, world=world
+    )
     return DataLoader(
         cast("Dataset[Batch]", CachedItems(reader, config, seed)),  # collated into batches
         batch_sampler=sampler,
@@ -382,11 +384,23 @@ def indexed_loader(
         pin_memory=pin,
         prefetch_factor=4 if config.workers else None,
         persistent_workers=False,
-        worker_init_fn=_quiet_worker if config.workers else None,
+        # Else starting draws from the global generator, and a resumed run differs.
+        generator=torch.Generator().manual_seed(seed),
+        worker_init_fn=prepare_worker if config.workers else None,
     )
 
 
-def _quiet_worker(_: int) -> None:
+def iterate(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """The loader's batches; an InputError of a worker process reads like one of this process."""
+    try:
+        yield from loader
+    except InputError as error:
+        # Its message has become a traceback, whose last line is the message.
+        line = str(error).splitlines()[-1]
+        raise InputError(line.removeprefix("pipeline.errors.InputError: ")) from None
+
+
+def prepare_worker(_: int) -> None:
     """One thread a loader process: the processes are the parallelism."""
     cv2.setNumThreads(1)
     torch.set_num_threads(1)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tomli_w
@@ -30,13 +32,25 @@ from train.checkpoint import (
     write_checkpoint,
 )
 from train.config import LossConfig, TrainConfig
-from train.data import accumulation, indexed_loader, jitter_colour, open_cache
+from train.data import accumulation, iterate, jitter_colour, open_index
 from train.encoding import make_encoding
 from train.losses import Distance, instance_loss, semantic_loss
 from train.model import PanopticModel, Task, check_size
 from train.optim import learning_rate, parameter_groups, set_learning_rate
+from train.stream import make_loader
 
 log = logging.getLogger(__name__)
+
+MAY_CHANGE = frozenset(
+    {
+        *("out", "epochs", "steps", "precision", "compile"),
+        *("checkpoint_every", "keep", "log_every"),
+        *("data.cache", "data.reader", "data.micro_batch", "data.workers"),
+        "model.gradient_checkpointing",
+        *("optim.lr", "optim.min_lr", "optim.warmup_epochs", "optim.clip_norm"),
+    }
+)
+"""Settings that a run may be resumed with other values of; the rest makes it another run."""
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR0915 - see above
@@ -72,10 +86,12 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
         )
 
     # The data. The loader is cut into ranks already and must not be prepared.
-    reader = open_cache(config.data)
-    samples, categories = len(reader), reader.index.categories
-    steps = config.steps(samples)
+    index = open_index(config.data)
+    samples, categories = index.samples, index.categories
+    steps = config.total_steps(samples)
     micro_batches = accumulation(config.data, world)
+    if begun is not None:
+        check_same_run(read_state(begun), config, index.fingerprint)
 
     # The model.
     set_seed(config.seed)
@@ -88,18 +104,21 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
         architecture=begun / ARCHITECTURE if begun else None,
     )
     check_size(config.data.size, config.data.size, model.patch_size)
+    model.to(device)  # before its optimizer, whose restored state follows the parameters
+    set_seed(config.seed + rank)  # the ranks drop different paths
     blocks = model.encoder.config.num_hidden_layers
     optimizer = torch.optim.AdamW(
         parameter_groups(model, blocks, config.optim), lr=0.0, betas=config.optim.betas
     )
     first = 0
     if begun is not None:
-        check_same_run(read_state(begun), config, reader.index.fingerprint)
         first = load_training(begun, model, optimizer, rank).step
         log.info("going on from %s", begun)
-    model.to(device)
     network, optimizer = accelerator.prepare(
-        torch.compile(model) if config.compile else model, optimizer
+        torch.compile(model) if config.compile else model,
+        optimizer,
+        # It would move AdamW's step counts to the GPU, where reading each waits for the device.
+        device_placement=[True, False],
     )
     if main:
         out.mkdir(parents=True, exist_ok=True)
@@ -107,16 +126,16 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
         keep_lines(metrics, first)
 
     # The steps.
-    loader = indexed_loader(
-        reader,
+    loader = make_loader(
         config.data,
+        index,
         seed=config.seed,
         steps=range(first, steps),
         rank=rank,
         world=world,
         pin=device.type == "cuda",
     )
-    batches = iter(loader)
+    batches = iterate(loader)
     warmup = round(config.optim.warmup_epochs * samples / config.data.batch)
     last, note = begun, ""
     with progress("train", steps, "steps", first) as advance:
@@ -147,8 +166,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
             optimizer.step()
             optimizer.zero_grad()
 
-            # The record.
-            if (step + 1) % config.log_every == 0 or step + 1 == steps:
+            # The record. No checkpoint is taken without a look at the loss.
+            saved = (step + 1) % config.checkpoint_every == 0 or step + 1 == steps
+            if (step + 1) % config.log_every == 0 or saved:
                 total, pixel, tv, dice = accelerator.reduce(sums, "mean").tolist()
                 if not np.isfinite(total):
                     raise InputError(
@@ -177,8 +197,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
                 advance(1, note)
 
             # The checkpoint.
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
-                state = TrainState(step + 1, reader.index.fingerprint, config, categories)
+            if saved:
+                state = TrainState(step + 1, index.fingerprint, config, categories)
                 last = save(
                     accelerator,
                     checkpoints,
@@ -219,10 +239,10 @@ def check_same_run(state: TrainState, config: TrainConfig, cache_fingerprint: st
             where=config.data.cache,
             remedy="resume with its cache, or start another run",
         )
-    before, now = state.config.to_dict(), config.to_dict()
+    before, now = flat(state.config.to_dict()), flat(config.to_dict())
     changed = [
         f"{name} was {before[name]}, now {now[name]}"
-        for name in ("model", "loss", "seed")
+        for name in sorted(before.keys() & now.keys() - MAY_CHANGE)
         if before[name] != now[name]
     ]
     if changed:
@@ -231,6 +251,15 @@ def check_same_run(state: TrainState, config: TrainConfig, cache_fingerprint: st
             where=config.out,
             remedy="resume with its config.toml, or start another run",
         )
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names, as `--set` takes them."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = isinstance(value, Mapping)
+        result |= flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return result
 
 
 def keep_lines(metrics: Path, step: int) -> None:

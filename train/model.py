@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Dinov2Backbone, Dinov2Config
 
 from pipeline.errors import InputError
 from train.config import ModelConfig, RandomBackbone
+from train.encoding import cell_centres
 
 Task = Literal["instance", "semantic", "both"]
 
@@ -110,9 +112,8 @@ class Decoder(nn.Module):
     def __init__(self, inputs: int, channels: int, strides: tuple[int, ...]) -> None:
         super().__init__()
         first, *rest = strides
-        kernel = max(2, first)
         layers: list[nn.Module] = [
-            nn.ConvTranspose2d(inputs, channels, kernel, stride=first),
+            nn.ConvTranspose2d(inputs, channels, first, stride=first),
             ChannelNorm(channels),
             nn.GELU(),
         ]
@@ -213,7 +214,7 @@ def _random_config(random: RandomBackbone) -> Any:
         num_hidden_layers=random.layers,
         num_attention_heads=random.heads,
         patch_size=random.patch_size,
-        image_size=16 * random.patch_size,
+        image_size=random.grid * random.patch_size,
     )
 
 
@@ -247,12 +248,22 @@ def _named_config(name: str) -> Any:
 
 def _load_weights(name: str, architecture: Any) -> Any:
     try:
-        return Dinov2Backbone.from_pretrained(name, config=architecture)
-    except (OSError, ValueError, RuntimeError) as error:
+        backbone, found = Dinov2Backbone.from_pretrained(
+            name, config=architecture, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         where = "folder" if Path(name).is_dir() else "hub"
         raise InputError(
             f"weights cannot be loaded from the {where}: {str(error).splitlines()[0]}", where=name
         ) from None
+    unused = {"embeddings.mask_token"}
+    if missing := sorted({*found["missing_keys"]} - unused):  # they would stay random
+        raise InputError(
+            f"{len(missing)} weights are missing, {missing[0]} first",
+            where=name,
+            remedy="give weights of a DINOv2",
+        )
+    return backbone.float()  # whatever precision they were saved in
 
 
 def start_from_sincos(backbone: Any, scale: float = 0.5) -> None:
@@ -264,8 +275,10 @@ def start_from_sincos(backbone: Any, scale: float = 0.5) -> None:
     positions = backbone.embeddings.position_embeddings  # (1, 1 + n * n, hidden)
     side = math.isqrt(positions.shape[1] - 1)
     quarter = positions.shape[2] // 4
-    frequencies = 1 / 10000 ** (torch.arange(quarter) / quarter)
-    angles = torch.arange(side)[:, None] * frequencies  # (n, hidden / 4)
+    # From half a period over the picture to one over two patches, the finest a grid can hold.
+    finest = math.log2(max(side, 2))
+    frequencies = math.pi / 2 * 2 ** torch.linspace(0, finest, quarter)
+    angles = cell_centres(side)[:, None] * frequencies  # (n, hidden / 4)
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (n, hidden / 2)
     grid = torch.cat(
         [

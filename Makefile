@@ -1,0 +1,84 @@
+# `make help` says what there is. Every target sets itself up in .venv.
+
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+# make demo
+DEMO   ?= runs/demo
+# make demo, make preprocess: a real dataset in COCO's layout
+COCO   ?=
+SPLIT  ?= val2017
+# make preprocess
+OUT       ?= runs/cache/$(SPLIT)
+FIT       ?= native
+SIZE      ?=
+WORKERS   ?= 2
+SCHEDULER ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format preprocess bench clean
+
+help:  ## Show this.
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/installed  ## Set up .venv with everything, pinned by constraints.txt.
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,tensorboard]"
+	touch $@
+
+demo: install  ## The whole path on made-up scenes, or on COCO=ROOT SPLIT=name: PQ and pictures.
+ifeq ($(COCO),)
+	$(BIN)/panoptic synth $(DEMO)/scenes --images 4000 --val-images 200 --seed 0
+	$(BIN)/panoptic preprocess --coco $(DEMO)/scenes --split train --out $(DEMO)/cache/train \
+	    --fit squash --size 64 --workers 2
+	rm -rf $(DEMO)/train
+	$(BIN)/accelerate launch --num_processes 1 -m train configs/demo.toml \
+	    --set out=$(DEMO)/train --set data.cache=$(DEMO)/cache/train
+	@echo "PQ on scenes it trained on:"
+	$(BIN)/panoptic evaluate --checkpoint $(DEMO)/train --coco $(DEMO)/scenes --split train \
+	    --limit 200 --out $(DEMO)/evaluate/train
+	@echo "PQ on held-out scenes:"
+	$(BIN)/panoptic evaluate --checkpoint $(DEMO)/train --coco $(DEMO)/scenes --split val \
+	    --out $(DEMO)/evaluate/val
+	@echo "Truth beside prediction: $(DEMO)/evaluate/val/comparison.png"
+	@echo "The report:              $(DEMO)/evaluate/val/report.html"
+else
+	$(BIN)/panoptic preprocess --coco $(COCO) --split $(SPLIT) --out $(DEMO)/$(SPLIT)/cache \
+	    --fit squash --size 128 --workers 2
+	rm -rf $(DEMO)/$(SPLIT)/train
+	$(BIN)/accelerate launch --num_processes 1 -m train configs/demo_coco.toml \
+	    --set out=$(DEMO)/$(SPLIT)/train --set data.cache=$(DEMO)/$(SPLIT)/cache
+	@echo "PQ on photos it trained on:"
+	$(BIN)/panoptic evaluate --checkpoint $(DEMO)/$(SPLIT)/train --coco $(COCO) --split $(SPLIT) \
+	    --limit 200 --out $(DEMO)/$(SPLIT)/evaluate
+	@echo "Truth beside prediction: $(DEMO)/$(SPLIT)/evaluate/comparison.png"
+	@echo "The report:              $(DEMO)/$(SPLIT)/evaluate/report.html"
+endif
+
+test: install  ## All tests.
+	$(BIN)/pytest
+
+check: install  ## Lint, format, types; and that torchvision is nowhere.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	! $(BIN)/pip show --quiet torchvision 2>/dev/null
+
+format: install  ## Format the code.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+preprocess: install  ## Render COCO=ROOT SPLIT=name into OUT [SIZE FIT WORKERS SCHEDULER].
+	$(BIN)/panoptic preprocess --coco "$(COCO)" --split $(SPLIT) --out $(OUT) --fit $(FIT) \
+	    $(if $(SIZE),--size $(SIZE)) \
+	    $(if $(SCHEDULER),--scheduler $(SCHEDULER),--workers $(WORKERS))
+
+bench: install  ## Measure against the obvious way and the floor.
+	for part in render load decode score step; do $(BIN)/panoptic bench $$part || exit 1; done
+
+clean:  ## Remove runs/ and caches of tools, not .venv.
+	rm -rf runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

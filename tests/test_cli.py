@@ -1,0 +1,303 @@
+"""The command line end to end on tiny data: every command, its JSON, its bad input."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cli
+from pipeline.config import build_config
+from train.config import TrainConfig
+from train.loop import train
+
+Run = Callable[..., tuple[int, str, str]]
+GOLDEN = Path(__file__).parents[1] / "../shared/golden/pq"
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> Run:
+    """Runs a command line in this process: exit code, standard output, logged warnings."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        caplog.clear()
+        monkeypatch.setattr(sys, "argv", ["panoptic", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        out, _ = capsys.readouterr()
+        lines = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+        return int(exit_.value.code or 0), out, "\n".join(lines)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of two steps: enough to predict, not to be right."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    random = {"hidden_size": 16, "layers": 2, "heads": 2, "patch_size": 7}
+    values: dict[str, Any] = {
+        "out": str(out),
+        "steps": 2,
+        "precision": "fp32",
+        "data": {"cache": str(tiny_cache), "size": 56, "batch": 4, "micro_batch": 4, "workers": 0},
+        "model": {"backbone": "random", "random": random, "taps": [1, 2], "channels": 8},
+    }
+    train(build_config(TrainConfig, values, where="test"))
+    return out
+
+
+def test_synth_then_preprocess_then_verify_then_inspect(run: Run, tmp_path: Path) -> None:
+    scenes, cache = tmp_path / "scenes", tmp_path / "cache"
+    assert run("synth", scenes, "--images", 6, "--val-images", 2, "--size", 64)[0] == 0
+    code, out, _ = run(
+        *("preprocess", "--coco", scenes, "--split", "train", "--out", cache),
+        *("--fit", "squash", "--size", 56, "--samples-per-shard", 4, "--workers", 0, "--json"),
+    )
+    result = json.loads(out)
+    assert code == 0
+    assert result.keys() == {"images", "written", "quarantined", "shards", "bytes", "seconds"}
+    assert (result["images"], result["written"], result["shards"]) == (6, 6, 2)
+
+    code, out, _ = run("verify", cache, "--deep", "--json")
+    assert code == 0
+    assert json.loads(out) == {"ok": True, "shards": 2, "samples": 6, "problems": []}
+    assert run("inspect", cache)[0] == 0
+    code, out, _ = run("inspect", cache / "train-00000.tar", "--json")
+    keys = [row["key"] for row in json.loads(out)["samples"]]
+    assert (code, len(keys)) == (0, 4)
+    assert run("inspect", cache, "--sample", keys[0], "--out", tmp_path / "sheet.png")[0] == 0
+    assert (tmp_path / "sheet.png").stat().st_size > 1000
+
+    (cache / "train-00001.tar").write_bytes(b"")
+    code, out, _ = run("verify", cache, "--json")
+    assert code == 1
+    assert json.loads(out)["problems"][0]["shard"] == "train-00001"
+
+
+def test_dry_run_writes_nothing(run: Run, tiny_root: Path, tmp_path: Path) -> None:
+    code, out, _ = run(
+        *("preprocess", "--coco", tiny_root, "--split", "train", "--out", tmp_path / "cache"),
+        *("--dry-run", "--json"),
+    )
+    outlook = json.loads(out)
+    assert code == 0
+    assert (outlook["images"], outlook["quarantined"], outlook["shards"]) == (12, 0, 1)
+    assert outlook["bytes"] > 0
+    assert not (tmp_path / "cache").exists()
+
+
+def test_exit_code_3_when_more_is_left_out_than_allowed(
+    run: Run, root: Path, tmp_path: Path
+) -> None:
+    photo = next((root / "train").iterdir())
+    photo.write_bytes(photo.read_bytes()[:200])
+    arguments = ("preprocess", "--coco", root, "--split", "train", "--workers", 0)
+    code, out, err = run(*arguments, "--out", tmp_path / "a", "--max-bad", 0, "--json")
+    assert code == 3
+    assert json.loads(out)["quarantined"] == 1
+    assert "quarantine.jsonl" in err
+    line = json.loads((tmp_path / "a" / "quarantine.jsonl").read_text())
+    assert line["file"] == photo.name
+    assert line["code"] == "photo-damaged"
+    assert run(*arguments, "--out", tmp_path / "b", "--max-bad", 0.1)[0] == 0
+
+
+def test_another_layout_by_three_paths(run: Run, tiny_root: Path, tmp_path: Path) -> None:
+    annotations = tiny_root / "annotations"
+    code, out, _ = run(
+        *("preprocess", "--images", tiny_root / "val", "--out", tmp_path / "cache"),
+        *("--panoptic-json", annotations / "panoptic_val.json"),
+        *("--panoptic-dir", annotations / "panoptic_val", "--workers", 0, "--json"),
+    )
+    assert (code, json.loads(out)["written"]) == (0, 4)
+    assert (tmp_path / "cache" / "val-00000.tar").exists()
+    assert run("preprocess", "--images", tiny_root / "val", "--out", tmp_path / "x")[0] == 2
+
+
+def test_evaluate_agrees_with_score_on_what_it_wrote(
+    run: Run, trained: Path, tiny_root: Path, tmp_path: Path
+) -> None:
+    code, out, _ = run(
+        *("evaluate", "--checkpoint", trained, "--coco", tiny_root, "--split", "val"),
+        *("--out", tmp_path, "--overlays", 2, "--json"),
+    )
+    result = json.loads(out)
+    assert code == 0
+    assert result.pop("images") == 4
+    assert result.pop("seconds_per_image").keys() >= {"network", "decode", "score"}
+    truth = tiny_root / "annotations" / "panoptic_val.json"
+    code, out, _ = run(
+        *("score", truth, tmp_path / "panoptic.json", "--pred-dir", tmp_path / "panoptic"),
+        "--json",
+    )
+    assert code == 0
+    assert json.loads(out) == result
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("panoptic", "panoptic.json", "scores.json", "overlays"),
+        *("comparison.png", "report.html"),
+    }
+    assert len(list((tmp_path / "overlays").iterdir())) == 2
+
+
+def test_predict_any_pictures(run: Run, trained: Path, tiny_root: Path, tmp_path: Path) -> None:
+    photos = sorted((tiny_root / "val").iterdir())
+    odd = tmp_path / "in"
+    odd.mkdir()
+    shutil.copy(photos[0], odd / "a.b.jpg")
+    shutil.copy(photos[1], odd / "c.jpg")
+    code, out, _ = run(
+        "predict", odd, photos[2], "--checkpoint", trained, "--out", tmp_path / "out", "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["pictures"] == 3
+    rows = json.loads((tmp_path / "out" / "panoptic.json").read_text())["annotations"]
+    assert [row["image_id"] for row in rows] == ["a.b.jpg", "c.jpg", photos[2].name]
+    for row in rows:
+        assert (tmp_path / "out" / "panoptic" / row["file_name"]).exists()
+    assert len(list((tmp_path / "out" / "overlays").iterdir())) == 3
+
+
+def test_model_meets_the_papers_totals(run: Run) -> None:
+    code, out, _ = run("model", "configs/coco_vitb_420.toml", "--json")
+    summary = json.loads(out)
+    assert code == 0
+    assert summary["parameters"]["total"] == pytest.approx(91.9e6, rel=0.01)
+    assert summary["taps"] == [3, 6, 9, 12]
+    assert run("model", "configs/coco_vitb_420.toml", "--set", "data.size=616")[0] == 0
+
+
+def test_ceiling(run: Run, tiny_root: Path) -> None:
+    code, out, _ = run("ceiling", "--coco", tiny_root, "--split", "val", "--size", 112, "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert result["images"] == 4
+    assert result["All"]["pq"] > 0.7
+
+
+def test_ceiling_on_real_photos(run: Run, coco_sample: Path) -> None:
+    code, out, _ = run(
+        "ceiling", "--coco", coco_sample, "--split", "val2017", "--size", 420, "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["All"]["pq"] > 0.94
+
+
+@pytest.mark.parametrize("part", ["render", "load", "decode", "score"])
+def test_bench_prints_ratios(run: Run, tiny_root: Path, part: str) -> None:
+    code, out, _ = run("bench", part, "--coco", tiny_root, "--split", "val", "--count", 2, "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert all(timing["ms"] > 0 for timing in result["timings"])
+    assert all(ratio > 0 for ratio in result["ratios"].values())
+
+
+def bad_input(root: Path, tmp_path: Path, trained: Path) -> dict[str, tuple[tuple[Any, ...], str]]:
+    """Command lines that must fail, each with a part of the line that says why."""
+    broken = tmp_path / "annotations" / "panoptic_broken.json"
+    broken.parent.mkdir()
+    broken.write_text('{"images": [')
+    (tmp_path / "bad.jpg").write_text("no picture")
+    (tmp_path / "bad.toml").write_text("[optim]\nlearning_rate = 1.0\n")
+    other = tmp_path / "step"
+    shutil.copytree(next((trained / "checkpoints").iterdir()), other)
+    state = json.loads((other / "state.json").read_text())
+    state["config"]["model"]["channels"] = 16
+    (other / "state.json").write_text(json.dumps(state))
+    sizes = json.loads((other / "complete.json").read_text())
+    sizes["state.json"]["size"] = (other / "state.json").stat().st_size
+    (other / "complete.json").write_text(json.dumps(sizes))
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    val = ("--coco", root, "--split", "val")
+    return {
+        "missing folder": (
+            ("preprocess", "--coco", tmp_path / "none", "--split", "val", "--out", cache),
+            "no such folder",
+        ),
+        "wrong split": (
+            ("preprocess", "--coco", root, "--split", "test", "--out", cache),
+            "splits here: train, val",
+        ),
+        "unreadable JSON": (
+            (
+                *("preprocess", "--images", root, "--panoptic-json", broken),
+                *("--panoptic-dir", root, "--out", cache),
+            ),
+            "panoptic_broken.json",
+        ),
+        "size with native": (("preprocess", *val, "--out", cache, "--size", 64), "--fit"),
+        "no scheduler": (
+            ("preprocess", *val, "--out", cache, "--scheduler", "tcp://127.0.0.1:9"),
+            "no Dask scheduler",
+        ),
+        "no cache": (("inspect", tmp_path), "index.json"),
+        "no checkpoint": (
+            ("evaluate", *val, "--checkpoint", tmp_path, "--out", out),
+            "no complete checkpoint",
+        ),
+        "checkpoint of another configuration": (
+            ("evaluate", *val, "--checkpoint", other, "--out", out),
+            "do not fit",
+        ),
+        "no picture": (
+            ("predict", tmp_path / "none.jpg", "--checkpoint", trained, "--out", out),
+            "no such picture",
+        ),
+        "damaged picture": (
+            ("predict", tmp_path / "bad.jpg", "--checkpoint", trained, "--out", out),
+            "not a readable picture",
+        ),
+        "unknown setting": (("model", tmp_path / "bad.toml"), "learning_rate"),
+        "no configuration": (("model", tmp_path / "none.toml"), "no such configuration"),
+        "no ground truth": (("score", tmp_path / "a.json", tmp_path / "b.json"), "a.json"),
+    }
+
+
+def test_bad_input_is_one_line_and_exit_code_1(
+    run: Run, tiny_root: Path, trained: Path, tmp_path: Path
+) -> None:
+    for name, (arguments, part) in bad_input(tiny_root, tmp_path, trained).items():
+        code, out, err = run(*arguments)
+        assert code == 1, name
+        assert part in err, name
+        assert len(err.splitlines()) == 1, name
+        assert not out, name
+
+
+def test_an_error_is_all_that_standard_error_shows(tmp_path: Path) -> None:
+    command = [sys.executable, "cli.py", "inspect", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert not done.stdout
+    assert "index.json" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_golden_scores_through_the_command_line(run: Run) -> None:
+    if not GOLDEN.is_dir():
+        pytest.skip("the golden cases are not on this machine")
+    for case in sorted(GOLDEN.iterdir()):
+        expected = json.loads((case / "expected.json").read_text())
+        arguments = (case / "gt.json", case / "pred.json", "--gt-dir", case / "gt")
+        code, out, err = run("score", *arguments, "--pred-dir", case / "pred", "--json")
+        if "error" in expected:
+            assert (code, out) == (1, ""), case.name
+            assert len(err.splitlines()) == 1, case.name
+            continue
+        found = json.loads(out)
+        for group in ("All", "Things", "Stuff"):
+            if expected[group] is None:
+                assert found[group] is None
+            else:
+                assert found[group] == pytest.approx(expected[group], abs=1e-12), case.name

@@ -1,0 +1,471 @@
+"""The loader: who gets which sample when, and targets that stay exact under augmentation."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from handmade import edge_case, make_sample, noise
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from pipeline.errors import InputError
+from pipeline.image import encode_jpeg
+from pipeline.sample import Sample, decode_distance, encode_distance
+from pipeline.shards import ShardReader
+from pipeline.targets import IndexMap, boundary, edge_distance, resize_index
+from train.config import DataConfig
+from train.data import (
+    PADDING,
+    Augmentation,
+    Batch,
+    Item,
+    MicroBatches,
+    accumulation,
+    collate,
+    draw_augmentation,
+    fitted_size,
+    indexed_loader,
+    iterate,
+    jitter_colour,
+    make_item,
+    open_index,
+    place_window,
+    step_places,
+)
+
+Fit = Literal["squash", "longest", "crop"]
+FITS: tuple[Fit, ...] = ("squash", "longest", "crop")
+
+
+# Order
+
+
+def config_of(micro: int, accumulated: int, world: int) -> DataConfig:
+    return DataConfig(batch=micro * accumulated * world, micro_batch=micro)
+
+
+def micro_batches(
+    config: DataConfig, samples: int, steps: range, rank: int = 0, world: int = 1
+) -> list[list[tuple[int, int]]]:
+    sampler = MicroBatches(config, seed=3, samples=samples, steps=steps, rank=rank, world=world)
+    found = list(sampler)
+    assert len(found) == len(sampler)
+    return found
+
+
+sizes = st.integers(1, 4)
+
+
+@given(st.integers(1, 30), sizes, sizes, sizes)
+def test_each_sample_comes_exactly_once_an_epoch(
+    samples: int, micro: int, accumulated: int, world: int
+) -> None:
+    config = config_of(micro, accumulated, world)
+    steps = math.ceil(3 * samples / config.batch)
+    places: Counter[tuple[int, int]] = Counter()
+    for rank in range(world):
+        batches = micro_batches(config, samples, range(steps), rank, world)
+        assert {len(batch) for batch in batches} == {micro}
+        assert len(batches) == steps * accumulated
+        places.update(place for batch in batches for place in batch)
+    whole = {(epoch, position) for epoch in range(3) for position in range(samples)}
+    assert all(places[place] == 1 for place in whole)
+    assert set(places.values()) == {1}
+    assert {epoch for epoch, _ in places.keys() - whole} <= set(range(3, 3 + config.batch + 1))
+
+
+@given(st.integers(1, 30), st.sampled_from([(1, 12), (2, 6), (3, 4), (4, 1), (6, 2), (12, 1)]))
+def test_a_step_holds_the_same_samples_on_any_number_of_ranks(
+    samples: int, cut: tuple[int, int]
+) -> None:
+    world, micro = cut
+    config = DataConfig(batch=12, micro_batch=micro)
+    for step in range(4):
+        together = [
+            place
+            for rank in range(world)
+            for batch in micro_batches(config, samples, range(step, step + 1), rank, world)
+            for place in batch
+        ]
+        assert sorted(together) == sorted(step_places(3, samples, 12, step))
+
+
+@given(st.integers(1, 30), sizes, sizes, sizes, st.integers(0, 8))
+def test_resuming_at_a_step_goes_on_with_its_batches(
+    samples: int, micro: int, accumulated: int, world: int, first: int
+) -> None:
+    config = config_of(micro, accumulated, world)
+    for rank in range(world):
+        whole = micro_batches(config, samples, range(8), rank, world)
+        rest = micro_batches(config, samples, range(first, 8), rank, world)
+        assert whole[first * accumulated :] == rest
+
+
+def test_steps_span_epochs_and_epochs_differ() -> None:
+    first, second = step_places(0, 5, 4, 0), step_places(0, 5, 4, 1)
+    assert [epoch for epoch, _ in first + second] == [0] * 5 + [1] * 3
+    orders = [[p for _, p in step_places(0, 50, 50, epoch)] for epoch in range(3)]
+    assert orders[0] != orders[1] != orders[2] != list(range(50))
+    assert orders[0] != [p for _, p in step_places(1, 50, 50, 0)]
+    assert len(step_places(0, 3, 8, 0)) == 8  # a cache smaller than a batch
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    assert accumulation(DataConfig(batch=24, micro_batch=4), 2) == 3
+    with pytest.raises(InputError, match=r"batch of 24 .* micro-batches of 4 on 4 ranks"):
+        accumulation(DataConfig(batch=24, micro_batch=4), 4)
+
+
+# Augmentation
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_position() -> None:
+    config = DataConfig()
+    places = [(epoch, position) for epoch in range(3) for position in range(20)]
+    drawn = [draw_augmentation(config, 1, place) for place in places]
+    assert drawn == [draw_augmentation(config, 1, place) for place in places]
+    assert len({repr(augmentation) for augmentation in drawn}) == len(places)
+    assert drawn != [draw_augmentation(config, 2, place) for place in places]
+
+
+def test_augmentation_stays_in_its_ranges() -> None:
+    config = DataConfig(scale=(0.5, 2.0), colour=0.3)
+    drawn = [draw_augmentation(config, 0, (0, position)) for position in range(400)]
+    scales = np.array([augmentation.scale for augmentation in drawn])
+    assert scales.min() >= 0.5
+    assert scales.max() <= 2.0
+    assert abs(np.log(scales).mean()) < 0.06  # log-uniform around 1: four standard errors
+    colours = np.array([augmentation.colour for augmentation in drawn])
+    assert colours.min() >= 0.7
+    assert colours.max() <= 1.3
+    places = np.array([augmentation.place for augmentation in drawn])
+    assert places.min() >= 0
+    assert places.max() <= 1
+    assert 150 < sum(augmentation.flip for augmentation in drawn) < 250
+
+
+def test_switches_turn_augmentation_off() -> None:
+    assert draw_augmentation(DataConfig(augment=False), 0, (0, 0)) == Augmentation()
+    places = [(0, position) for position in range(50)]
+    calm = DataConfig(flip=False, colour=0.0, scale=(1.0, 1.0))
+    for place in places:
+        drawn = draw_augmentation(calm, 0, place)
+        assert drawn == Augmentation(place=drawn.place)
+
+
+@st.composite
+def blocky_maps(draw: st.DrawFn) -> IndexMap:
+    """Maps of blocks of 4 px or more, so that no segment vanishes at half the size."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    height, width, block = (draw(st.integers(1, 5)), draw(st.integers(1, 5)), draw(sizes) + 3)
+    index = rng.integers(0, 5, (height, width))
+    index[rng.integers(height), rng.integers(width)] = 4
+    return index.astype(np.uint8).repeat(block, 0).repeat(block, 1)
+
+
+augmentations = st.builds(
+    Augmentation,
+    flip=st.booleans(),
+    scale=st.floats(0.5, 2.0),
+    place=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+
+
+def table_sample(index: IndexMap) -> Sample:
+    """Row 1 is a thing, 2 stuff, 3 crowd, 4 a thing."""
+    return make_sample(index, things=(1, 3, 4), crowds=(3,))
+
+
+def placed(index: IndexMap, config: DataConfig, augmentation: Augmentation) -> list[list[int]]:
+    """What each pixel of the input shows, by loops: a row, or -1 outside the picture."""
+    side = config.size
+    height, width = (
+        max(1, round(length * augmentation.scale))
+        for length in fitted_size(index.shape[0], index.shape[1], side, config.fit)
+    )
+    resized = resize_index(index, (height, width)).tolist()
+    top = round((height - side) * augmentation.place[1])
+    left = round((width - side) * augmentation.place[0])
+    result = []
+    for y in range(top, top + side):
+        row = [
+            resized[y][x] if 0 <= y < height and 0 <= x < width else -1
+            for x in range(left, left + side)
+        ]
+        result.append(row[::-1] if augmentation.flip else row)
+    return result
+
+
+@settings(deadline=None)
+@given(blocky_maps(), st.sampled_from(FITS), st.integers(4, 24), augmentations)
+def test_targets_equal_those_of_the_transformed_map(
+    index: IndexMap, fit: Fit, side: int, augmentation: Augmentation
+) -> None:
+    config = DataConfig(size=side, fit=fit)
+    item = make_item(table_sample(index), config, augmentation)
+    shown = placed(index, config, augmentation)
+    assert item.index.tolist() == [[max(row, 0) for row in line] for line in shown]
+    void = {-1: PADDING, 0: 1, 3: 2}
+    assert item.void.tolist() == [[void.get(row, 0) for row in line] for line in shown]
+    assert len(item.centroid) == len(item.instance) == len(item.label) == 5
+    assert item.label.tolist() == [-1, 0, 1, 2, 3]
+    for row in range(5):
+        pixels = [
+            (y, x) for y, line in enumerate(shown) for x, value in enumerate(line) if value == row
+        ]
+        assert item.instance[row] == (row in {1, 4} and len(pixels) > 0)
+        if item.instance[row]:
+            v, u = (2 * (np.mean(pixels, axis=0) + 0.5) / side - 1).tolist()
+            assert item.centroid[row].tolist() == pytest.approx([u, v], abs=1e-6)
+
+
+@settings(deadline=None)
+@given(blocky_maps(), st.integers(12, 40), st.floats(0.5, 1.0))
+def test_distances_survive_an_isotropic_scale(index: IndexMap, side: int, scale: float) -> None:
+    """With s the scale, within (sqrt 2 + 1/4) s + sqrt(2)/2 + 1/2 pixels.
+
+    Let e be the distance of a pixel's centre to the nearest border line between two segments.
+    The distance d to the nearest boundary pixel's centre lies in [e - 1/2, e + sqrt(2)/2].
+    Nearest-neighbour resizing moves a border line by half a pixel an axis at most, e by
+    sqrt(2)/2, and reads a source pixel whose centre is half a source pixel an axis away, which is
+    s sqrt(2)/2. Codes are rounded to half pixels: s / 4. In sum s d' - d is at most
+    s sqrt(2)/2 + 1/2 + sqrt(2)/2 + s sqrt(2)/2 + s/4, and d - s d' less.
+    """
+    length = min(index.shape)
+    square = index[:length, :length]
+    used = np.unique(square[square > 0])
+    square = np.where(square > 0, np.searchsorted(used, square) + 1, 0).astype(np.uint8)
+    assume(round(side * scale) >= length / 2)  # else segments of 4 px might vanish
+    item = make_item(make_sample(square), DataConfig(size=side), Augmentation(scale=scale))
+    inside = item.void != PADDING
+    new = round(side * scale)
+    picture = item.index[inside].reshape(new, new)
+    anew = edge_distance(boundary(picture))
+    carried = decode_distance(item.eds[inside].reshape(new, new)) * item.eds_scale
+    assert item.eds_scale == pytest.approx(new / length)
+    if np.isinf(anew).any():
+        assert np.isinf(carried).all()
+        return
+    bound = (math.sqrt(2) + 0.25) * item.eds_scale + math.sqrt(2) / 2 + 0.5
+    assert np.abs(anew - carried).max() <= bound
+
+
+def test_an_image_without_segments_trains() -> None:
+    sample = make_sample(np.zeros((6, 8), np.uint8))
+    batch = collate([make_item(sample, DataConfig(size=6), Augmentation())])
+    assert batch.label.tolist() == [[-1]]
+    assert batch.instance.tolist() == [[False]]
+    assert (batch.eds == 255).all()
+
+
+@settings(deadline=None)
+@given(blocky_maps(), st.integers(4, 24), augmentations)
+def test_a_squash_computes_distances_anew(
+    index: IndexMap, side: int, augmentation: Augmentation
+) -> None:
+    if index.shape[0] == index.shape[1]:
+        index = np.concatenate([index, index[:1]])
+    config = DataConfig(size=side)
+    item = make_item(table_sample(index), config, augmentation)
+    new = max(1, round(side * augmentation.scale))
+    distance = edge_distance(boundary(resize_index(index, (new, new))))
+    codes = place_window(new, new, side, augmentation.place).cut(encode_distance(distance), 255)
+    assert item.eds.tolist() == (codes[:, ::-1] if augmentation.flip else codes).tolist()
+    assert item.eds_scale == 1.0
+
+
+def test_a_cache_of_the_right_size_is_handed_out_untouched() -> None:
+    sample = table_sample(edge_case("segment in pieces").repeat(8, 0).repeat(8, 1))
+    item = make_item(sample, DataConfig(size=24), Augmentation())
+    assert item.index.tolist() == sample.index.tolist()
+    assert item.eds.tolist() == sample.eds.tolist()
+    assert item.void.tolist() == sample.void.tolist()
+    assert item.eds_scale == 1.0
+    flipped = make_item(sample, DataConfig(size=24), Augmentation(flip=True))
+    assert flipped.eds.tolist() == sample.eds[:, ::-1].tolist()
+    assert flipped.photo.tolist() == item.photo[:, :, ::-1].tolist()
+    np.testing.assert_allclose(flipped.centroid[1:], item.centroid[1:] * [-1, 1], atol=1e-6)
+
+
+def test_fits_show_what_they_promise() -> None:
+    sample = table_sample(np.ones((20, 40), np.uint8))
+    for fit, padded in zip(FITS, (0.0, 0.5, 0.0), strict=True):
+        item = make_item(sample, DataConfig(size=16, fit=fit), Augmentation())
+        assert (item.void == PADDING).mean() == padded
+
+
+def ramp(height: int, width: int) -> NDArray[np.uint8]:
+    """Red rises to the right, green downwards."""
+    x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
+    return np.stack([255 * x, 255 * y, 0 * x], axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        Augmentation(),
+        Augmentation(flip=True),
+        Augmentation(scale=0.6, place=(0.2, 0.9)),
+        Augmentation(scale=1.7, place=(0.8, 0.1), flip=True),
+        Augmentation(scale=4.0, place=(0.3, 0.6)),
+    ],
+)
+def test_photo_and_maps_show_the_same_place(fit: Fit, augmentation: Augmentation) -> None:
+    height, width = 48, 80
+    rows = np.arange(height)[:, None] // 4 * 20 + np.arange(width) // 4 + 1
+    sample = replace(make_sample(rows.astype(np.uint8)), photo=encode_jpeg(ramp(height, width), 95))
+    config = DataConfig(size=64, fit=fit)
+    item = make_item(sample, config, augmentation)
+    inside = item.void != PADDING
+    row = item.index[inside].astype(int) - 1
+    wanted = np.stack([(row % 20 * 4 + 2) / width, (row // 20 * 4 + 2) / height]) * 255
+    found = item.photo[:2, inside].astype(float)
+    # Half a block of 4 px is 2 / 48 of the ramp; the rest is JPEG's and resizing's.
+    assert np.abs(found - wanted).max() < 255 * 2 / 48 + 6
+    assert np.abs((found - wanted).mean()) < 3
+    assert item.photo[:, ~inside].max(initial=0) == 0
+
+
+def test_more_than_255_segments_reach_the_batch() -> None:
+    many = make_sample(edge_case("300 segments"), things=range(1, 301))
+    few = make_sample(np.ones((15, 20), np.uint8))
+    config = DataConfig(size=20, fit="longest")
+    items = [make_item(sample, config, Augmentation()) for sample in (many, few)]
+    batch = collate(items)
+    assert batch.index.dtype == torch.int32
+    assert batch.index[0].max() == 300
+    assert batch.label.shape == (2, 301)
+    assert batch.instance[0].sum() == 300
+    assert collate(items[1:]).index.dtype == torch.uint8
+
+
+def test_tables_are_padded_with_rows_of_no_segment() -> None:
+    maps = [np.full((6, 6), 1, np.uint8), edge_case("one row").repeat(6, 0)]
+    items = [make_item(make_sample(m), DataConfig(size=6), Augmentation()) for m in maps]
+    batch = collate(items)
+    assert batch.keys == tuple(item.key for item in items)
+    assert batch.centroid.shape == (2, 4, 2)
+    assert batch.label.tolist() == [[-1, 0, -1, -1], [-1, 0, 1, 2]]
+    assert batch.instance.tolist() == [[False, True, False, False]] * 2
+    assert batch.centroid[0, 2:].abs().sum() == 0
+    for number, item in enumerate(items):
+        for field in fields(Item):
+            if field.name != "key":
+                value = np.asarray(getattr(item, field.name))
+                found = getattr(batch, field.name)[number].numpy()
+                np.testing.assert_allclose(found[: len(value)] if value.ndim else found, value)
+    assert batch.photo.dtype == batch.eds.dtype == batch.void.dtype == torch.uint8
+    assert batch.eds_scale.dtype == batch.centroid.dtype == torch.float32
+
+
+def test_colour_jitter() -> None:
+    photo = torch.from_numpy(noise((5, 6)).transpose(2, 0, 1)[None].repeat(2, 0).copy())
+    plain = jitter_colour(photo, torch.ones(2, 3))
+    torch.testing.assert_close(plain, photo.float() / 255)
+    factors = torch.tensor([[0.9, 1.2, 0.8], [1.0, 0.0, 1.0]])
+    found = jitter_colour(photo, factors)
+    scaled = photo[0].double() / 255 * 0.9
+    contrast = scaled.mean() + (scaled - scaled.mean()) * 1.2
+    wanted = contrast.mean(0) + (contrast - contrast.mean(0)) * 0.8
+    torch.testing.assert_close(found[0].double(), wanted.clamp(0, 1), atol=1e-5, rtol=0)
+    assert found[1].std() < 1e-6  # no contrast: the mean everywhere
+
+
+# The loader
+
+
+def load(
+    cache: Path, config: DataConfig, steps: range, *, rank: int = 0, world: int = 1
+) -> list[Batch]:
+    reader = ShardReader(cache)
+    return list(
+        iterate(indexed_loader(reader, config, seed=5, steps=steps, rank=rank, world=world))
+    )
+
+
+def same_batches(one: list[Batch], other: list[Batch]) -> bool:
+    def plain(batch: Batch) -> list[object]:
+        values = [getattr(batch, field.name) for field in fields(Batch)]
+        return [v.tolist() if isinstance(v, torch.Tensor) else v for v in values]
+
+    return [plain(batch) for batch in one] == [plain(batch) for batch in other]
+
+
+SMALL = DataConfig(size=28, batch=4, micro_batch=2, workers=0)
+
+
+def test_batches_do_not_depend_on_workers_and_resume_anywhere(tiny_cache: Path) -> None:
+    alone = load(tiny_cache, SMALL, range(4))
+    assert len(alone) == 8
+    assert same_batches(load(tiny_cache, replace(SMALL, workers=2), range(4)), alone)
+    assert same_batches(load(tiny_cache, SMALL, range(3, 4)), alone[6:])
+    assert not same_batches(alone[:1], alone[6:7])
+    keys = [key for batch in alone[:6] for key in batch.keys]
+    assert sorted(keys) == sorted(ShardReader(tiny_cache).keys)
+
+
+def test_an_epoch_augments_anew(tiny_cache: Path) -> None:
+    batches = load(tiny_cache, SMALL, range(6))
+    photos: dict[str, list[torch.Tensor]] = {}
+    for batch in batches:
+        for key, photo in zip(batch.keys, batch.photo, strict=True):
+            photos.setdefault(key, []).append(photo)
+    assert len(photos) == 12
+    assert all(len(seen) == 2 and not torch.equal(*seen) for seen in photos.values())
+    still = load(tiny_cache, replace(SMALL, augment=False), range(6))
+    first: dict[str, torch.Tensor] = {}
+    for batch in still:
+        for key, photo in zip(batch.keys, batch.photo, strict=True):
+            assert torch.equal(photo, first.setdefault(key, photo))
+
+
+def test_starting_the_loader_leaves_the_global_generator_alone(tiny_cache: Path) -> None:
+    before = torch.get_rng_state()
+    load(tiny_cache, SMALL, range(1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_padding_counts_for_nothing(tiny_cache: Path) -> None:
+    config = replace(SMALL, scale=(0.5, 0.6), batch=12, micro_batch=12)
+    (batch,) = load(tiny_cache, config, range(1))
+    padding = batch.void == PADDING
+    assert 0.6 < padding.float().mean() < 0.8
+    assert batch.index[padding].max() == 0
+    assert batch.eds[padding].min() == 255
+    assert (batch.label[:, 0] == -1).all()
+    assert not batch.instance[:, 0].any()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_photo_is_one_line_that_names_it(cache: Path, workers: int) -> None:
+    reader = ShardReader(cache)
+    shard = sorted(cache.glob("*.tar"))[0]
+    entry = json.loads(shard.with_suffix(".json").read_text())["samples"][0]
+    offset, size = entry["members"][1]  # the photo, see MEMBERS
+    with shard.open("r+b") as file:
+        file.seek(offset)
+        file.write(bytes(size))
+    position = reader.keys.index(entry["key"])
+    step = next(s for s in range(12) if position == step_places(5, 12, 1, s)[0][1])
+    config = replace(SMALL, batch=1, micro_batch=1, workers=workers)
+    with pytest.raises(InputError, match="photo damaged") as caught:
+        load(cache, config, range(step, step + 1))
+    assert str(caught.value).startswith(f"{entry['key']}.jpg: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cache_must_be_named_and_finished(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no cache is named"):
+        open_index(DataConfig())
+    with pytest.raises(InputError, match="no index"):
+        open_index(DataConfig(cache=str(tmp_path)))
