@@ -35,9 +35,9 @@ ifeq ($(COCO),)
 	$(BIN)/panoptic synth $(DEMO)/scenes --images 4000 --val-images 200 --seed 0
 	$(BIN)/panoptic preprocess --coco $(DEMO)/scenes --split train --out $(DEMO)/cache/train \
 	    --fit squash --size 64 --workers 2
-	rm -rf $(DEMO)/train
-	$(BIN)/accelerate launch --num_processes 1 -m train configs/demo.toml \
-	    --set out=$(DEMO)/train --set data.cache=$(DEMO)/cache/train
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
+	    --dynamo_backend no -m train configs/demo.toml \
+	    --set out=$(DEMO)/train --set data.cache=$(DEMO)/cache/train --resume
 	@echo "PQ on scenes it trained on:"
 	$(BIN)/panoptic evaluate --checkpoint $(DEMO)/train --coco $(DEMO)/scenes --split train \
 	    --limit 200 --out $(DEMO)/evaluate/train
@@ -49,9 +49,9 @@ ifeq ($(COCO),)
 else
 	$(BIN)/panoptic preprocess --coco $(COCO) --split $(SPLIT) --out $(DEMO)/$(SPLIT)/cache \
 	    --fit squash --size 128 --workers 2
-	rm -rf $(DEMO)/$(SPLIT)/train
-	$(BIN)/accelerate launch --num_processes 1 -m train configs/demo_coco.toml \
-	    --set out=$(DEMO)/$(SPLIT)/train --set data.cache=$(DEMO)/$(SPLIT)/cache
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
+	    --dynamo_backend no -m train configs/demo_coco.toml \
+	    --set out=$(DEMO)/$(SPLIT)/train --set data.cache=$(DEMO)/$(SPLIT)/cache --resume
 	@echo "PQ on photos it trained on:"
 	$(BIN)/panoptic evaluate --checkpoint $(DEMO)/$(SPLIT)/train --coco $(COCO) --split $(SPLIT) \
 	    --limit 200 --out $(DEMO)/$(SPLIT)/evaluate

@@ -17,16 +17,17 @@ from skimage.measure import label as connected
 from torch import Tensor
 
 from evaluate.peaks import (
-    CHUNK,
     Instances,
+    Rules,
     bin_votes,
+    candidates_of,
     choose,
+    chunks,
     find_candidates,
     nearest_cells,
     neighbour_distance,
-    noise_variance,
+    off_grid,
     packed_argmax,
-    prototypes_of,
     refine,
 )
 from evaluate.segments import DecodedSegment, PanopticMap, number, paint
@@ -34,7 +35,6 @@ from evaluate.smoothing import Regions, find_regions, smooth
 from pipeline.errors import InputError
 from train.encoding import (
     GRID_CELLS,
-    AxisCosts,
     ClassificationCode,
     DirectCode,
     Encoding,
@@ -43,41 +43,56 @@ from train.encoding import (
     gamma,
 )
 
-
 __all__ = ["DecodeConfig", "DecodedSegment", "PanopticMap", "decode"]
+
+SPARSE = 16
+STRIDE = 2
+RA = 2
+REFINEMENTS = 2
+"""Moves of each prototype to the mean of its votes; a third changes nothing."""
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Settings of the decoder; noise is a variance a channel, over that of the grid's rounding.
+    """Settings of the decoder.
+
+    Squared distances are in code space. Noise is a variance a channel of the codes, over that of
+    rounding to the grid; a prediction is 0.02 to 0.2 noisy. Amplitude is the length of a code along
+    its grid point's: void 0, a clean code 1.
 
     Attributes:
         cells: Cells an axis of the voting grid (section 5.1).
-        vote_amplitude: Length of a code, void 0 and clean 1, from which its pixel votes. Above one
-            half, since mixtures at edges are no instances.
-        smooth_votes: Pixels of smoothing radius for noise 1: the window grows as the noise does.
+        vote_amplitude: Amplitude from which a pixel votes: above one half, since mixtures of an
+            instance and void, at edges, are neither.
+        vote_outlier: Times the noise that a voting code may be off its grid point: mixtures of two
+            instances are off by more.
+        smooth_votes: Pixels of smoothing radius for noise 1. The window grows as the noise does,
+            so that a clean prediction keeps its smallest objects.
         max_smooth: Largest radius, in pixels of the network's output.
-        clean: Noise below which even neighbouring cells can be two instances.
-        gap: Least mean squared distance, over that of neighbouring cells, by which an instance
-            must explain its pixels better than the others do.
-        gap_noise: What noise 1 adds to the gap, as a squared distance.
-        saved: Least sum of squared distances, over its pixels, that an instance must explain.
+        clean: Noise up to which neighbouring cells, and every pixel's vote, are told apart.
+        gap: Least mean squared distance by which an instance must explain its pixels better than
+            the others do, over that of neighbouring cells: they are two instances if clean.
+        gap_noise: What noise 1 adds to it: the scatter of one instance must not look like two.
+        saved: Least sum of such squared distances over the pixels of an instance.
         saved_noise: What noise 1 adds to it.
-        label_cost: What a differing label adds in the voting, as `gap`: below it, so that a label
-            alone never splits an instance.
+        label_cost: Squared distance, over that of neighbouring cells, for a differing label: below
+            `gap`, so that a wrong label alone never splits an instance.
         cap: Squared distance, over |gamma|^2 = L, from which a vote is an outlier.
-        trust: How far the semantic head moves the border of 1/2 in amplitude between instance and
-            none: a pixel of a thing class needs 1/2 - trust, another one 1/2 + trust.
-        assign_label_cost: Squared distance, over L, that a differing label adds in the assignment.
-        rescue_amplitude: A region of a thing class that no instance claims is one, if its mean
-            code is that long. Small objects lose length in a blurred prediction, crowds have none.
+        trust: How far the semantic head moves the border between instance and none: a pixel of a
+            thing class needs an amplitude of 1/2 - trust, any other 1/2 + trust.
+        label_amplitude: Amplitude that a differing label counts for in the assignment.
+        rescue_amplitude: A region of a thing class that no instance claims becomes one, if its mean
+            code is that long: small objects lose length in a blurred prediction, crowds have none.
+        rescue_noise: What noise 1 adds to it.
+        rescue_area: Pixels of the network's output such a region must have.
         min_instance_area: Pixels of the network's output below which an instance is dropped.
-        min_stuff_area: Native pixels below which a stuff segment is dropped.
+        min_stuff_area: Native pixels below which a stuff segment is dropped: at edges, the semantic
+            head mentions classes that are not there.
     """
 
     cells: int = GRID_CELLS
     vote_amplitude: float = 0.65
-    outlier: float = 2.0
+    vote_outlier: float = 0.75
     smooth_votes: float = 45.0
     max_smooth: int = 10
     clean: float = 0.005
@@ -88,12 +103,31 @@ class DecodeConfig:
     label_cost: float = 0.2
     cap: float = 1.0
     trust: float = 0.125
-    assign_label_cost: float = 0.5
+    label_amplitude: float = 0.125
     rescue_amplitude: float = 0.3
     rescue_noise: float = 0.5
     rescue_area: int = 40
     min_instance_area: int = 4
     min_stuff_area: int = 64
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """An image as the decoder sees it; P = h w pixels.
+
+    Attributes:
+        codes: (4L, P) float32 positional codes.
+        labels: (P,) int64 semantic labels.
+        thing: (P,) bool, whether the label is a thing class.
+        regions: The pixels of thing classes, to be smoothed.
+        size: (h, w).
+    """
+
+    codes: Tensor
+    labels: Tensor
+    thing: Tensor
+    regions: Regions
+    size: tuple[int, int]
 
 
 def decode(
@@ -122,83 +156,73 @@ def decode(
         InputError: The prediction holds NaN or infinite values.
     """
     settings = config or DecodeConfig()
-    flags = isthing.to(instance.device)
     return [
-        _decode_one(
-            to_positional(code.float().flatten(1), encoding).unflatten(1, code.shape[-2:]),
-            logits.float(),
-            isthing=flags,
-            size=size,
-            config=settings,
-        )
+        decode_image(code, logits, encoding, isthing=isthing, size=size, config=settings)
         for code, logits, size in zip(instance, semantic, sizes, strict=True)
     ]
 
 
-def to_positional(code: Tensor, encoding: Encoding) -> Tensor:
-    """Codes of any encoding as positional ones, so that one geometry serves all.
-
-    Direct: gamma of the coordinates, times the instance channel. Classification: the expectation of
-    gamma under the predicted probabilities, void counting as zero.
-
-    Args:
-        code: (channels, P).
-        encoding: What they are.
-
-    Returns:
-        (4L, P).
-    """
-    match encoding:
-        case DirectCode():
-            harmonics = PositionalCode().harmonics
-            colour = code[:2].clamp(0, 1) * 2 - 1
-            halves = gamma(colour, harmonics) * code[2].clamp(0, 1)[:, None]  # (2, P, 2L)
-            # clamp keeps NaN; an infinite colour would pass for one on the edge
-            return torch.where(
-                code.isfinite().all(0), halves.transpose(1, 2).flatten(0, 1), torch.nan
-            )
-        case ClassificationCode():
-            costs: AxisCosts = encoding.axis_costs(code, encoding.cells)
-            grid = gamma(
-                cell_centres(encoding.cells, device=code.device), PositionalCode().harmonics
-            )
-            return torch.cat([(-axis).exp() @ grid for axis in (costs.u, costs.v)], dim=1).T
-        case _:
-            return code
-
-
-def _decode_one(
-    code: Tensor,
-    logits: Tensor,
+def decode_image(
+    instance: Tensor,
+    semantic: Tensor,
+    encoding: Encoding,
     *,
     isthing: Tensor,
     size: tuple[int, int],
     config: DecodeConfig,
 ) -> PanopticMap:
-    """One image: (4L, h, w) codes, (C, h, w) logits."""
-    best, flat_labels = packed_argmax(logits.flatten(1))
-    if not bool((best.isfinite().all() & code.sum().isfinite())):
+    """Decodes (channels, h, w) codes and (C, h, w) logits of one image; see `decode`."""
+    isthing = isthing.to(semantic.device)
+    best, labels = packed_argmax(semantic.flatten(1).float())
+    codes = to_positional(instance.flatten(1).float(), encoding)
+    if not bool(best.isfinite().all() & codes.sum().isfinite()):
         raise InputError(
             "the network's output holds NaN or infinite values",
             remedy="check the checkpoint, or run the network in float32",
             code="prediction-not-finite",
         )
-    labels = flat_labels.view(code.shape[-2:])
     thing = isthing[labels]
-    regions = find_regions(labels, thing)
-    codes = code.flatten(1)
-    inside = codes[:, regions.pixels]
-    noise = measure_noise(inside, config)
+    height, width = instance.shape[-2:]
+    regions = find_regions(labels.view(height, width), thing.view(height, width))
+    pixels = Pixels(codes, labels, thing, regions, (height, width))
+    noise = measure_noise(codes.index_select(1, regions.pixels[::SPARSE]), config)
     radius = min(round(config.smooth_votes * noise), config.max_smooth)
-    found = find_instances(
-        smooth(inside, regions, radius), flat_labels[regions.pixels], noise, config
+    found = find_instances(pixels, noise, radius, config)
+    member = assign(pixels, found, radius // RA, config)
+    member = rescue(pixels, member, noise, config)
+    painting = paint(
+        member.view(height, width),
+        labels.view(height, width),
+        isthing,
+        min_instance_area=config.min_instance_area,
     )
-    member = assign(
-        codes, inside, flat_labels, thing.flatten(), regions, radius // 2, found, config
-    )
-    member = rescue(member.view_as(labels), codes, labels, thing, noise, config)
-    painting = paint(member, labels, isthing, min_instance_area=config.min_instance_area)
     return number(painting, size, min_stuff_area=config.min_stuff_area)
+
+
+def to_positional(code: Tensor, encoding: Encoding) -> Tensor:
+    """Codes of any encoding as positional ones, so that one geometry serves all.
+
+    Direct: gamma of the coordinates, times the instance channel. Classification: the expectation
+    of gamma under the predicted probabilities, void counting as zero.
+
+    Args:
+        code: (channels, P) float32.
+        encoding: What they are.
+
+    Returns:
+        (4L, P), NaN where a code is NaN.
+    """
+    harmonics = PositionalCode().harmonics
+    match encoding:
+        case DirectCode():
+            position = gamma(code[:2] * 2 - 1, harmonics)  # (2, P, 2L)
+            return (position * code[2].clamp(0, 1)[:, None]).transpose(1, 2).flatten(0, 1)
+        case ClassificationCode():
+            costs = encoding.axis_costs(code, encoding.cells)
+            grid = gamma(cell_centres(encoding.cells, device=code.device), harmonics)
+            return torch.cat([(-axis).exp() @ grid for axis in (costs.u, costs.v)], dim=1).T
+        case _:
+            return code
 
 
 def measure_noise(code: Tensor, config: DecodeConfig) -> float:
@@ -208,121 +232,115 @@ def measure_noise(code: Tensor, config: DecodeConfig) -> float:
         code: (4L, N) codes of pixels of thing classes.
         config: Settings.
     """
-    some = code[:, ::4]
-    nearest = nearest_cells(some, config.cells)
+    nearest = nearest_cells(code, config.cells)
     clear = nearest.amplitude.amin(0) > 0.5
     if not bool(clear.any()):
         return 0.0
+    # A coordinate is off by up to half a cell, its square by 1/12 on average, on either axis.
     rounding = neighbour_distance(code.shape[0] // 4, config.cells) / 6 / (code.shape[0] - 2)
-    return max(float(noise_variance(some, nearest)[clear].median()) - rounding, 0.0)
+    return max(float(off_grid(code, nearest)[clear].median()) - rounding, 0.0)
 
 
-def find_instances(code: Tensor, labels: Tensor, noise: float, config: DecodeConfig) -> Instances:
+def find_instances(pixels: Pixels, noise: float, radius: int, config: DecodeConfig) -> Instances:
     """The instances of an image.
 
     Args:
-        code: (4L, N) smoothed codes of pixels of thing classes.
-        labels: (N,) semantic labels.
+        pixels: The image.
         noise: See `measure_noise`.
+        radius: Of the smoothing before the vote, in pixels.
         config: Settings.
 
     Returns:
-        K instances, on the device of `code`.
+        K instances, on the device of the codes.
     """
-    harmonics = code.shape[0] // 4
-    stride = 1 if noise <= config.clean else 2  # smoothed neighbours say the same
-    code, labels = code[:, ::stride], labels[::stride]
+    regions = pixels.regions
+    clean = noise <= config.clean
+    stride = STRIDE  # smoothed neighbours say the same
+    code = smooth(pixels.codes.index_select(1, regions.pixels), regions, radius)[:, ::stride]
+    code = code.contiguous()
+    labels = pixels.labels[regions.pixels[::stride]]
     nearest = nearest_cells(code, config.cells)
-    near = neighbour_distance(harmonics, config.cells)
-    limit = near / 2 / (code.shape[0] - 2) + config.outlier * noise
-    votes = (nearest.amplitude.amin(0) > config.vote_amplitude) & (
-        noise_variance(code, nearest) < limit
-    )
+    near = neighbour_distance(code.shape[0] // 4, config.cells)
+    off = near / 2 / (code.shape[0] - 2) + config.vote_outlier * noise
+    amplitude = nearest.amplitude.amin(0)
+    votes = (amplitude > config.vote_amplitude) & (off_grid(code, nearest) < off)
+    votes = votes.nonzero()[:, 0]
     bins = bin_votes(
-        code[:, votes],
-        labels[votes],
-        type(nearest)(nearest.column[votes], nearest.row[votes], nearest.amplitude[:, votes]),
-        config.cells,
+        code.index_select(1, votes), labels[votes], nearest.row[votes], nearest.column[votes], config.cells
     )
-    radius = 0 if noise <= config.clean else 1
-    peaks = find_candidates(bins, config.cells, radius=radius)
-    cap, label_cost = config.cap * harmonics, config.label_cost * near
-    found = choose(
-        bins,
-        Instances(prototypes_of(bins, peaks, radius=radius), bins.label[peaks]),
-        cap=cap,
-        label_cost=label_cost,
+    suppression = 0 if clean else 1
+    peaks = find_candidates(bins, config.cells, radius=suppression)
+    rules = Rules(
+        cap=config.cap * code.shape[0] / 4,
+        label_cost=config.label_cost * near,
         gap=config.gap * near + config.gap_noise * noise,
         saved=(config.saved + config.saved_noise * noise) / stride,
     )
-    for _ in range(2):
-        found = refine(bins, found, cap=cap, label_cost=label_cost)
+    found = choose(bins, candidates_of(bins, peaks, radius=suppression), rules)
+    for _ in range(REFINEMENTS):
+        found = refine(bins, found, rules)
     return Instances(found.prototypes.to(code.device), found.labels.to(code.device))
 
 
-def assign(
-    codes: Tensor,
-    inside: Tensor,
-    labels: Tensor,
-    thing: Tensor,
-    regions: Regions,
-    radius: int,
-    found: Instances,
-    config: DecodeConfig,
-) -> Tensor:
-    """(P,) int64: 0 = none, k = instance k - 1, the nearest in code space unless void is nearer."""
+def assign(pixels: Pixels, found: Instances, radius: int, config: DecodeConfig) -> Tensor:
+    """The instance nearest to each pixel's code, unless void is nearer.
+
+    |x - g|^2 - |x|^2 = 2L - 2 x . g, so an instance beats void if x . g / 2L, the amplitude,
+    exceeds 1/2.
+
+    Args:
+        pixels: The image.
+        found: K instances.
+        radius: Of the smoothing of codes within thing classes, in pixels.
+        config: Settings.
+
+    Returns:
+        (P,) int64: 0 = none, k = instance k - 1.
+    """
+    labels, regions = pixels.labels, pixels.regions
     member = torch.zeros_like(labels)
     if len(found.labels) == 0:
         return member
-    harmonics = codes.shape[0] // 4
+    codes = pixels.codes
     if radius:
-        codes = codes.index_copy(1, regions.pixels, smooth(inside, regions, radius))
-    # |x - g|^2 - |x|^2 = 2 L - 2 x . g, so the amplitude x . g / 2 L is compared with 1/2.
-    bar = torch.where(thing, 0.5 - config.trust, 0.5 + config.trust)
-    step = CHUNK if codes.device.type == "cpu" else len(labels)
-    for start in range(0, len(labels), step):
-        part = slice(start, start + step)
-        amplitude = (found.prototypes / (2 * harmonics)) @ codes[:, part]
-        differs = (found.labels[:, None] != labels[part]) & thing[part]
-        amplitude -= differs * (config.assign_label_cost / 4)
+        inside = smooth(codes.index_select(1, regions.pixels), regions, radius)
+        codes = codes.index_copy(1, regions.pixels, inside)
+    bar = torch.where(pixels.thing, 0.5 - config.trust, 0.5 + config.trust)
+    scaled = found.prototypes / (codes.shape[0] / 2)
+    for part in chunks(len(labels), codes.device):
+        amplitude = scaled @ codes[:, part]  # (K, chunk)
+        differs = (found.labels[:, None] != labels[part]) & pixels.thing[part]
+        amplitude -= config.label_amplitude * differs
         best, index = packed_argmax(amplitude)
         member[part] = torch.where(best > bar[part], index + 1, 0)
     return member
 
 
-def rescue(
-    member: Tensor, codes: Tensor, labels: Tensor, thing: Tensor, noise: float, config: DecodeConfig
-) -> Tensor:
+def rescue(pixels: Pixels, member: Tensor, noise: float, config: DecodeConfig) -> Tensor:
     """Makes instances of connected regions of a thing class that hardly any instance claims.
 
     Args:
-        member: (h, w) int64, see `assign`.
-        codes: (4L, P) codes.
-        labels: (h, w) int64 semantic labels.
-        thing: (h, w) bool, pixels of thing classes.
+        pixels: The image.
+        member: (P,) int64, see `assign`.
+        noise: See `measure_noise`.
         config: Settings.
 
     Returns:
-        (h, w) int64, `member` with further instances.
+        (P,) int64, `member` with further instances.
     """
-    regions = torch.from_numpy(
-        connected(torch.where(thing, labels + 1, 0).cpu().numpy(), background=0, connectivity=2)
-    ).to(labels.device)
-    free = thing & (member == 0)
-    count = int(regions.max()) + 1
-    area = torch.bincount(regions.flatten(), minlength=count)
-    unclaimed = torch.bincount(regions[free], minlength=count)
+    classes = torch.where(pixels.thing, pixels.labels + 1, 0).view(pixels.size).cpu().numpy()
+    region = torch.from_numpy(connected(classes, background=0, connectivity=2))
+    region = region.flatten().to(member.device)
+    free = pixels.thing & (member == 0)
+    area = torch.bincount(region)
+    unclaimed = torch.bincount(region[free], minlength=len(area))
     lost = (2 * unclaimed > area) & (unclaimed >= config.rescue_area)
-    lost[0] = False
-    pixels = (free & lost[regions]).flatten().nonzero()[:, 0]
-    if len(pixels) == 0:
+    inside = (free & lost[region]).nonzero()[:, 0]
+    if len(inside) == 0:
         return member
-    region = regions.flatten()[pixels]
-    total = codes.new_zeros(codes.shape[0], count).index_add_(1, region, codes[:, pixels])
-    mean = total[:, lost] / unclaimed[lost]
-    alive = nearest_cells(mean, config.cells).amplitude.amin(0) > config.rescue_amplitude + config.rescue_noise * noise
-    lost[lost.clone()] = alive
+    total = pixels.codes.new_zeros(len(pixels.codes), len(area))
+    total.index_add_(1, region[inside], pixels.codes.index_select(1, inside))
+    amplitude = nearest_cells(total / unclaimed.clamp_min(1), config.cells).amplitude.amin(0)
+    lost &= amplitude > config.rescue_amplitude + config.rescue_noise * noise
     numbers = torch.where(lost, lost.cumsum(0) + member.max(), 0)
-    result = member.flatten().clone()
-    result[pixels] = numbers[region]
-    return result.view_as(member)
+    return member.index_copy(0, inside, numbers[region[inside]])

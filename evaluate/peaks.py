@@ -1,4 +1,4 @@
-"""Which instances a picture holds: votes on the grid of centroids, then the fewest that explain them.
+"""Which instances a picture holds: votes on the grid of centroids, then the few that explain them.
 
 Every voting pixel falls into a bin: the cell nearest to its code, and its semantic label. Peaks of
 the votes are candidates. A greedy choice then takes the candidate that explains the codes best,
@@ -8,6 +8,8 @@ not on pixels.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -47,12 +49,36 @@ class NearestCells:
     amplitude: Tensor
 
 
+@dataclass(frozen=True)
+class Rules:
+    """When a candidate is an instance; squared distances in code space.
+
+    Attributes:
+        cap: From here on a vote is not explained at all.
+        label_cost: What a differing label counts for.
+        gap: Least mean distance that an instance must take off from the votes it improves.
+        saved: Least sum of them.
+    """
+
+    cap: float
+    label_cost: float
+    gap: float
+    saved: float
+
+
+def chunks(size: int, device: torch.device) -> Iterator[slice]:
+    """Slices of `CHUNK` pixels on a processor, one of all pixels elsewhere."""
+    step = CHUNK if device.type == "cpu" else max(size, 1)
+    for start in range(0, size, step):
+        yield slice(start, start + step)
+
+
 def packed_argmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum over the first dimension and its index, several times faster than `torch.max`.
 
     A plain maximum is vectorised, one with indices is not: so the index rides in the lowest bits
-    of the number. The maximum is off by at most a relative 2^-23 times the power of two that holds
-    the n indices (2^-15 for 133 classes), and candidates closer than that count as equal.
+    of the number. For n candidates these are ceil(log2 n) of 23 bits of precision (relative 2^-15
+    is left for 133 classes), and scores closer than that count as equal.
 
     Args:
         scores: (n, P) float32.
@@ -62,18 +88,13 @@ def packed_argmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     """
     count, size = scores.shape
     mask = (1 << (count - 1).bit_length()) - 1
+    # Counting down, equal positive scores go to the first candidate.
     tags = torch.arange(count - 1, -1, -1, dtype=torch.int32, device=scores.device)[:, None]
     best = torch.empty(size, dtype=torch.float32, device=scores.device)
-    step = CHUNK if scores.device.type == "cpu" else size
-    buffer = torch.empty((count, min(step, size)), dtype=torch.int32, device=scores.device)
-    for start in range(0, size, step):
-        chunk = scores[:, start : start + step].view(torch.int32)
-        tagged = buffer[:, : chunk.shape[1]]
-        torch.bitwise_and(chunk, ~mask, out=tagged)
-        tagged |= tags
-        torch.amax(tagged.view(torch.float32), 0, out=best[start : start + step])
-    index = (count - 1) - (best.view(torch.int32) & mask).long()
-    return best, index
+    for part in chunks(size, scores.device):
+        tagged = scores[:, part].view(torch.int32).bitwise_and(~mask).bitwise_or_(tags)
+        torch.amax(tagged.view(torch.float32), 0, out=best[part])
+    return best, (count - 1) - (best.view(torch.int32) & mask).long()
 
 
 def nearest_cells(code: Tensor, cells: int) -> NearestCells:
@@ -90,16 +111,13 @@ def nearest_cells(code: Tensor, cells: int) -> NearestCells:
     size = code.shape[1]
     best = code.new_empty(2, size)
     place = torch.empty((2, size), dtype=torch.int64, device=code.device)
-    for axis, part in enumerate(code.unflatten(0, (2, 2 * harmonics))):
-        for start in range(0, size, CHUNK):
-            stop = start + CHUNK
-            best[axis, start:stop], place[axis, start:stop] = packed_argmax(
-                grid @ part[:, start:stop]
-            )
+    for axis, half in enumerate(code.view(2, 2 * harmonics, size)):
+        for part in chunks(size, code.device):
+            best[axis, part], place[axis, part] = packed_argmax(grid @ half[:, part])
     return NearestCells(column=place[0], row=place[1], amplitude=best / harmonics)
 
 
-def noise_variance(code: Tensor, nearest: NearestCells) -> Tensor:
+def off_grid(code: Tensor, nearest: NearestCells) -> Tensor:
     """(P,) variance a channel of what a code holds beside its cell's, whatever its amplitude."""
     harmonics = code.shape[0] // 4
     explained = harmonics * nearest.amplitude.square().sum(0)
@@ -131,17 +149,28 @@ class Bins:
     column: Tensor
 
 
-def bin_votes(code: Tensor, labels: Tensor, nearest: NearestCells, cells: int) -> Bins:
-    """Sums the votes of P pixels by cell and label; (4L, P) codes, (P,) labels."""
-    key = (labels * cells + nearest.row) * cells + nearest.column
-    keys, inverse, counts = key.unique(return_inverse=True, return_counts=True)
+def bin_votes(code: Tensor, labels: Tensor, rows: Tensor, columns: Tensor, cells: int) -> Bins:
+    """Sums the votes of P pixels by cell and label.
+
+    Args:
+        code: (4L, P).
+        labels: (P,) int64.
+        rows: (P,) int64 cells.
+        columns: (P,) int64 cells.
+        cells: Cells an axis.
+
+    Returns:
+        The bins, most votes first, on the processor: from here on the work is small.
+    """
+    keys, inverse, counts = torch.unique(
+        (labels * cells + rows) * cells + columns, return_inverse=True, return_counts=True
+    )
     total = code.new_zeros(len(keys), code.shape[0]).index_add_(0, inverse, code.T)
-    weight = counts.to(code.dtype)
-    order = weight.argsort(descending=True, stable=True)[:MAX_BINS]
-    keys = keys[order]
+    order = counts.argsort(descending=True, stable=True)[:MAX_BINS]
+    keys, weight = keys[order], counts[order].to(code.dtype)
     return Bins(
-        weight=weight[order].cpu(),
-        code=(total[order] / weight[order, None]).cpu(),
+        weight=weight.cpu(),
+        code=(total[order] / weight[:, None]).cpu(),
         label=(keys // cells**2).cpu(),
         row=(keys // cells % cells).cpu(),
         column=(keys % cells).cpu(),
@@ -165,33 +194,33 @@ def find_candidates(bins: Bins, cells: int, *, radius: int) -> Tensor:
     """
     if radius == 0:
         return torch.arange(len(bins.weight))[:MAX_CANDIDATES]
-    labels, layer = bins.label.unique(return_inverse=True)
-    votes = torch.zeros(len(labels), cells, cells)
-    votes[layer, bins.row, bins.column] = bins.weight
+    labels, layer = torch.unique(bins.label, return_inverse=True)
+    votes = torch.zeros(len(labels), 1, cells, cells)
+    votes[layer, 0, bins.row, bins.column] = bins.weight
     kernel = torch.tensor([0.5, 1.0, 0.5])
-    votes = F.conv2d(votes[:, None], (kernel[:, None] * kernel)[None, None], padding=1)
-    peak = (votes == F.max_pool2d(votes, 3, 1, 1))[:, 0]
-    score = votes[:, 0][layer, bins.row, bins.column]
-    peaks = peak[layer, bins.row, bins.column].nonzero()[:, 0]
-    order: Tensor = score[peaks].argsort(descending=True, stable=True)
+    votes = F.conv2d(votes, (kernel[:, None] * kernel)[None, None], padding=1)
+    highest = F.max_pool2d(votes, 3, 1, 1)[layer, 0, bins.row, bins.column]
+    score = votes[layer, 0, bins.row, bins.column]
+    peaks = (score == highest).nonzero()[:, 0]
+    order = score[peaks].argsort(descending=True, stable=True)
     return peaks[order][:MAX_CANDIDATES]
 
 
-def prototypes_of(bins: Bins, candidates: Tensor, *, radius: int) -> Tensor:
-    """(Kc, 4L) mean code of the bins around each candidate that share its label."""
+def candidates_of(bins: Bins, peaks: Tensor, *, radius: int) -> Instances:
+    """The peaks, with the mean code of the bins of their label within `radius` cells."""
     near = (
-        (bins.label[candidates][:, None] == bins.label)
-        & ((bins.row[candidates][:, None] - bins.row).abs() <= radius)
-        & ((bins.column[candidates][:, None] - bins.column).abs() <= radius)
+        (bins.label[peaks][:, None] == bins.label)
+        & ((bins.row[peaks][:, None] - bins.row).abs() <= radius)
+        & ((bins.column[peaks][:, None] - bins.column).abs() <= radius)
     )
-    return normalised((near * bins.weight) @ bins.code)
+    return Instances(normalised((near * bins.weight) @ bins.code), bins.label[peaks])
 
 
 def normalised(code: Tensor) -> Tensor:
     """Scales the u and the v half of (K, 4L) codes to the length of gamma, sqrt(L)."""
     harmonics = code.shape[1] // 4
-    halves = code.unflatten(1, (2, 2 * harmonics))
-    return (F.normalize(halves, dim=2) * harmonics**0.5).flatten(1)
+    halves = code.view(-1, 2, 2 * harmonics)
+    return F.normalize(halves, dim=2).flatten(1) * math.sqrt(harmonics)
 
 
 def bin_costs(bins: Bins, instances: Instances, label_cost: float) -> Tensor:
@@ -200,31 +229,25 @@ def bin_costs(bins: Bins, instances: Instances, label_cost: float) -> Tensor:
     return distance + label_cost * (bins.label[:, None] != instances.labels)
 
 
-def choose(
-    bins: Bins, candidates: Instances, *, cap: float, label_cost: float, gap: float, saved: float
-) -> Instances:
+def choose(bins: Bins, candidates: Instances, rules: Rules) -> Instances:
     """Greedy choice of the instances that explain the votes, as in facility location.
 
-    A bin costs its distance to the nearest chosen instance, at most `cap`. A candidate is worth
-    what it would take off. It must take off `gap` on average from the bins it improves, else it
-    only splits the scatter of another one, and `saved` altogether.
+    A vote costs its distance to the nearest chosen instance, at most `cap`. A candidate is worth
+    what it takes off, and is taken only if that is more than the scatter of those chosen.
 
     Args:
         bins: The votes.
         candidates: Their peaks.
-        cap: Squared distance from which a bin is not explained at all.
-        label_cost: Squared distance that a differing label counts for.
-        gap: Least mean squared distance taken off.
-        saved: Least squared distance taken off, summed over votes.
+        rules: What counts as more.
     """
-    cost = bin_costs(bins, candidates, label_cost).clamp_max(cap)
-    current = torch.full_like(bins.weight, cap)
+    cost = bin_costs(bins, candidates, rules.label_cost).clamp_max(rules.cap)
+    current = torch.full_like(bins.weight, rules.cap)
     chosen: list[int] = []
     while len(chosen) < len(candidates.labels):
         relief = (current[:, None] - cost).clamp_min(0)
         total = bins.weight @ relief
         helped = bins.weight @ (relief > 0).to(cost.dtype)
-        fair = (total >= gap * helped) & (total >= saved) & (helped > 0)
+        fair = (total >= rules.gap * helped) & (total >= rules.saved) & (helped > 0)
         if not bool(fair.any()):
             break
         best = int((total * fair).argmax())
@@ -233,15 +256,14 @@ def choose(
     return Instances(candidates.prototypes[chosen], candidates.labels[chosen])
 
 
-def refine(bins: Bins, instances: Instances, *, cap: float, label_cost: float) -> Instances:
+def refine(bins: Bins, instances: Instances, rules: Rules) -> Instances:
     """Moves each prototype to the mean of the bins nearest to it: finer than the grid."""
     if len(instances.labels) == 0:
         return instances
-    cost, nearest = bin_costs(bins, instances, label_cost).min(1)
-    weight = bins.weight * (cost < cap)
-    total = torch.zeros_like(instances.prototypes).index_add_(
-        0, nearest, bins.code * weight[:, None]
-    )
+    cost, nearest = bin_costs(bins, instances, rules.label_cost).min(1)
+    weight = bins.weight * (cost < rules.cap)
+    total = torch.zeros_like(instances.prototypes)
+    total.index_add_(0, nearest, bins.code * weight[:, None])
     moved = torch.bincount(nearest, weight, minlength=len(total)) > 0
     prototypes = torch.where(moved[:, None], normalised(total), instances.prototypes)
     return Instances(prototypes, instances.labels)

@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from evaluate.peaks import packed_argmax
+
 
 @dataclass(frozen=True)
 class DecodedSegment:
@@ -97,30 +99,27 @@ def resize_values(values: Tensor, size: tuple[int, int]) -> Tensor:
         values: (h, w) int64.
         size: (H, W).
     """
-    rows, row_shift = _neighbours(values.shape[0], size[0], values.device)
-    columns, column_shift = _neighbours(values.shape[1], size[1], values.device)
+    rows, row_shift = _nearest(values.shape[0], size[0], values.device)
+    columns, column_shift = _nearest(values.shape[1], size[1], values.device)
     result = values[rows][:, columns]
     if size[0] <= values.shape[0] or size[1] <= values.shape[1]:
         return result
-    height, width = values.shape
-    # per source pixel and side, whether its 2 x 2 block is of several values
-    y, x = rows[:, None].expand(size), columns[None].expand(size)
-    y2 = (rows + row_shift.sign().long()).clamp(0, height - 1)[:, None].expand(size)
-    x2 = (columns + column_shift.sign().long()).clamp(0, width - 1)[None].expand(size)
-    across, down = values[y, x2], values[y2, x]
-    mixed = ((across != result) | (down != result)).flatten().nonzero()[:, 0]
-    y_weight = row_shift.abs()[mixed // size[1]]
-    x_weight = column_shift.abs()[mixed % size[1]]
-    near, far = 1 - y_weight, y_weight
-    left, right = 1 - x_weight, x_weight
+    mixed = _edges(values)[rows][:, columns].flatten().nonzero()[:, 0]
+    y, x = mixed // size[1], mixed % size[1]
+    row, column = rows[y], columns[x]
+    below = (row + row_shift[y].sign().long()).clamp(0, values.shape[0] - 1)
+    beside = (column + column_shift[x].sign().long()).clamp(0, values.shape[1] - 1)
     corners = torch.stack(
-        [part.flatten()[mixed] for part in (result, across, down, values[y2, x2])]
+        [values[row, column], values[row, beside], values[below, column], values[below, beside]]
     )  # (4, N)
-    weights = torch.stack([near * left, near * right, far * left, far * right])
+    far_row, far_column = row_shift.abs()[y], column_shift.abs()[x]
+    row_weights = torch.stack([1 - far_row, far_row])  # (2, N)
+    column_weights = torch.stack([1 - far_column, far_column])
+    weights = (row_weights[:, None] * column_weights).flatten(0, 1)
     votes = ((corners[:, None] == corners) * weights).sum(1)
-    flat = result.flatten()
-    flat[mixed] = corners.gather(0, votes.argmax(0, keepdim=True))[0]
-    return flat.view(size)
+    _, winner = packed_argmax(votes)
+    result.view(-1)[mixed] = corners.gather(0, winner[None])[0]
+    return result
 
 
 def number(painting: Painting, size: tuple[int, int], *, min_stuff_area: int) -> PanopticMap:
@@ -150,7 +149,20 @@ def number(painting: Painting, size: tuple[int, int], *, min_stuff_area: int) ->
     return PanopticMap(ids=ids.int()[values].cpu().numpy(), segments=segments)
 
 
-def _neighbours(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _edges(values: Tensor) -> Tensor:
+    """(h, w) bool, pixels that differ from one of their eight neighbours."""
+    edges = torch.zeros_like(values, dtype=torch.bool)
+    across = values[:, 1:] != values[:, :-1]
+    edges[:, 1:] |= across
+    edges[:, :-1] |= across
+    across = values[1:] != values[:-1]
+    down = edges.clone()
+    for one, other in ((slice(1, None), slice(None, -1)), (slice(None, -1), slice(1, None))):
+        down[one] |= across | edges[other]
+    return down
+
+
+def _nearest(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Nearest source index of each target pixel, and the signed offset from its centre."""
     place = (torch.arange(target, device=device) + 0.5) * (source / target)
     index = place.long().clamp_max(source - 1)

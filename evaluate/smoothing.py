@@ -1,4 +1,4 @@
-"""Means of codes within regions of one semantic label, at a cost that does not grow with the radius.
+"""Means of codes within regions of one semantic label, at a cost that is the same for any radius.
 
 Noise of a prediction is local, an instance is not: averaging neighbours of the same label removes
 the one and keeps the other. The window is a cross-shaped region (Zhang, Lu and Lafruit 2009, for
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,8 @@ def smooth(values: Tensor, regions: Regions, radius: int) -> Tensor:
     if radius == 0:
         return values
     along_rows = _line_mean(values, regions.rows, radius)
-    upright = _line_mean(along_rows[:, regions.to_columns], regions.columns, radius)
-    return upright[:, regions.to_rows]
+    upright = _line_mean(along_rows.index_select(1, regions.to_columns), regions.columns, radius)
+    return upright.index_select(1, regions.to_rows)
 
 
 def _lines(labels: Tensor, places: Tensor, length: int) -> Lines:
@@ -108,5 +107,7 @@ def _line_mean(values: Tensor, lines: Lines, radius: int) -> Tensor:
     here = torch.arange(values.shape[1], device=values.device)
     low = torch.maximum(here - radius, lines.first)
     high = torch.minimum(here + radius, lines.last) + 1
-    total = F.pad(values.cumsum(1), (1, 0))
-    return (total[:, high] - total[:, low]) / (high - low)
+    total = values.new_zeros(values.shape[0], values.shape[1] + 1)
+    torch.cumsum(values, 1, out=total[:, 1:])
+    mean = total.index_select(1, high).sub_(total.index_select(1, low))
+    return mean.div_(high - low)

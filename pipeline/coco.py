@@ -7,12 +7,15 @@ panoptic format will do. What is wrong with one image never stops the others; it
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import struct
 import zlib
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,6 +135,12 @@ class CocoLayout:
             raise InputError(f"no split {split}", where=layout.panoptic_json, remedy=remedy)
         return layout
 
+    def absolute(self) -> CocoLayout:
+        """The same for whoever works in another folder, such as a Dask worker."""
+        return CocoLayout(
+            self.images.absolute(), self.panoptic_json.absolute(), self.panoptic_dir.absolute()
+        )
+
     def check(self) -> None:
         """Raises InputError where a folder or the file is missing."""
         for folder, what in ((self.images, "photos"), (self.panoptic_dir, "panoptic PNGs")):
@@ -170,22 +179,70 @@ def read_dataset(layout: CocoLayout) -> CocoPanoptic:
     Raises:
         InputError: A folder or file is missing, or the JSON is not a panoptic annotation file.
     """
+    layout = layout.absolute()
     layout.check()
     source = layout.panoptic_json
-    data = source.read_bytes()
-    digest = hashlib.sha256(data).hexdigest()
+    with source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     try:
-        content = json.loads(data)
-        del data
-        categories = read_categories(content["categories"], source)
-        images, annotations = content["images"], content["annotations"]
-        return _join(layout, categories, images, annotations, digest)
+        with _collector_paused():
+            content = _parse(source)
+            categories = read_categories(content["categories"], source)
+            images, annotations = content["images"], content["annotations"]
+            return _join(layout, categories, images, annotations, digest)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"not a COCO panoptic annotation file: {type(error).__name__} {error}",
             where=source,
             remedy="it needs images, annotations with segments_info, and categories",
         ) from None
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Halves the time of making millions of objects, none of which is garbage."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+        # Later collections would walk them all again and again.
+        gc.freeze()
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _parse(source: Path) -> dict[str, Any]:
+    """The annotation file, with segments in their final form where that is possible.
+
+    COCO's largest file has 360 MB and 1.3 million segments. Making them while parsing means that
+    their dicts, three times as large, are never there together.
+    """
+    data = source.read_bytes()
+    text = data.decode(json.detect_encoding(data), "surrogatepass")
+    del data
+    content: dict[str, Any] = json.loads(text, object_hook=_segment_or_row)
+    return content
+
+
+def _segment_or_row(row: dict[str, Any]) -> dict[str, Any] | SegmentInfo:
+    if "category_id" not in row:
+        return row
+    try:
+        return _segment(row)
+    except (KeyError, TypeError, ValueError):
+        return row  # the image it belongs to will be named
+
+
+def _segment(row: dict[str, Any]) -> SegmentInfo:
+    box = row.get("bbox")
+    return SegmentInfo(
+        int(row["id"]),
+        int(row["category_id"]),
+        bool(row.get("iscrowd", 0)),
+        row.get("area"),
+        tuple(box) if box is not None else None,
+    )
 
 
 def read_categories(rows: list[dict[str, Any]], source: Path) -> tuple[Category, ...]:
@@ -273,13 +330,7 @@ def _record(
         height=int(image["height"]),
         width=int(image["width"]),
         segments=tuple(
-            SegmentInfo(
-                id=int(row["id"]),
-                category_id=int(row["category_id"]),
-                iscrowd=bool(row.get("iscrowd", 0)),
-                area=row.get("area"),
-                bbox=tuple(row["bbox"]) if row.get("bbox") is not None else None,
-            )
+            row if isinstance(row, SegmentInfo) else _segment(row)
             for row in annotation["segments_info"]
         ),
     )

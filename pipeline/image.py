@@ -43,7 +43,7 @@ def render_image(
             code="size-mismatch",
         )
     index = index_map(ids, [segment.id for segment in record.segments])
-    if np.any((index == 0) & (ids != 0)):
+    if cv2.countNonZero(index) < cv2.countNonZero(ids):
         repairs["png-id-unknown"] += 1
     size = fitted_size(ids.shape, config)
     index, kept = drop_empty_rows(index, len(record.segments))
@@ -105,24 +105,21 @@ def fitted_size(size: tuple[int, ...], config: RenderConfig) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Photo:
-    """A photo as it lies on disk and decoded.
+    """A photo.
 
     Attributes:
         data: JPEG bytes; of a colour photo, the file's own.
-        rgb: (H, W, 3) uint8.
+        size: (height, width).
+        rgb: (H, W, 3) uint8, where the settings ask for another size.
     """
 
     data: bytes
-    rgb: NDArray[np.uint8]
-
-    @property
-    def size(self) -> tuple[int, ...]:
-        """(height, width)."""
-        return self.rgb.shape[:2]
+    size: tuple[int, int]
+    rgb: NDArray[np.uint8] | None = None
 
     def resized(self, size: tuple[int, int], quality: int) -> bytes:
         """JPEG bytes at another size; the file's own where the size stays."""
-        if size == self.size:
+        if size == self.size or self.rgb is None:
             return self.data
         height, width = size
         smaller = height * width < self.size[0] * self.size[1]
@@ -144,7 +141,7 @@ def encode_jpeg(rgb: NDArray[np.uint8], quality: int) -> bytes:
 
 
 def read_photo(record: PanopticRecord, repairs: Counter[str], config: RenderConfig) -> Photo:
-    """Reads and decodes a JPEG strictly; converts grayscale and CMYK.
+    """Reads a JPEG strictly; converts grayscale and CMYK.
 
     Raises:
         InputError: Missing, truncated, not a JPEG, or of another size than annotated.
@@ -164,19 +161,31 @@ def read_photo(record: PanopticRecord, repairs: Counter[str], config: RenderConf
                 where=record.photo,
                 code="size-mismatch",
             )
+        rgb: NDArray[np.uint8] | None = None
         if colours in {"CMYK", "YCCK"}:
             repairs["photo-cmyk"] += 1
             rgb = _cmyk_to_rgb(simplejpeg.decode_jpeg(data, colorspace="CMYK"))
-            return Photo(encode_jpeg(rgb, config.jpeg_quality), rgb)
-        rgb = simplejpeg.decode_jpeg(data, colorspace="RGB")
+        elif colours == "Gray" or config.size is not None:
+            repairs["photo-grayscale"] += colours == "Gray"
+            rgb = simplejpeg.decode_jpeg(data, colorspace="RGB")
+        else:
+            check_jpeg(data)
     except ValueError as error:
         raise InputError(
             f"photo damaged or no JPEG: {error}", where=record.photo, code="photo-damaged"
         ) from None
-    if colours == "Gray":
-        repairs["photo-grayscale"] += 1
-        return Photo(encode_jpeg(rgb, config.jpeg_quality), rgb)
-    return Photo(data, rgb)
+    if rgb is not None and colours in {"CMYK", "YCCK", "Gray"}:
+        data = encode_jpeg(rgb, config.jpeg_quality)
+    return Photo(data, (height, width), rgb)
+
+
+def check_jpeg(data: bytes) -> None:
+    """Raises ValueError where a colour JPEG is damaged, as decoding all of it would.
+
+    An eighth of the size leaves out the inverse transform, in which nothing can go wrong. Every
+    bit is still read, and that is where damage shows.
+    """
+    simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=1, min_width=1, min_factor=8)
 
 
 def _cmyk_to_rgb(cmyk: NDArray[np.uint8]) -> NDArray[np.uint8]:

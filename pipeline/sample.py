@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import cv2
@@ -61,6 +61,9 @@ class Segment:
     area: int
     bbox: tuple[int, int, int, int]
     centroid: tuple[float, float] | None
+
+
+_COLUMNS = tuple(field.name for field in fields(Segment))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +151,9 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
         "file_name": sample.file_name,
         "original_size": list(sample.original_size),
         "size": list(sample.index.shape),
-        "segments": [asdict(segment) for segment in sample.segments],
+        "segments": [
+            {name: getattr(segment, name) for name in _COLUMNS} for segment in sample.segments
+        ],
     }
     return {
         "eds.png": _encode_png(sample.eds, _DISTANCE_PNG),

@@ -13,7 +13,7 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,8 +116,11 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:05d}"
 
 
-def pack_shard(samples: Sequence[Sample]) -> tuple[bytes, tuple[SampleEntry, ...]]:
-    """A tar of samples, byte for byte the same for the same samples, and where each one lies."""
+def pack_shard(samples: Iterable[Sample]) -> tuple[bytes, tuple[SampleEntry, ...]]:
+    """A tar of samples, byte for byte the same for the same samples, and where each one lies.
+
+    Samples are taken one by one: of a generator's, only one is in memory at a time.
+    """
     buffer = io.BytesIO()
     entries: list[SampleEntry] = []
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -140,7 +143,7 @@ def pack_shard(samples: Sequence[Sample]) -> tuple[bytes, tuple[SampleEntry, ...
 def write_shard(
     storage: Storage,
     name: str,
-    samples: Sequence[Sample],
+    samples: Iterable[Sample],
     *,
     plan: str,
     rejections: Sequence[Rejection],
@@ -153,11 +156,9 @@ def write_shard(
         name: See `shard_name`.
         samples: In their final order.
         plan: The plan's fingerprint.
-        rejections: What was left out of this shard.
-        repairs: Counts by code.
+        rejections: What was left out of this shard; read when the samples are exhausted.
+        repairs: Counts by code; read likewise.
     """
-    # A sidecar of an earlier run must not vouch for the new tar: sizes are multiples of 10 KiB.
-    storage.remove(f"{name}.json")
     data, entries = pack_shard(samples)
     sidecar = Sidecar(
         name=name,
@@ -168,8 +169,16 @@ def write_shard(
         rejections=tuple(rejections),
         repairs={code: count for code, count in sorted(repairs.items()) if count},
     )
+    text = encode_sidecar(sidecar)
+    # Another sidecar must not vouch for the new tar: sizes are multiples of 10 KiB. The same one
+    # may stay: a driver that was killed can have left a worker that writes these bytes, too.
+    try:
+        if storage.read(f"{name}.json") != text:
+            storage.remove(f"{name}.json")
+    except FileNotFoundError:
+        pass
     storage.write(f"{name}.tar", data)
-    storage.write(f"{name}.json", encode_sidecar(sidecar))
+    storage.write(f"{name}.json", text)
     return sidecar
 
 

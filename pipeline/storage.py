@@ -7,7 +7,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ class Storage:
 
     On a local disk a file is written under a temporary name, synced and renamed, so a kill at any
     moment leaves the old file or the new one. Elsewhere an object is put in one call, which
-    object stores make atomic; there is no lock there, and nothing to sweep.
+    object stores make atomic; there is no lock there, and nothing to sweep. On a remote
+    filesystem that is no object store, a kill can leave half a file under its name. Rendering
+    goes on from there all the same: half a tar has no sidecar, and half a sidecar is none.
 
     Attributes:
         url: A local path or an fsspec URL such as `s3://bucket/coco`.
@@ -40,6 +42,10 @@ class Storage:
             return Path(self.url)
         scheme, _, path = self.url.partition("://")
         return Path(path) if scheme == "file" else None
+
+    def absolute(self) -> Storage:
+        """The same for whoever works in another folder, such as a Dask worker."""
+        return self if "://" in self.url else replace(self, url=str(Path(self.url).absolute()))
 
     def path(self, name: str) -> str:
         """The full path or URL of a file."""
@@ -57,7 +63,10 @@ class Storage:
         folder = self.local
         if folder is None:
             filesystem, path = self._remote()
-            filesystem.makedirs(path, exist_ok=True)
+            try:
+                filesystem.makedirs(path, exist_ok=True)
+            except OSError as error:
+                raise _cannot_write(error, self.url) from None
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -72,10 +81,7 @@ class Storage:
         """
         folder = self.local
         if folder is None:
-            filesystem, path = self._remote()
-            filesystem.pipe_file(f"{path}/{name}", data)
-            if filesystem.size(f"{path}/{name}") != len(data):
-                raise InputError("stored with another size", where=self.path(name))
+            self._put(name, data)
             return
         temporary = folder / f"{_TEMPORARY}{name}-{uuid.uuid4().hex[:8]}"
         try:
@@ -84,18 +90,25 @@ class Storage:
                 file.flush()
                 os.fsync(file.fileno())
             if temporary.read_bytes() != data:
-                temporary.unlink()
                 raise InputError("the disk returns other bytes than written", where=folder / name)
             temporary.replace(folder / name)
             _sync_folder(folder)
-        except OSError as error:
+        except BaseException as error:  # also when somebody stops the program right here
             temporary.unlink(missing_ok=True)
-            raise InputError(
-                f"cannot write: {error.strerror}",
-                where=folder / name,
-                remedy="make room or rights, then run the same command to go on",
-                code="write",
-            ) from None
+            if isinstance(error, OSError):
+                raise _cannot_write(error, folder / name) from None
+            raise
+
+    def _put(self, name: str, data: bytes) -> None:
+        filesystem, path = self._remote()
+        try:
+            filesystem.pipe_file(f"{path}/{name}", data)
+            filesystem.invalidate_cache()
+            size = filesystem.size(f"{path}/{name}")
+        except OSError as error:
+            raise _cannot_write(error, self.path(name)) from None
+        if size != len(data):
+            raise InputError("stored with another size", where=self.path(name), code="write")
 
     def read(self, name: str) -> bytes:
         """The bytes of a file; FileNotFoundError where there is none."""
@@ -142,7 +155,9 @@ class Storage:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the folder for one run, and sweeps what a killed one left half written.
+        """Holds the folder for one run, and sweeps what was left half written.
+
+        Before the work: by a run that was killed. After it: by a worker that was.
 
         The lock is the kernel's and ends with the process, however it ends.
 
@@ -170,12 +185,26 @@ class Storage:
                     remedy="wait for it, or choose another folder",
                     code="locked",
                 ) from None
-            for left_over in folder.glob(f"{_TEMPORARY}*"):
-                left_over.unlink(missing_ok=True)
+            _sweep(folder)
             try:
                 yield
             finally:
+                _sweep(folder)
                 path.unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    for left_over in folder.glob(f"{_TEMPORARY}*"):
+        left_over.unlink(missing_ok=True)
+
+
+def _cannot_write(error: OSError, where: Path | str) -> InputError:
+    return InputError(
+        f"cannot write: {error.strerror or error}",
+        where=where,
+        remedy="make room or rights, then run the same command to go on",
+        code="write",
+    )
 
 
 def _sync_folder(folder: Path) -> None:

@@ -182,7 +182,12 @@ def geometry(index: IndexMap, count: int) -> Geometry:
 def void_mask(index: IndexMap, iscrowd: Sequence[bool]) -> NDArray[np.uint8]:
     """(H, W) uint8: 0 labelled, 1 unlabelled, 2 crowd."""
     values = np.array([UNLABELLED, *(CROWD if crowd else LABELLED for crowd in iscrowd)], np.uint8)
-    return values[index]
+    if index.dtype != np.uint8:
+        return values[index]
+    table = np.zeros(256, np.uint8)
+    table[: len(values)] = values
+    mask: NDArray[np.uint8] = cv2.LUT(index, table)  # a sixth of the time of fancy indexing
+    return mask
 
 
 def resize_index(index: IndexMap, size: tuple[int, int]) -> IndexMap:
@@ -204,7 +209,11 @@ def drop_empty_rows(index: IndexMap, count: int) -> tuple[IndexMap, NDArray[np.i
     Returns:
         The map over the kept rows, and the kept rows (k,) int64 in their old order.
     """
-    kept = np.flatnonzero(np.bincount(index.ravel(), minlength=count + 1)[1:]).astype(np.int64)
+    used = np.zeros(count + 1, np.bool_)
+    flat = index.ravel()
+    used[flat[:1]] = True
+    used[flat[1:][flat[1:] != flat[:-1]]] = True  # the first pixel of each run is enough
+    kept = np.flatnonzero(used[1:]).astype(np.int64)
     if len(kept) == count:
         return index, kept
     lookup = np.zeros(count + 1, np.int64)

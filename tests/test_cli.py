@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -301,3 +302,18 @@ def test_golden_scores_through_the_command_line(run: Run) -> None:
                 assert found[group] is None
             else:
                 assert found[group] == pytest.approx(expected[group], abs=1e-12), case.name
+
+
+def test_a_broken_torchvision_is_named(tmp_path: Path) -> None:
+    (tmp_path / "torchvision").mkdir()
+    broken = 'raise RuntimeError("operator torchvision::nms does not exist")'
+    (tmp_path / "torchvision" / "__init__.py").write_text(broken)
+    facts = tmp_path / "torchvision-0.28.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n")
+    command = [sys.executable, "-m", "train", "configs/demo.toml"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1
+    assert "pip uninstall torchvision" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -12,7 +12,6 @@ import typer
 from pipeline.config import load_config
 from pipeline.errors import InputError
 from train.config import TrainConfig
-from train.loop import train
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -28,6 +27,8 @@ def main(
     """Trains a model from a cache."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
+        from train.loop import train  # noqa: PLC0415 - its imports can fail with a clear line
+
         train(load_config(TrainConfig, config, settings or []), resume=resume)
     except InputError as error:
         logging.getLogger(__name__).error("%s", error)

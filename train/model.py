@@ -11,11 +11,18 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Dinov2Backbone, Dinov2Config
 
 from pipeline.errors import InputError
 from train.config import ModelConfig, RandomBackbone
 from train.encoding import cell_centres
+
+try:
+    from transformers import Dinov2Backbone, Dinov2Config
+except (ImportError, RuntimeError) as error:
+    raise InputError(
+        f"transformers cannot load its DINOv2: {str(error).splitlines()[0]}",
+        remedy="a torchvision that does not match torch causes this: pip uninstall torchvision",
+    ) from error
 
 Task = Literal["instance", "semantic", "both"]
 

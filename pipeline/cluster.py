@@ -1,0 +1,154 @@
+"""Dask: a task a shard with a bounded number under way, and one clear line for what goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import ctypes
+import functools
+import logging
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import cv2
+from distributed import Client, Future, KilledWorker, LocalCluster, as_completed
+from distributed.client import FutureCancelledError
+
+from pipeline.errors import InputError
+from pipeline.interrupt import held_back
+from pipeline.plan import ShardPlan
+
+T = TypeVar("T")
+
+
+def run_tasks(
+    work: Callable[..., T],
+    shards: Sequence[ShardPlan],
+    *arguments: Any,
+    workers: int,
+    scheduler: str | None,
+) -> Iterator[T]:
+    """Calls `work(shard, *arguments)` for every shard, on Dask, in any order.
+
+    Args:
+        work: At module level, as it is pickled by name.
+        shards: Each task carries its own slice of the annotations, and no other.
+        arguments: The same for each; small.
+        workers: Processes of an own cluster.
+        scheduler: Address of a running scheduler, used instead.
+
+    Raises:
+        InputError: A task raised one, killed its worker again and again, or the scheduler went
+            away.
+    """
+    with connect(workers, scheduler) as client:
+        # The window keeps what lies in the scheduler's memory independent of the dataset's size.
+        window = 2 * max(1, sum(client.nthreads().values()))
+        waiting = iter(shards)
+        futures = as_completed()
+        # Names are new for each run: a scheduler remembers the failed tasks of the last one.
+        run = uuid.uuid4().hex[:8]
+        names: dict[str, str] = {}
+
+        def submit() -> None:
+            for shard in waiting:
+                key = f"{shard.name}-{run}"
+                names[key] = shard.name
+                futures.add(client.submit(work, shard, *arguments, key=key, pure=False))
+                return
+
+        for _ in range(window):
+            submit()
+        for future in futures:
+            name = names.pop(future.key)
+            yield _result(future, name, scheduler)
+            future.release()
+            submit()
+
+
+def _result(future: Future, name: str, scheduler: str | None) -> Any:
+    try:
+        return future.result()
+    except KilledWorker as error:
+        raise InputError(
+            f"its worker died {error.allowed_failures + 1} times, most likely out of memory",
+            where=f"shard {name}",
+            remedy="give fewer --workers or smaller shards by --samples-per-shard, and go on",
+            code="worker-killed",
+        ) from None
+    except ImportError as error:
+        raise InputError(
+            f"the workers lack a package: {error}",
+            where=scheduler or "",
+            remedy="install the same version of this program for them",
+            code="worker-differs",
+        ) from None
+    except (
+        FutureCancelledError,
+        asyncio.CancelledError,
+        concurrent.futures.CancelledError,
+        OSError,
+    ) as error:
+        raise InputError(
+            f"the Dask scheduler went away: {error or type(error).__name__}",
+            where=scheduler or "own cluster",
+            remedy="run the same command to go on",
+            code="scheduler-lost",
+        ) from None
+
+
+@contextmanager
+def connect(workers: int, scheduler: str | None) -> Iterator[Client]:
+    """A client of an own cluster of `workers` processes, or of the scheduler at an address.
+
+    Raises:
+        InputError: No scheduler answers there, or it has no workers.
+    """
+    if scheduler is not None:
+        try:
+            client = Client(scheduler, timeout="20s")
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"no Dask scheduler answers: {error}",
+                where=scheduler,
+                remedy="start dask scheduler, or use --workers",
+            ) from None
+        with client:
+            try:
+                client.wait_for_workers(1, timeout=120)
+            except TimeoutError:
+                raise InputError(
+                    "the Dask scheduler has no workers", where=scheduler, remedy="start dask worker"
+                ) from None
+            yield client
+        return
+    with held_back():
+        cluster = LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            dashboard_address=None,
+            silence_logs=logging.CRITICAL,
+        )
+    with cluster, Client(cluster) as client:
+        yield client
+
+
+@functools.cache
+def prepare_worker() -> None:
+    """Once in each process that renders: no threads below, and memory that is kept.
+
+    Dask starts its workers with MALLOC_TRIM_THRESHOLD_=65536, upon which glibc maps every map of a
+    picture anew, page fault by page fault: 22 ms of CPU an image instead of 13. So blocks up to
+    32 MiB stay on the heap, and 256 MiB of it are not handed back. Other allocators have no
+    mallopt or refuse it, and then nothing changes.
+    """
+    cv2.setNumThreads(1)  # the workers are the parallelism
+    mmap_threshold, trim_threshold = -3, -1  # mallopt(3)
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(mmap_threshold, 32 << 20)
+    mallopt(trim_threshold, 256 << 20)

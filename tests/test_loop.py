@@ -1,0 +1,456 @@
+"""The loop: what a run leaves behind, exact resuming after a kill, ranks, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+from accelerate.state import AcceleratorState
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from pipeline.coco import CocoPanoptic
+from pipeline.config import RenderConfig, load_config
+from pipeline.errors import InputError
+from pipeline.render import render
+from pipeline.storage import Storage
+from train.__main__ import main
+from train.checkpoint import incomplete, latest_checkpoint, load_model, read_state
+from train.config import (
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RandomBackbone,
+    TrainConfig,
+)
+from train.loop import instance_distance, keep_lines, task_of
+from train.loop import train as train_run
+from train.optim import learning_rate
+
+SAMPLES = 12
+STEPS = 7
+TIMES = {"images_per_second", "waited"}
+FIELDS = {"step", "epoch", "task", "loss", "pixel", "tv", "dice", "lr", *TIMES}
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["train.loop"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_without_gpu() -> Iterator[None]:
+    """The same arithmetic in this process and its children, bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its precision for the life of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def make_config(cache: Path, out: Path, **settings: Any) -> TrainConfig:
+    """Seven steps of two micro-batches, checkpoints at 2, 4, 6 and 7, everything switched on."""
+    config = TrainConfig(
+        out=str(out),
+        steps=STEPS,
+        seed=1,
+        precision="fp32",
+        checkpoint_every=2,
+        keep=2,
+        data=DataConfig(cache=str(cache), size=28, batch=4, micro_batch=2, workers=0),
+        model=ModelConfig(
+            backbone="random",
+            random=RandomBackbone(hidden_size=32, layers=3, heads=2, patch_size=7, grid=4),
+            taps=(1, 2, 3),
+            channels=16,
+            drop_path=0.2,
+        ),
+        loss=LossConfig(instance="squared_then_norm"),
+        optim=OptimConfig(lr=1e-3, warmup_epochs=1.0),
+    )
+    return replace(config, **settings)
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines_of(run)]
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    folder = latest_checkpoint(run / "checkpoints")
+    assert folder is not None
+    weights: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
+    return weights
+
+
+def same_run(one: Path, other: Path) -> bool:
+    a, b = weights_of(one), weights_of(other)
+    same = a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    return same and untimed(one) == untimed(other)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run that nothing interrupted. Read only."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    out = tmp_path_factory.mktemp("run") / "whole"
+    train_run(make_config(tiny_cache, out))
+    return out
+
+
+# What a run leaves behind
+
+
+def test_a_line_for_each_step(whole: Path, tiny_cache: Path) -> None:
+    config = make_config(tiny_cache, whole)
+    lines = lines_of(whole)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for step, line in enumerate(lines):
+        assert set(line) == FIELDS
+        assert line["task"] == task_of(config.seed, step)
+        assert line["epoch"] == pytest.approx(4 * (step + 1) / SAMPLES)
+        assert line["lr"] == learning_rate(config.optim, step, STEPS, 3)
+        assert line["loss"] == pytest.approx(
+            line["pixel"] + 0.1 * line["tv"] + line["dice"], rel=1e-5
+        )
+        assert (line["dice"] > 0) == (line["task"] == "instance")
+        assert line["images_per_second"] > 0
+        assert 0 <= line["waited"] <= 1
+
+
+def test_the_configuration_reads_back(whole: Path, tiny_cache: Path) -> None:
+    assert load_config(TrainConfig, whole / "config.toml") == make_config(tiny_cache, whole)
+
+
+def test_the_newest_checkpoints_stay_and_load(whole: Path, tiny_cache: Path) -> None:
+    folders = sorted(path.name for path in (whole / "checkpoints").iterdir())
+    assert folders == ["step_0000006", "step_0000007"]
+    assert all(incomplete(whole / "checkpoints" / name) is None for name in folders)
+    model, state = load_model(whole)
+    assert state.step == STEPS
+    assert state.config == make_config(tiny_cache, whole)
+    assert model(torch.zeros(1, 3, 28, 28)).semantic.shape[1] == len(state.categories)
+
+
+def test_lines_can_be_fewer(tiny_cache: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_cache, tmp_path / "run", log_every=4, checkpoint_every=100)
+    assert train_run(config).name == "step_0000007"
+    assert [line["step"] for line in lines_of(tmp_path / "run")] == [4, 7]
+
+
+def test_mixed_precision_trains(tiny_cache: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_cache, tmp_path, steps=2, precision="bf16")
+    train_run(config)
+    assert all(math.isfinite(line["loss"]) for line in lines_of(tmp_path))
+    assert {value.dtype for value in weights_of(tmp_path).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("encoding", ["direct", "classification"])
+def test_other_encodings_train(tiny_cache: Path, tmp_path: Path, encoding: Any) -> None:
+    train_run(make_config(tiny_cache, tmp_path, steps=3, loss=LossConfig(encoding=encoding)))
+    lines = lines_of(tmp_path)
+    assert all(math.isfinite(line["loss"]) and line["dice"] == 0 for line in lines)
+
+
+def test_it_learns(tiny_cache: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_cache, tmp_path, steps=90, checkpoint_every=100)
+    data = replace(config.data, augment=False)
+    model = replace(config.model, drop_path=0.0)
+    loss = LossConfig(instance="squared")
+    optim = OptimConfig(lr=3e-3, warmup_epochs=1.0, layer_decay=1.0)
+    train_run(replace(config, data=data, model=model, loss=loss, optim=optim))
+    for task in ("instance", "semantic"):
+        losses = [line["pixel"] for line in lines_of(tmp_path) if line["task"] == task]
+        assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
+
+
+# Stop and go on
+
+
+def test_a_finished_run_has_nothing_left_to_do(
+    whole: Path, tiny_cache: Path, tmp_path: Path
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
+    folder = train_run(make_config(tiny_cache, whole), resume=True)
+    assert folder.name == "step_0000007"
+    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
+    assert len(lines_of(whole)) == STEPS
+
+
+def test_resuming_without_a_checkpoint_starts(
+    whole: Path, tiny_cache: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 99}\n{"step": 2, "lo')
+    train_run(make_config(tiny_cache, tmp_path), resume=True)
+    assert same_run(whole, tmp_path)
+
+
+def die_at(config: TrainConfig, module: str, name: str, call: int) -> None:
+    """Trains until a function is called for the `call`-th time; then this process is killed."""
+    torch.set_num_threads(1)
+    count = 0
+    owner = sys.modules[module]
+    original = getattr(owner, name)
+
+    def deadly(*arguments: Any, **settings: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **settings)
+
+    setattr(owner, name, deadly)
+    train_run(config, resume=True)
+
+
+def saved_steps(run: Path) -> list[int]:
+    folders = sorted((run / "checkpoints").glob("step_*"))
+    return [read_state(folder).step for folder in folders if incomplete(folder) is None]
+
+
+DEATHS = {
+    "before the first checkpoint": ("train.loop", "set_learning_rate", 2, []),
+    "in a step": ("train.loop", "set_learning_rate", 6, [2, 4]),
+    "between weights and optimizer": ("torch", "save", 3, [2]),
+    "before files are vouched for": ("train.loop", "finish_checkpoint", 3, [2, 4]),
+    "before the rename": ("train.checkpoint", "_sync", 15, [2]),
+    "while pruning": ("os", "unlink", 2, [4, 6]),
+}
+
+
+@pytest.mark.parametrize("when", DEATHS)
+def test_a_killed_run_goes_on_bit_for_bit(
+    whole: Path, tiny_cache: Path, tmp_path: Path, when: str
+) -> None:
+    module, name, call, saved = DEATHS[when]
+    config = make_config(tiny_cache, tmp_path)
+    child = PROCESSES.Process(target=die_at, args=(config, module, name, call))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    assert saved_steps(tmp_path) == saved
+    train_run(config, resume=True)
+    assert same_run(whole, tmp_path)
+    assert saved_steps(tmp_path) == [6, 7]
+
+
+def test_a_run_killed_at_any_moment_again_and_again(
+    whole: Path, tiny_cache: Path, tmp_path: Path
+) -> None:
+    """Half of the kills come at once when a checkpoint begins, the others whenever."""
+    config = make_config(tiny_cache, tmp_path)
+    delays = random.Random(0)
+    kills = 0
+    while True:
+        child = PROCESSES.Process(target=train_run, args=(config,), kwargs={"resume": True})
+        child.start()
+        deadline = time.monotonic() + (delays.uniform(0.05, 0.5) if kills < 6 else 60)
+        waits_for_save = kills < 6 and kills % 2 == 0
+        while child.is_alive() and time.monotonic() < deadline:
+            if waits_for_save and any(tmp_path.glob("checkpoints/.tmp-*/optimizer.pt")):
+                break
+            child.join(0.002)
+        if child.is_alive():
+            os.kill(child.pid or 0, signal.SIGKILL)
+            kills += 1
+        child.join()
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == -signal.SIGKILL
+    assert kills > 0
+    assert same_run(whole, tmp_path)
+
+
+def test_a_cut_line_and_later_lines_are_dropped(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    keep_lines(metrics, 3)
+    assert metrics.read_text() == ""
+    metrics.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)))
+    keep_lines(metrics, 3)
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3]
+    metrics.write_text('{"step": 1}\n{"step": 2, "lo')
+    keep_lines(metrics, 3)
+    assert [line["step"] for line in lines_of(tmp_path)] == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+# What is refused
+
+
+def test_a_run_is_not_overwritten(whole: Path, tiny_cache: Path) -> None:
+    before = untimed(whole)
+    with pytest.raises(InputError, match=r"whole: a run lies here already \(add --resume"):
+        train_run(make_config(tiny_cache, whole))
+    assert untimed(whole) == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.channels=8", "model.channels was 16, now 8"),
+        ("model.taps=[1, 2]", r"model.taps was \(1, 2, 3\), now \(1, 2\)"),
+        ("loss.d=3", "loss.d was 20.0, now 3.0"),
+        ('loss.instance="norm"', "loss.instance was squared_then_norm, now norm"),
+        ("seed=2", "seed was 1, now 2"),
+        ("data.size=35", "data.size was 28, now 35"),
+        ("data.batch=8", "data.batch was 4, now 8"),
+        ("data.flip=false", "data.flip was True, now False"),
+        ("optim.weight_decay=0.1", "optim.weight_decay was 0.05, now 0.1"),
+    ],
+)
+def test_another_configuration_does_not_resume(whole: Path, setting: str, message: str) -> None:
+    config = load_config(TrainConfig, whole / "config.toml", [setting])
+    with pytest.raises(InputError, match=f"whole: .* of another configuration: {message}"):
+        train_run(config, resume=True)
+    assert load_config(TrainConfig, whole / "config.toml") == replace(config, **vars_of(whole))
+
+
+def vars_of(run: Path) -> dict[str, Any]:
+    """The fields of the run's configuration, as its newest checkpoint knows it."""
+    folder = latest_checkpoint(run / "checkpoints")
+    assert folder is not None
+    config = read_state(folder).config
+    return {name: getattr(config, name) for name in TrainConfig.__slots__}
+
+
+def test_what_does_not_change_the_run_may_change(
+    whole: Path, tiny_cache: Path, tmp_path: Path
+) -> None:
+    config = make_config(tiny_cache, tmp_path)
+    child = PROCESSES.Process(target=die_at, args=(config, "train.loop", "set_learning_rate", 6))
+    child.start()
+    child.join(60)
+    assert saved_steps(tmp_path) == [2, 4]
+    data = replace(config.data, workers=1)
+    train_run(replace(config, data=data, keep=1, checkpoint_every=3), resume=True)
+    assert same_run(whole, tmp_path)
+    assert saved_steps(tmp_path) == [7]
+
+
+def test_another_cache_does_not_resume(
+    whole: Path, tiny_dataset: CocoPanoptic, tmp_path: Path
+) -> None:
+    render(tiny_dataset, "train", Storage(str(tmp_path)), RenderConfig("squash", 56), workers=0)
+    config = load_config(TrainConfig, whole / "config.toml", [f"data.cache={tmp_path}"])
+    with pytest.raises(InputError, match="the cache is not the one this run began with"):
+        train_run(config, resume=True)
+
+
+def test_a_size_that_patches_do_not_tile_leaves_no_folder(tiny_cache: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_cache, tmp_path / "run")
+    with pytest.raises(InputError, match=r"30 pixels .* \(28 is\)"):
+        train_run(replace(config, data=replace(config.data, size=30)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_line(
+    tiny_cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "run.toml"
+    config = make_config(
+        tiny_cache,
+        tmp_path / "run",
+        log_every=100,
+        optim=OptimConfig(lr=1e30, warmup_epochs=0.0),
+    )
+    file.write_bytes(tomli_w.dumps(config.to_dict()).encode())
+    with pytest.raises(SystemExit) as caught:
+        main(file, ["checkpoint_every=3"], resume=False)
+    assert caught.value.code == 1
+    message = caplog.records[-1].getMessage()
+    assert "the loss is nan at step 2" in message  # where a checkpoint would have come
+    assert message.startswith("batch of 0")
+    assert message.endswith("(lower optim.lr, or use fp32)")
+    assert "\n" not in message
+    assert latest_checkpoint(tmp_path / "run/checkpoints") is None
+
+
+# Tasks and ranks
+
+
+@given(st.integers(0, 2**31), st.integers(0, 10_000))
+def test_each_block_of_three_has_two_instance_steps_and_a_semantic_one(
+    seed: int, block: int
+) -> None:
+    tasks = [task_of(seed, 3 * block + place) for place in range(3)]
+    assert Counter(tasks) == {"instance": 2, "semantic": 1}
+    assert tasks == [task_of(seed, 3 * block + place) for place in range(3)]
+
+
+def test_tasks_are_shuffled() -> None:
+    places = Counter(
+        step % 3 for step in range(3000) if task_of(0, step) == "semantic"
+    )  # fmt: skip
+    assert min(places.values()) > 250
+    assert sum(places.values()) == 1000
+
+
+def test_the_distance_changes_at_its_switch() -> None:
+    config = LossConfig(instance="squared_then_norm", switch=0.25)
+    assert [instance_distance(config, part) for part in (0.0, 0.24, 0.25, 1.0)] == [
+        *("squared", "squared", "norm", "norm")
+    ]
+    assert instance_distance(LossConfig(), 0.0) == "norm"
+    assert instance_distance(LossConfig(instance="squared"), 1.0) == "squared"
+
+
+def test_two_ranks_train_as_one_that_accumulates(tiny_cache: Path, tmp_path: Path) -> None:
+    """And one rank goes on from what two have saved."""
+    config = make_config(tiny_cache, tmp_path / "one", steps=4)
+    config = replace(config, model=replace(config.model, drop_path=0.0))
+    train_run(config)
+    two = replace(config, out=str(tmp_path / "two"))
+    file = tmp_path / "run.toml"
+    file.write_bytes(tomli_w.dumps(two.to_dict()).encode())
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", "-m", "train", str(file)),
+        ],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ones, twos = untimed(tmp_path / "one"), untimed(tmp_path / "two")
+    assert [line["step"] for line in twos] == [1, 2, 3, 4]
+    for one, other in zip(ones, twos, strict=True):
+        assert one.pop("task") == other.pop("task")
+        assert one == pytest.approx(other, rel=1e-3)
+    last = latest_checkpoint(tmp_path / "two/checkpoints")
+    assert last is not None
+    assert {path.name for path in last.glob("rng_*")} == {"rng_0.pt", "rng_1.pt"}
+    a, b = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    for name, value in a.items():
+        if not name.endswith("k_proj.bias"):  # no gradient but noise, which Adam scales up
+            torch.testing.assert_close(value, b[name], atol=2e-5, rtol=1e-3)
+    assert train_run(replace(two, steps=5), resume=True).name == "step_0000005"
