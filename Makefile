@@ -48,7 +48,7 @@ ifeq ($(COCO),)
 	@echo "The report:              $(DEMO)/evaluate/val/report.html"
 else
 	$(BIN)/panoptic preprocess --coco $(COCO) --split $(SPLIT) --out $(DEMO)/$(SPLIT)/cache \
-	    --fit squash --size 128 --workers 2
+	    --fit squash --size 96 --workers 2
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
 	    --dynamo_backend no -m train configs/demo_coco.toml \
 	    --set out=$(DEMO)/$(SPLIT)/train --set data.cache=$(DEMO)/$(SPLIT)/cache --resume

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.errors import InputError
+from pipeline.interrupt import Interrupted, interruptible
 
 if TYPE_CHECKING:
     from evaluate.pq import PQResult
@@ -426,10 +427,14 @@ def main() -> None:
     for name in ("panoptic", "pipeline", "train", "evaluate"):
         logging.getLogger(name).setLevel(logging.INFO)
     try:
-        app()
+        with interruptible():
+            app()
     except InputError as error:
         log.error("%s", error)
         raise SystemExit(1) from None
+    except Interrupted as stop:
+        log.error("%s", stop)
+        raise SystemExit(stop.exit_code) from None
 
 
 if __name__ == "__main__":

@@ -1,40 +1,32 @@
 """From a network's output to a panoptic map.
 
-    codes -> votes of the pixels -> instances -> every pixel to an instance or none
-    logits -> stuff where no instance is, and the class of each instance by majority
+    codes -> noise -> votes of the pixels -> instances -> every pixel to an instance or none
+    logits -> stuff where no instance is, and the class of each instance by majority vote
 
-The codes are noisy to a degree that no fixed threshold suits: so the noise is measured first, as
-what codes hold beside the nearest grid point, and smoothing and suppression follow from it.
+Codes are noisy to a degree that no fixed threshold suits: so the noise is measured first, as what
+codes hold beside the nearest grid point, and smoothing and suppression follow from it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from skimage.measure import label as connected
 from torch import Tensor
 
-from evaluate.peaks import (
-    Instances,
-    Rules,
-    bin_votes,
-    candidates_of,
-    choose,
-    chunks,
-    find_candidates,
-    nearest_cells,
-    neighbour_distance,
-    off_grid,
-    packed_argmax,
-    refine,
+from evaluate.instances import (
+    DecodeConfig,
+    Pixels,
+    assign,
+    find_instances,
+    measure_noise,
+    rescue,
 )
+from evaluate.peaks import packed_argmax
 from evaluate.segments import DecodedSegment, PanopticMap, number, paint
-from evaluate.smoothing import Regions, find_regions, smooth
+from evaluate.smoothing import find_regions
 from pipeline.errors import InputError
 from train.encoding import (
-    GRID_CELLS,
     ClassificationCode,
     DirectCode,
     Encoding,
@@ -45,89 +37,8 @@ from train.encoding import (
 
 __all__ = ["DecodeConfig", "DecodedSegment", "PanopticMap", "decode"]
 
-SPARSE = 16
-STRIDE = 2
-RA = 2
-REFINEMENTS = 2
-"""Moves of each prototype to the mean of its votes; a third changes nothing."""
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """Settings of the decoder.
-
-    Squared distances are in code space. Noise is a variance a channel of the codes, over that of
-    rounding to the grid; a prediction is 0.02 to 0.2 noisy. Amplitude is the length of a code along
-    its grid point's: void 0, a clean code 1.
-
-    Attributes:
-        cells: Cells an axis of the voting grid (section 5.1).
-        vote_amplitude: Amplitude from which a pixel votes: above one half, since mixtures of an
-            instance and void, at edges, are neither.
-        vote_outlier: Times the noise that a voting code may be off its grid point: mixtures of two
-            instances are off by more.
-        smooth_votes: Pixels of smoothing radius for noise 1. The window grows as the noise does,
-            so that a clean prediction keeps its smallest objects.
-        max_smooth: Largest radius, in pixels of the network's output.
-        clean: Noise up to which neighbouring cells, and every pixel's vote, are told apart.
-        gap: Least mean squared distance by which an instance must explain its pixels better than
-            the others do, over that of neighbouring cells: they are two instances if clean.
-        gap_noise: What noise 1 adds to it: the scatter of one instance must not look like two.
-        saved: Least sum of such squared distances over the pixels of an instance.
-        saved_noise: What noise 1 adds to it.
-        label_cost: Squared distance, over that of neighbouring cells, for a differing label: below
-            `gap`, so that a wrong label alone never splits an instance.
-        cap: Squared distance, over |gamma|^2 = L, from which a vote is an outlier.
-        trust: How far the semantic head moves the border between instance and none: a pixel of a
-            thing class needs an amplitude of 1/2 - trust, any other 1/2 + trust.
-        label_amplitude: Amplitude that a differing label counts for in the assignment.
-        rescue_amplitude: A region of a thing class that no instance claims becomes one, if its mean
-            code is that long: small objects lose length in a blurred prediction, crowds have none.
-        rescue_noise: What noise 1 adds to it.
-        rescue_area: Pixels of the network's output such a region must have.
-        min_instance_area: Pixels of the network's output below which an instance is dropped.
-        min_stuff_area: Native pixels below which a stuff segment is dropped: at edges, the semantic
-            head mentions classes that are not there.
-    """
-
-    cells: int = GRID_CELLS
-    vote_amplitude: float = 0.65
-    vote_outlier: float = 0.75
-    smooth_votes: float = 45.0
-    max_smooth: int = 10
-    clean: float = 0.005
-    gap: float = 0.8
-    gap_noise: float = 10.0
-    saved: float = 4.0
-    saved_noise: float = 400.0
-    label_cost: float = 0.2
-    cap: float = 1.0
-    trust: float = 0.125
-    label_amplitude: float = 0.125
-    rescue_amplitude: float = 0.3
-    rescue_noise: float = 0.5
-    rescue_area: int = 40
-    min_instance_area: int = 4
-    min_stuff_area: int = 64
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """An image as the decoder sees it; P = h w pixels.
-
-    Attributes:
-        codes: (4L, P) float32 positional codes.
-        labels: (P,) int64 semantic labels.
-        thing: (P,) bool, whether the label is a thing class.
-        regions: The pixels of thing classes, to be smoothed.
-        size: (h, w).
-    """
-
-    codes: Tensor
-    labels: Tensor
-    thing: Tensor
-    regions: Regions
-    size: tuple[int, int]
+SAMPLING = 16
+"""One pixel in so many is enough to measure the noise."""
 
 
 def decode(
@@ -185,10 +96,10 @@ def decode_image(
     height, width = instance.shape[-2:]
     regions = find_regions(labels.view(height, width), thing.view(height, width))
     pixels = Pixels(codes, labels, thing, regions, (height, width))
-    noise = measure_noise(codes.index_select(1, regions.pixels[::SPARSE]), config)
+    noise = measure_noise(codes.index_select(1, regions.pixels[::SAMPLING]), config)
     radius = min(round(config.smooth_votes * noise), config.max_smooth)
     found = find_instances(pixels, noise, radius, config)
-    member = assign(pixels, found, radius // RA, config)
+    member = assign(pixels, found, radius // 2, config)
     member = rescue(pixels, member, noise, config)
     painting = paint(
         member.view(height, width),
@@ -223,124 +134,3 @@ def to_positional(code: Tensor, encoding: Encoding) -> Tensor:
             return torch.cat([(-axis).exp() @ grid for axis in (costs.u, costs.v)], dim=1).T
         case _:
             return code
-
-
-def measure_noise(code: Tensor, config: DecodeConfig) -> float:
-    """Median variance a channel of the codes, less that of rounding to the grid.
-
-    Args:
-        code: (4L, N) codes of pixels of thing classes.
-        config: Settings.
-    """
-    nearest = nearest_cells(code, config.cells)
-    clear = nearest.amplitude.amin(0) > 0.5
-    if not bool(clear.any()):
-        return 0.0
-    # A coordinate is off by up to half a cell, its square by 1/12 on average, on either axis.
-    rounding = neighbour_distance(code.shape[0] // 4, config.cells) / 6 / (code.shape[0] - 2)
-    return max(float(off_grid(code, nearest)[clear].median()) - rounding, 0.0)
-
-
-def find_instances(pixels: Pixels, noise: float, radius: int, config: DecodeConfig) -> Instances:
-    """The instances of an image.
-
-    Args:
-        pixels: The image.
-        noise: See `measure_noise`.
-        radius: Of the smoothing before the vote, in pixels.
-        config: Settings.
-
-    Returns:
-        K instances, on the device of the codes.
-    """
-    regions = pixels.regions
-    clean = noise <= config.clean
-    stride = STRIDE  # smoothed neighbours say the same
-    code = smooth(pixels.codes.index_select(1, regions.pixels), regions, radius)[:, ::stride]
-    code = code.contiguous()
-    labels = pixels.labels[regions.pixels[::stride]]
-    nearest = nearest_cells(code, config.cells)
-    near = neighbour_distance(code.shape[0] // 4, config.cells)
-    off = near / 2 / (code.shape[0] - 2) + config.vote_outlier * noise
-    amplitude = nearest.amplitude.amin(0)
-    votes = (amplitude > config.vote_amplitude) & (off_grid(code, nearest) < off)
-    votes = votes.nonzero()[:, 0]
-    bins = bin_votes(
-        code.index_select(1, votes), labels[votes], nearest.row[votes], nearest.column[votes], config.cells
-    )
-    suppression = 0 if clean else 1
-    peaks = find_candidates(bins, config.cells, radius=suppression)
-    rules = Rules(
-        cap=config.cap * code.shape[0] / 4,
-        label_cost=config.label_cost * near,
-        gap=config.gap * near + config.gap_noise * noise,
-        saved=(config.saved + config.saved_noise * noise) / stride,
-    )
-    found = choose(bins, candidates_of(bins, peaks, radius=suppression), rules)
-    for _ in range(REFINEMENTS):
-        found = refine(bins, found, rules)
-    return Instances(found.prototypes.to(code.device), found.labels.to(code.device))
-
-
-def assign(pixels: Pixels, found: Instances, radius: int, config: DecodeConfig) -> Tensor:
-    """The instance nearest to each pixel's code, unless void is nearer.
-
-    |x - g|^2 - |x|^2 = 2L - 2 x . g, so an instance beats void if x . g / 2L, the amplitude,
-    exceeds 1/2.
-
-    Args:
-        pixels: The image.
-        found: K instances.
-        radius: Of the smoothing of codes within thing classes, in pixels.
-        config: Settings.
-
-    Returns:
-        (P,) int64: 0 = none, k = instance k - 1.
-    """
-    labels, regions = pixels.labels, pixels.regions
-    member = torch.zeros_like(labels)
-    if len(found.labels) == 0:
-        return member
-    codes = pixels.codes
-    if radius:
-        inside = smooth(codes.index_select(1, regions.pixels), regions, radius)
-        codes = codes.index_copy(1, regions.pixels, inside)
-    bar = torch.where(pixels.thing, 0.5 - config.trust, 0.5 + config.trust)
-    scaled = found.prototypes / (codes.shape[0] / 2)
-    for part in chunks(len(labels), codes.device):
-        amplitude = scaled @ codes[:, part]  # (K, chunk)
-        differs = (found.labels[:, None] != labels[part]) & pixels.thing[part]
-        amplitude -= config.label_amplitude * differs
-        best, index = packed_argmax(amplitude)
-        member[part] = torch.where(best > bar[part], index + 1, 0)
-    return member
-
-
-def rescue(pixels: Pixels, member: Tensor, noise: float, config: DecodeConfig) -> Tensor:
-    """Makes instances of connected regions of a thing class that hardly any instance claims.
-
-    Args:
-        pixels: The image.
-        member: (P,) int64, see `assign`.
-        noise: See `measure_noise`.
-        config: Settings.
-
-    Returns:
-        (P,) int64, `member` with further instances.
-    """
-    classes = torch.where(pixels.thing, pixels.labels + 1, 0).view(pixels.size).cpu().numpy()
-    region = torch.from_numpy(connected(classes, background=0, connectivity=2))
-    region = region.flatten().to(member.device)
-    free = pixels.thing & (member == 0)
-    area = torch.bincount(region)
-    unclaimed = torch.bincount(region[free], minlength=len(area))
-    lost = (2 * unclaimed > area) & (unclaimed >= config.rescue_area)
-    inside = (free & lost[region]).nonzero()[:, 0]
-    if len(inside) == 0:
-        return member
-    total = pixels.codes.new_zeros(len(pixels.codes), len(area))
-    total.index_add_(1, region[inside], pixels.codes.index_select(1, inside))
-    amplitude = nearest_cells(total / unclaimed.clamp_min(1), config.cells).amplitude.amin(0)
-    lost &= amplitude > config.rescue_amplitude + config.rescue_noise * noise
-    numbers = torch.where(lost, lost.cumsum(0) + member.max(), 0)
-    return member.index_copy(0, inside, numbers[region[inside]])

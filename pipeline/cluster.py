@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import ctypes
 import functools
 import logging
 import uuid
+from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 import cv2
 from distributed import Client, Future, KilledWorker, LocalCluster, as_completed
 from distributed.client import FutureCancelledError
+from distributed.comm import CommClosedError
 
 from pipeline.errors import InputError
 from pipeline.interrupt import held_back
 from pipeline.plan import ShardPlan
 
 T = TypeVar("T")
+
+# All that Dask gives a level of their own, and the two it works through.
+_DASK_LOGGERS = ("distributed", "distributed.client", "distributed.gc", "tornado", "asyncio")
 
 
 def run_tasks(
@@ -43,7 +47,7 @@ def run_tasks(
         InputError: A task raised one, killed its worker again and again, or the scheduler went
             away.
     """
-    with connect(workers, scheduler) as client:
+    with _quiet(), connect(workers, scheduler) as client:
         # The window keeps what lies in the scheduler's memory independent of the dataset's size.
         window = 2 * max(1, sum(client.nthreads().values()))
         waiting = iter(shards)
@@ -85,18 +89,15 @@ def _result(future: Future, name: str, scheduler: str | None) -> Any:
             remedy="install the same version of this program for them",
             code="worker-differs",
         ) from None
-    except (
-        FutureCancelledError,
-        asyncio.CancelledError,
-        concurrent.futures.CancelledError,
-        OSError,
-    ) as error:
+    except (FutureCancelledError, CancelledError, CommClosedError) as error:
         raise InputError(
             f"the Dask scheduler went away: {error or type(error).__name__}",
             where=scheduler or "own cluster",
             remedy="run the same command to go on",
             code="scheduler-lost",
         ) from None
+    except OSError as error:
+        raise InputError(str(error), where=f"shard {name}", code="worker-failed") from None
 
 
 @contextmanager
@@ -124,6 +125,8 @@ def connect(workers: int, scheduler: str | None) -> Iterator[Client]:
                 ) from None
             yield client
         return
+    # Otherwise the first process to be spawned starts it, and in doing so lets signals through.
+    resource_tracker.ensure_running()
     with held_back():
         cluster = LocalCluster(
             n_workers=workers,
@@ -133,6 +136,23 @@ def connect(workers: int, scheduler: str | None) -> Iterator[Client]:
         )
     with cluster, Client(cluster) as client:
         yield client
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences Dask, whose news of lost workers and closed connections are no user's concern.
+
+    Its own switch reaches only its own handlers, not those of a program that has set up logging.
+    """
+    loggers = [logging.getLogger(name) for name in _DASK_LOGGERS]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 @functools.cache

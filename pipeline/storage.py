@@ -125,7 +125,12 @@ class Storage:
             if not folder.is_dir():
                 return {}
             with os.scandir(folder) as entries:
-                found = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+                found = {
+                    entry.name: entry.stat().st_size
+                    for entry in entries
+                    # Another process renames its temporary files at any moment.
+                    if not entry.name.startswith(_TEMPORARY) and entry.is_file()
+                }
         else:
             filesystem, path = self._remote()
             filesystem.invalidate_cache()

@@ -248,10 +248,14 @@ def test_an_old_sidecar_never_vouches_for_a_new_tar(
     storage, name = Storage(str(tmp_path)), "x-00000"
     write_shard(storage, name, SAMPLES, plan="p", rejections=(), repairs={})
 
-    def killed(*_: object) -> bytes:
-        raise KeyboardInterrupt
+    write = Storage.write
 
-    monkeypatch.setattr(pipeline.shards, "encode_sidecar", killed)
+    def killed(self: Storage, name: str, data: bytes) -> None:
+        if name.endswith(".json"):
+            raise KeyboardInterrupt
+        write(self, name, data)
+
+    monkeypatch.setattr(Storage, "write", killed)
     others = [replace(sample, image_id=99) for sample in SAMPLES]
     with pytest.raises(KeyboardInterrupt):
         write_shard(storage, name, others, plan="p", rejections=(), repairs={})

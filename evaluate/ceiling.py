@@ -1,0 +1,189 @@
+"""How well a perfect, or a perfectly noisy, network would score after decoding.
+
+The ground truth is resized to the network's size, encoded, corrupted, decoded to native size and
+scored. What is missing to 100 is the code's, the resize's and the decoder's, not the network's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from evaluate.decode import DecodeConfig, decode
+from evaluate.evaluation import Clock
+from evaluate.pq import PQResult, PQStat, match_image, summarize
+from pipeline.coco import Category, CocoPanoptic, PanopticRecord, read_ids
+from pipeline.errors import InputError
+from pipeline.progress import progress
+from pipeline.targets import geometry, index_map, resize_index
+from train.encoding import Encoding, PositionalCode
+
+LOGIT = 10.0
+"""Of the true category; the others have 0. Unlabelled pixels have 0 everywhere: no opinion."""
+
+NOISE_GRID = 8
+"""Pixels between the values that smooth noise interpolates."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """The outcome.
+
+    Attributes:
+        pq: The metric.
+        images: How many were scored.
+        seconds_per_image: Mean wall time of `encode` (with reading and corrupting), `decode` and
+            `score`.
+    """
+
+    pq: PQResult
+    images: int
+    seconds_per_image: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `ceiling --json` prints."""
+        return {
+            **self.pq.to_json(),
+            "images": self.images,
+            "seconds_per_image": self.seconds_per_image,
+        }
+
+
+def ceiling(
+    dataset: CocoPanoptic,
+    *,
+    size: int = 420,
+    noise: float = 0.0,
+    seed: int = 0,
+    config: DecodeConfig | None = None,
+) -> Ceiling:
+    """Scores the ground truth of a split after encoding, corruption and decoding.
+
+    Args:
+        dataset: The annotated split.
+        size: Side of the network's square input, pixels.
+        noise: Level of corruption, see `corrupt`.
+        seed: Of the corruption; each image draws from its own generator.
+        config: Settings of the decoder.
+
+    Raises:
+        InputError: The split is empty, or one of its images cannot be used.
+    """
+    if dataset.rejections or not dataset.records:
+        first = dataset.rejections[0] if dataset.rejections else None
+        raise InputError(
+            f"image {first.image_id} cannot be scored: {first.message}" if first else "no images",
+            where=first.file if first else "the split",
+            remedy="evaluation never repairs ground truth: mend or remove it",
+        )
+    encoding = PositionalCode()
+    isthing = torch.tensor([category.isthing for category in dataset.categories])
+    total, clock = PQStat(), Clock()
+    with progress("ceiling", len(dataset.records), "images") as advance:
+        for number, record in enumerate(dataset.records):
+            clock.start()
+            truth = read_ids(record.png)
+            code, logits = perfect_heads(record, truth, dataset.categories, encoding, size)
+            generator = torch.Generator().manual_seed(seed * len(dataset.records) + number)
+            code = corrupt(code, noise, generator)
+            clock.lap("encode")
+            result = decode(
+                code[None],
+                logits[None],
+                encoding=encoding,
+                isthing=isthing,
+                sizes=[(truth.shape[0], truth.shape[1])],
+                config=config,
+            )[0]
+            clock.lap("decode")
+            classes = {s.id: dataset.categories[s.label].id for s in result.segments}
+            total += match_image(record.image_id, truth, record.segments, result.ids, classes).stat
+            clock.lap("score")
+            advance(1)
+    count = len(dataset.records)
+    return Ceiling(summarize(total, dataset.categories), count, clock.per_unit(count))
+
+
+def perfect_heads(
+    record: PanopticRecord,
+    ids: np.ndarray[Any, np.dtype[np.int32]],
+    categories: tuple[Category, ...],
+    encoding: Encoding,
+    size: int,
+) -> tuple[Tensor, Tensor]:
+    """What a network without error says.
+
+    Args:
+        record: The annotated image.
+        ids: (H, W) int32 segment ids.
+        categories: By label.
+        encoding: Of the centroids; its targets must be what the network predicts.
+        size: Side of the squashed picture, pixels.
+
+    Returns:
+        (channels, size, size) codes and (C, size, size) logits, float32.
+    """
+    by_id = {category.id: category for category in categories}
+    rows = [by_id[segment.category_id] for segment in record.segments]
+    index = resize_index(index_map(ids, [s.id for s in record.segments]), (size, size))
+    found = geometry(index, len(rows))
+    present = torch.tensor(
+        [False]
+        + [
+            bool(category.isthing and not segment.iscrowd and area > 0)
+            for category, segment, area in zip(rows, record.segments, found.area, strict=True)
+        ]
+    )
+    centroids = torch.zeros(len(rows) + 1, 2)
+    centroids[1:] = torch.from_numpy(found.centroid).nan_to_num()
+    codes = encoding.encode(centroids, present)  # (n + 1, channels)
+    logits = torch.zeros(len(rows) + 1, len(categories))
+    for row, category in enumerate(rows, start=1):
+        logits[row, category.label] = LOGIT
+    pixels = torch.from_numpy(index.astype(np.int64)).flatten()
+    return (
+        codes.T.index_select(1, pixels).view(-1, size, size),
+        logits.T.index_select(1, pixels).view(-1, size, size),
+    )
+
+
+def corrupt(code: Tensor, level: float, generator: torch.Generator) -> Tensor:
+    """A prediction as a network of some quality would make it.
+
+    A Gaussian blur of sigma `level` pixels, as of a network unsure of its edges; plus 0.15 `level`
+    times smooth noise (normal values every 8 pixels, bicubic between), as of one unsure of its
+    centroids; plus 0.1 `level` times white noise.
+
+    Args:
+        code: (channels, h, w) float32.
+        level: 0 returns the code; 3 is a poor network.
+        generator: Of the noise, on the processor.
+
+    Returns:
+        (channels, h, w) float32.
+    """
+    if level == 0:
+        return code
+    channels, height, width = code.shape
+    reach = math.ceil(4 * level)
+    offsets = torch.arange(-reach, reach + 1.0)
+    kernel = torch.exp(-offsets.square() / (2 * level**2))
+    kernel /= kernel.sum()
+    blurred = F.pad(code[:, None], (reach,) * 4, mode="replicate")
+    blurred = F.conv2d(blurred, kernel.view(1, 1, 1, -1))
+    blurred = F.conv2d(blurred, kernel.view(1, 1, -1, 1))[:, 0]
+    nodes = math.ceil(height / NOISE_GRID), math.ceil(width / NOISE_GRID)
+    smooth = F.interpolate(
+        torch.randn(1, channels, *nodes, generator=generator),
+        size=(height, width),
+        mode="bicubic",
+        align_corners=False,
+    )[0]
+    white = torch.randn(code.shape, generator=generator)
+    return blurred + 0.15 * level * smooth + 0.1 * level * white

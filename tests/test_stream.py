@@ -1,0 +1,109 @@
+"""The stream reader: the same batches' format, every shard read, from a folder and over HTTP."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from pipeline.errors import InputError
+from train.config import DataConfig
+from train.data import Batch, iterate, open_index
+from train.stream import make_loader
+
+SMALL = DataConfig(reader="stream", size=56, batch=4, micro_batch=4, workers=0)
+
+
+def stream(config: DataConfig, *, rank: int = 0, world: int = 1, first: int = 0) -> Iterator[Batch]:
+    loader = make_loader(
+        config, open_index(config), seed=3, steps=range(first, 100), rank=rank, world=world
+    )
+    return iterate(loader)
+
+
+@pytest.fixture
+def served(tiny_cache: Path) -> Iterator[str]:
+    """URL of a real HTTP server of `tiny_cache`, on loopback."""
+    pytest.importorskip("aiohttp")
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tiny_cache)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_both_readers_have_one_format(tiny_cache: Path) -> None:
+    config = replace(SMALL, cache=str(tiny_cache))
+    streamed, indexed = next(stream(config)), next(stream(replace(config, reader="indexed")))
+    for field in fields(Batch):
+        one, other = getattr(streamed, field.name), getattr(indexed, field.name)
+        if field.name == "keys":
+            assert len(one) == len(other) == 4
+        else:
+            assert one.dtype == other.dtype, field.name
+            assert one.ndim == other.ndim, field.name
+
+
+def test_the_same_sample_is_the_same_item(tiny_cache: Path) -> None:
+    config = replace(SMALL, cache=str(tiny_cache), augment=False)
+    by_key: dict[str, Tensor] = {}
+    for batch in islice(stream(replace(config, reader="indexed")), 3):
+        by_key |= {key: batch.photo[row] for row, key in enumerate(batch.keys)}
+    for batch in islice(stream(config), 3):
+        for row, key in enumerate(batch.keys):
+            assert (batch.photo[row] == by_key[key]).all()
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_ranks_share_the_shards_and_never_end(tiny_cache: Path, world: int) -> None:
+    config = replace(SMALL, cache=str(tiny_cache))
+    seen = Counter[str]()
+    for rank in range(world):
+        for batch in islice(stream(config, rank=rank, world=world), 12 // world):
+            seen.update(batch.keys)
+    assert len(seen) == 12  # every sample
+    assert sum(seen.values()) == 48  # 4 rounds' worth
+
+
+def test_another_first_step_draws_another_order(tiny_cache: Path) -> None:
+    config = replace(SMALL, cache=str(tiny_cache))
+    orders = {tuple(k for b in islice(stream(config, first=f), 3) for k in b.keys) for f in (0, 9)}
+    assert len(orders) == 2
+
+
+def test_loader_processes_read_over_http(served: str) -> None:
+    config = replace(SMALL, cache=served, workers=2)
+    seen = {key for batch in islice(stream(config), 9) for key in batch.keys}
+    assert len(seen) == 12
+
+
+def test_a_url_needs_the_stream_reader(served: str) -> None:
+    with pytest.raises(InputError, match=r"data\.reader=stream"):
+        stream(replace(SMALL, cache=served, reader="indexed"))
+
+
+def test_a_cut_shard_is_refused(cache: Path) -> None:
+    for tar in cache.glob("*.tar"):
+        tar.write_bytes(tar.read_bytes()[:-512])
+    with pytest.raises(InputError, match="the index says"):
+        next(stream(replace(SMALL, cache=str(cache))))
+
+
+def test_more_readers_than_shards_are_refused(tiny_cache: Path) -> None:
+    config = replace(SMALL, cache=str(tiny_cache))
+    with pytest.raises(InputError, match=r"3 shards for 4 readers.*data\.workers"):
+        next(stream(config, world=4))
