@@ -46,7 +46,7 @@ class DecodeConfig:
         smooth_votes: Pixels of smoothing radius for noise 1. The window grows as the noise does,
             so that a clean prediction keeps its smallest objects.
         max_smooth: Largest radius, in pixels of the network's output.
-        clean: Noise up to which neighbouring cells, and every pixel's vote, are told apart.
+        clean: Noise up to which the instances of neighbouring cells can be told apart.
         gap: Least mean squared distance by which an instance must explain its pixels better than
             the others do, over that of neighbouring cells: they are two instances if clean.
         gap_noise: What noise 1 adds to it: the scatter of one instance must not look like two.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import logging
 import uuid
 from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
@@ -22,6 +23,9 @@ from pipeline.interrupt import held_back
 from pipeline.plan import ShardPlan
 
 T = TypeVar("T")
+
+CONNECT_SECONDS, WORKER_SECONDS = 20, 120
+"""How long to wait for a running scheduler, and for its first worker."""
 
 # All that Dask gives a level of their own, and the two it works through.
 _DASK_LOGGERS = ("distributed", "distributed.client", "distributed.gc", "tornado", "asyncio")
@@ -48,28 +52,29 @@ def run_tasks(
             away.
     """
     with _quiet(), connect(workers, scheduler) as client:
-        # The window keeps what lies in the scheduler's memory independent of the dataset's size.
-        window = 2 * max(1, sum(client.nthreads().values()))
-        waiting = iter(shards)
-        futures = as_completed()
         # Names are new for each run: a scheduler remembers the failed tasks of the last one.
         run = uuid.uuid4().hex[:8]
+        waiting = iter(shards)
         names: dict[str, str] = {}
+        futures = as_completed()
 
         def submit() -> None:
-            for shard in waiting:
+            # One task a thread. More would lie waiting on the workers, take memory, and share the
+            # blame when a worker dies, and they would win milliseconds in a task of seconds. The
+            # threads are counted anew, for workers come and go.
+            free = max(1, sum(client.nthreads().values())) - len(names)
+            for shard in itertools.islice(waiting, max(0, free)):
                 key = f"{shard.name}-{run}"
                 names[key] = shard.name
                 futures.add(client.submit(work, shard, *arguments, key=key, pure=False))
-                return
 
-        for _ in range(window):
-            submit()
+        submit()
         for future in futures:
             name = names.pop(future.key)
-            yield _result(future, name, scheduler)
+            result = _result(future, name, scheduler)
             future.release()
             submit()
+            yield result
 
 
 def _result(future: Future, name: str, scheduler: str | None) -> Any:
@@ -109,7 +114,7 @@ def connect(workers: int, scheduler: str | None) -> Iterator[Client]:
     """
     if scheduler is not None:
         try:
-            client = Client(scheduler, timeout="20s")
+            client = Client(scheduler, timeout=CONNECT_SECONDS)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"no Dask scheduler answers: {error}",
@@ -118,7 +123,7 @@ def connect(workers: int, scheduler: str | None) -> Iterator[Client]:
             ) from None
         with client:
             try:
-                client.wait_for_workers(1, timeout=120)
+                client.wait_for_workers(1, timeout=WORKER_SECONDS)
             except TimeoutError:
                 raise InputError(
                     "the Dask scheduler has no workers", where=scheduler, remedy="start dask worker"
@@ -127,14 +132,16 @@ def connect(workers: int, scheduler: str | None) -> Iterator[Client]:
         return
     # Otherwise the first process to be spawned starts it, and in doing so lets signals through.
     resource_tracker.ensure_running()
-    with held_back():
-        cluster = LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            dashboard_address=None,
-            silence_logs=logging.CRITICAL,
-        )
-    with cluster, Client(cluster) as client:
+    with ExitStack() as stack:
+        with held_back():
+            cluster = LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                dashboard_address="127.0.0.1:0",  # any port: a second run would warn of a taken one
+                silence_logs=logging.CRITICAL,
+            )
+            stack.enter_context(cluster)
+            client = stack.enter_context(Client(cluster))
         yield client
 
 

@@ -176,7 +176,10 @@ def main() -> None:
         out = options.folder / "cache"
         shutil.rmtree(out, ignore_errors=True)
         if options.render:
-            show(f"render, {workers} workers", measured(render_step, root, out, options.render, workers))
+            show(
+                f"render, {workers} workers",
+                measured(render_step, root, out, options.render, workers),
+            )
 
 
 def show(step: str, values: dict[str, Any]) -> None:

@@ -6,10 +6,6 @@ import errno
 import itertools
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +13,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import psutil  # type: ignore[import-untyped]
 import pytest
 from distributed import LocalCluster
 from handmade import hashes
@@ -31,7 +26,6 @@ from pipeline.render import RenderResult, render
 from pipeline.sample import check_sample
 from pipeline.shards import ShardReader
 from pipeline.storage import Storage
-from pipeline.synthetic import write_dataset
 from pipeline.verify import verify
 
 CONFIG = RenderConfig(samples_per_shard=4)
@@ -306,66 +300,3 @@ def test_renaming_ids_changes_no_target(root: Path) -> None:
         for name in ("index", "eds", "void"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
         assert [replace(s, id=rename[s.id]) for s in one.segments] == list(other.segments)
-
-
-# Killed at any moment: one image a shard makes many moments.
-
-SCRIPT = """
-import sys
-from pathlib import Path
-from pipeline.coco import CocoLayout, read_dataset
-from pipeline.config import RenderConfig
-from pipeline.render import render
-from pipeline.storage import Storage
-
-if __name__ == "__main__":
-    root, out, workers = sys.argv[1:]
-    dataset = read_dataset(CocoLayout.of(Path(root), "train"))
-    render(dataset, "train", Storage(out), RenderConfig(samples_per_shard=1), workers=int(workers))
-"""
-IMAGES = 100
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """A dataset of many small images, and the hashes of its cache."""
-    root = tmp_path_factory.mktemp("many")
-    write_dataset(root / "coco", images=IMAGES, val_images=0, seed=1, size=32)
-    dataset = read_dataset(CocoLayout.of(root / "coco", "train"))
-    run(dataset, root / "cache", config=RenderConfig(samples_per_shard=1))
-    return root / "coco", hashes(root / "cache")
-
-
-def start_and_kill(root: Path, out: Path, workers: int, tars: int) -> list[psutil.Process]:
-    """Kills a render once it has written so many tars; the processes that it had started."""
-    script = out.with_suffix(".py")
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(root), str(out), str(workers)]
-    with subprocess.Popen(command, env=environment) as process:
-        while process.poll() is None and len(list(out.glob("*.tar"))) < tars:
-            time.sleep(0.001)
-        children: list[psutil.Process] = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "it was to be killed in the middle"
-    return children
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_run_goes_on_to_the_same_bytes(
-    many: tuple[Path, dict[str, str]], tmp_path: Path, workers: int
-) -> None:
-    root, wanted = many
-    out = tmp_path / "cache"
-    moments = np.random.default_rng().integers(1, IMAGES // 2, 1 if workers else 2)
-    for moment in sorted(moments.tolist()):
-        children = start_and_kill(root, out, workers, moment)
-        assert not (out / "index.json").exists()
-        assert len(children) >= workers
-        _, orphans = psutil.wait_procs(children, timeout=20)
-        assert orphans == [], f"killed after {moment} tars"
-    result = run(
-        read_dataset(CocoLayout.of(root, "train")), out, config=RenderConfig(samples_per_shard=1)
-    )
-    assert result.written == IMAGES
-    assert hashes(out) == wanted, f"killed after {moments} tars"

@@ -1,0 +1,79 @@
+"""The ceiling: what the ground truth scores after encoding, corruption and decoding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from evaluate.ceiling import ceiling, corrupt, perfect_heads
+from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset, read_ids
+from pipeline.errors import InputError
+from train.encoding import PositionalCode
+
+
+def test_level_0_changes_nothing_and_seeds_decide() -> None:
+    code = torch.randn(16, 40, 50)
+    assert corrupt(code, 0, torch.Generator()) is code
+    one, again, other = (
+        corrupt(code, 2, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+def test_corruption_is_as_strong_as_it_says() -> None:
+    noise = corrupt(torch.zeros(16, 200, 200), 2, torch.Generator().manual_seed(0))
+    neighbours = (noise[:, :, 1:] - noise[:, :, :-1]).std() / 2**0.5
+    assert neighbours == pytest.approx(0.2, rel=0.1)  # white, mostly
+    coarse = torch.nn.functional.avg_pool2d(noise, 4)
+    assert 0.15 < coarse.std() < 0.3
+    edge = torch.zeros(1, 41, 41)
+    edge[..., 20:] = 1
+    blurred = torch.stack(
+        [corrupt(edge, 2, torch.Generator().manual_seed(seed))[0] for seed in range(40)]
+    ).mean((0, 1))
+    # One sigma beyond an edge, a Gaussian blur leaves 16 percent.
+    assert blurred[18].item() == pytest.approx(0.23, abs=0.05)
+    assert blurred[20].item() == pytest.approx(0.60, abs=0.05)
+
+
+def test_perfect_heads_say_the_truth(tiny_dataset: CocoPanoptic) -> None:
+    record = tiny_dataset.records[0]
+    ids = read_ids(record.png)
+    code, logits = perfect_heads(record, ids, tiny_dataset.categories, PositionalCode(), 64)
+    assert code.shape == (16, 64, 64)
+    assert logits.shape == (len(tiny_dataset.categories), 64, 64)
+    length = code.square().sum(0)
+    assert set(length.round().unique().tolist()) <= {0.0, 8.0}
+    isthing = torch.tensor([category.isthing for category in tiny_dataset.categories])
+    assert isthing[logits.argmax(0)][length > 1].all()
+
+
+def test_made_up_scenes_score_high_and_noise_costs(tiny_dataset: CocoPanoptic) -> None:
+    clean = ceiling(tiny_dataset, size=160)
+    noisy = ceiling(tiny_dataset, size=160, noise=3)
+    assert clean.pq.all is not None
+    assert noisy.pq.all is not None
+    assert clean.pq.all.pq > 0.9
+    assert 0.4 < noisy.pq.all.pq < clean.pq.all.pq
+    assert noisy.pq == ceiling(tiny_dataset, size=160, noise=3).pq
+    found = clean.to_json()
+    assert found["images"] == 12
+    assert set(found["seconds_per_image"]) == {"encode", "decode", "score"}
+    assert set(found) == {"All", "Things", "Stuff", "per_class", "images", "seconds_per_image"}
+
+
+def test_an_empty_split_is_an_error(tiny_dataset: CocoPanoptic) -> None:
+    with pytest.raises(InputError, match="no images"):
+        ceiling(replace(tiny_dataset, records=()))
+
+
+@pytest.mark.parametrize(("noise", "least"), [(0, 0.95), (2, 0.85)])
+def test_real_images_reach_what_was_measured(coco_sample: Path, noise: float, least: float) -> None:
+    dataset = read_dataset(CocoLayout.of(coco_sample, "val2017")).head(4)
+    result = ceiling(dataset, noise=noise)
+    assert result.pq.all is not None
+    assert result.pq.all.pq > least

@@ -1,0 +1,239 @@
+"""Rendering through a running Dask scheduler, and into places that are no local folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import psutil  # type: ignore[import-untyped]
+import pytest
+from distributed import Client
+from handmade import hashes
+
+import pipeline.cluster
+import pipeline.render
+from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
+from pipeline.config import RenderConfig
+from pipeline.errors import InputError
+from pipeline.render import render
+from pipeline.storage import Storage
+
+CONFIG = RenderConfig(samples_per_shard=4)
+ROOT = Path(__file__).parents[1]
+
+
+class Cluster:
+    """`dask scheduler` and two `dask worker` on the loopback, in a folder of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file = folder / "scheduler.json"
+        self.processes = [
+            self._start(
+                *("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"),
+                *("--scheduler-file", str(self.file)),
+            )
+        ]
+        deadline = time.monotonic() + 30
+        while not self.file.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self.address = str(json.loads(self.file.read_text())["address"])
+
+    def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        # In another folder than the driver's, as on another machine.
+        return subprocess.Popen(
+            [sys.executable, "-m", "dask", *arguments],
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.DEVNULL,
+        )
+
+    def add_workers(self, count: int = 2) -> None:
+        """Starts workers; they report when they are ready."""
+        for _ in range(count):
+            self.processes.append(
+                self._start("worker", self.address, "--nthreads", "1", "--no-dashboard")
+            )
+
+    def freeze_workers(self) -> None:
+        """Stops the workers where they are, once the scheduler knows them."""
+        with Client(self.address) as client:
+            client.wait_for_workers(len(self.processes) - 1, timeout=30)
+        for process in self.processes[1:]:
+            for below in psutil.Process(process.pid).children(recursive=True):
+                below.suspend()
+
+    def kill(self) -> None:
+        """Ends all that was started, and what that started."""
+        while self.processes:
+            process = self.processes.pop()
+            for below in psutil.Process(process.pid).children(recursive=True):
+                below.kill()
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster that several tests share."""
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    try:
+        cluster.add_workers()
+        yield cluster
+    finally:
+        cluster.kill()
+
+
+def run(dataset: CocoPanoptic, url: str, **settings: Any) -> None:
+    render(dataset, "train", Storage(url), CONFIG, **{"workers": 0, **settings})
+
+
+def test_a_scheduler_with_two_workers_changes_no_byte(
+    cluster: Cluster, tiny_root: Path, tiny_cache: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "cache"
+    command = [
+        *(sys.executable, str(ROOT / "cli.py"), "preprocess", "--json"),
+        *("--coco", os.path.relpath(tiny_root, tmp_path), "--split", "train", "--out", "cache"),
+        *("--samples-per-shard", "4", "--scheduler", cluster.address),
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["written"] == 12
+    assert hashes(out) == hashes(tiny_cache)
+    before = hashes(out)
+    (out / "train-00001.json").unlink()
+    (out / "train-00002.tar").unlink()
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+    assert hashes(out) == before
+
+
+def test_four_workers_change_no_byte(
+    tiny_dataset: CocoPanoptic, tiny_cache: Path, tmp_path: Path
+) -> None:
+    run(tiny_dataset, str(tmp_path / "cache"), workers=4)
+    assert hashes(tmp_path / "cache") == hashes(tiny_cache)
+
+
+def test_workers_with_other_libraries_are_refused(
+    cluster: Cluster, tiny_dataset: CocoPanoptic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.render, "tools", lambda: "OpenCV 3")
+    with pytest.raises(InputError, match="the driver OpenCV 3") as caught:
+        run(tiny_dataset, str(tmp_path), scheduler=cluster.address)
+    assert caught.value.code == "worker-differs"
+
+
+@pytest.mark.parametrize("which", ["photo", "png"])
+def test_a_worker_that_does_not_see_the_data_spoils_no_cache(
+    root: Path, tiny_cache: Path, tmp_path: Path, which: str
+) -> None:
+    layout = CocoLayout.of(root, "train")
+    dataset = read_dataset(layout)
+    path = layout.images if which == "photo" else layout.panoptic_dir
+    path.rename(tmp_path / "unmounted")
+    with pytest.raises(InputError, match="not there for this worker") as caught:
+        run(dataset, str(tmp_path / "cache"))
+    assert caught.value.code == "input-gone"
+    (tmp_path / "unmounted").rename(path)
+    run(dataset, str(tmp_path / "cache"))
+    assert hashes(tmp_path / "cache") == hashes(tiny_cache)
+
+
+def test_workers_that_write_elsewhere_are_found_out(
+    cluster: Cluster, tiny_dataset: CocoPanoptic
+) -> None:
+    with pytest.raises(InputError, match="a worker wrote it, and it is not here") as caught:
+        run(tiny_dataset, f"memory://{uuid.uuid4().hex}", scheduler=cluster.address)
+    assert caught.value.code == "not-shared"
+
+
+def test_no_scheduler_is_said(
+    tiny_dataset: CocoPanoptic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.cluster, "CONNECT_SECONDS", 1)
+    with pytest.raises(InputError, match="no Dask scheduler answers"):
+        run(tiny_dataset, str(tmp_path), scheduler="tcp://127.0.0.1:9")
+
+
+def test_a_scheduler_that_goes_away_ends_in_one_line(
+    tiny_root: Path, tiny_cache: Path, tmp_path: Path
+) -> None:
+    lost = Cluster(tmp_path)
+    try:
+        lost.add_workers(1)
+        lost.freeze_workers()
+        out = tmp_path / "cache"
+        command = [
+            *(sys.executable, str(ROOT / "cli.py"), "preprocess", "--coco", str(tiny_root)),
+            *("--split", "train", "--out", str(out), "--samples-per-shard", "4"),
+            *("--scheduler", lost.address),
+        ]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as driver:
+            while not (out / "plan.json").exists():
+                time.sleep(0.01)
+            time.sleep(2)  # the tasks lie with the worker now
+            lost.kill()
+            _, errors = driver.communicate(timeout=60)
+        assert driver.returncode == 1, errors
+        assert errors.count("\n") == 1, errors
+        assert "the Dask scheduler went away" in errors
+    finally:
+        lost.kill()
+    run(read_dataset(CocoLayout.of(tiny_root, "train")), str(out))
+    assert hashes(out) == hashes(tiny_cache)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_filesystem_holds_the_same_bytes(
+    tiny_dataset: CocoPanoptic, tiny_cache: Path, tmp_path: Path, workers: int
+) -> None:
+    # fsspec's own filesystem of the local disk, reached as any remote one is.
+    url = f"local://{tmp_path}/cache"
+    assert Storage(url).local is None
+    run(tiny_dataset, url, workers=workers)
+    assert hashes(tmp_path / "cache") == hashes(tiny_cache)
+
+
+def test_an_interrupted_run_in_memory_goes_on(
+    tiny_dataset: CocoPanoptic, tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = uuid.uuid4().hex
+    storage, write = Storage(f"memory://{name}/cache"), Storage.write
+
+    def half(self: Storage, name: str, data: bytes) -> None:
+        # What a filesystem that is no object store leaves when its writer is killed.
+        write(self, name, data[: len(data) // 2])
+        raise KeyboardInterrupt
+
+    for cut in ("train-00000.tar", "train-00001.json", "quarantine.jsonl", "index.json"):
+
+        def cutting(self: Storage, name: str, data: bytes, cut: str = cut) -> None:
+            (half if name == cut else write)(self, name, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Storage, "write", cutting)
+            with pytest.raises(KeyboardInterrupt):
+                run(tiny_dataset, storage.url)
+    run(tiny_dataset, storage.url)
+    found = {name: storage.read(name) for name in storage.sizes()}
+    assert found == {path.name: path.read_bytes() for path in tiny_cache.iterdir()}
+    fsspec.filesystem("memory").rm(f"/{name}", recursive=True)
+
+
+def test_a_remote_disk_that_is_full_ends_in_one_line(
+    tiny_dataset: CocoPanoptic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "pipe_file", full)
+    with pytest.raises(InputError, match="cannot write: No space left"):
+        run(tiny_dataset, f"memory://{uuid.uuid4().hex}")

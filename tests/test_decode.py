@@ -1,0 +1,473 @@
+"""Decoding: exact against literal searches, sound on hard and on degenerate pictures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evaluate.decode import DecodeConfig, PanopticMap, decode, to_positional
+from evaluate.peaks import (
+    Bins,
+    Instances,
+    Rules,
+    bin_votes,
+    choose,
+    find_candidates,
+    nearest_cells,
+    neighbour_distance,
+    off_grid,
+    packed_argmax,
+)
+from evaluate.segments import resize_values
+from evaluate.smoothing import find_regions, smooth
+from pipeline.errors import InputError
+from pipeline.targets import geometry
+from train.encoding import (
+    ClassificationCode,
+    DirectCode,
+    Encoding,
+    PositionalCode,
+    cell_centres,
+    gamma,
+    nearest_cell,
+)
+
+CODE = PositionalCode()
+ISTHING = torch.tensor([True, True, False, False])
+"""Two thing classes, two stuff classes."""
+
+
+def heads(
+    index: NDArray[np.int64], labels: list[int], encoding: Encoding = CODE
+) -> tuple[Tensor, Tensor]:
+    """What a perfect network says of an index map (0 = stuff class 2, i = instance i - 1)."""
+    centroid = torch.zeros(len(labels) + 1, 2)
+    centroid[1:] = torch.from_numpy(geometry(index.astype(np.uint16), len(labels)).centroid)
+    present = torch.arange(len(labels) + 1) > 0
+    target = encoding.encode(centroid, present)
+    if isinstance(encoding, ClassificationCode):
+        target = torch.nn.functional.one_hot(target, encoding.cells + 1).flatten(-2) * 12.0
+    label = torch.nn.functional.one_hot(torch.tensor([2, *labels]), len(ISTHING)) * 8.0
+    map_ = torch.from_numpy(index)
+    return target[map_].permute(2, 0, 1), label[map_].permute(2, 0, 1)
+
+
+def run(
+    index: NDArray[np.int64],
+    labels: list[int],
+    encoding: Encoding = CODE,
+    noise: float = 0.0,
+    config: DecodeConfig | None = None,
+) -> PanopticMap:
+    code, logits = heads(index, labels, encoding)
+    code = code + noise * torch.randn(code.shape, generator=torch.Generator().manual_seed(0))
+    return decode(
+        code[None],
+        logits[None],
+        encoding=encoding,
+        isthing=ISTHING,
+        sizes=[(index.shape[0], index.shape[1])],
+        config=config,
+    )[0]
+
+
+def assert_recovers(
+    result: PanopticMap, index: NDArray[np.int64], labels: list[int], iou: float = 1.0
+) -> None:
+    """Every instance is found with its class, and nothing else."""
+    check(result)
+    things = [segment for segment in result.segments if segment.isthing]
+    assert len(things) == len(labels)
+    for number, label in enumerate(labels, start=1):
+        mask = index == number
+        best = max(
+            ((result.ids == s.id) & mask).sum() / ((result.ids == s.id) | mask).sum()
+            for s in things
+            if s.label == label
+        )
+        assert best >= iou, (number, best)
+
+
+def check(result: PanopticMap) -> None:
+    """What holds of every map."""
+    assert result.ids.dtype == np.int32
+    ids, areas = np.unique(result.ids[result.ids > 0], return_counts=True)
+    assert [s.id for s in result.segments] == ids.tolist()
+    assert [s.area for s in result.segments] == areas.tolist()
+    assert all(s.isthing == bool(ISTHING[s.label]) for s in result.segments)
+    assert all(0 <= s.score <= 1 for s in result.segments)
+    stuff = [s.label for s in result.segments if not s.isthing]
+    assert len(stuff) == len(set(stuff))
+
+
+def disc(index: NDArray[np.int64], number: int, x: float, y: float, radius: float) -> None:
+    rows, columns = np.mgrid[: index.shape[0], : index.shape[1]]
+    index[(rows - y) ** 2 + (columns - x) ** 2 <= radius**2] = number
+
+
+# Literal searches.
+
+
+def full_search(code: Tensor, cells: int) -> Tensor:
+    """(P, cells^2) squared distance to the whole code of each cell, row by row."""
+    axis = gamma(cell_centres(cells), code.shape[0] // 4)
+    rows, columns = torch.meshgrid(torch.arange(cells), torch.arange(cells), indexing="ij")
+    grid = torch.cat([axis[columns.flatten()], axis[rows.flatten()]], dim=1)
+    return torch.cdist(code.T.double(), grid.double()).square()
+
+
+def test_nearest_cells_are_those_of_a_full_search() -> None:
+    code = torch.randn(16, 300, generator=torch.Generator().manual_seed(1))
+    found = nearest_cells(code, 80)
+    distance = full_search(code, 80)
+    chosen = distance.gather(1, (found.row * 80 + found.column)[:, None])[:, 0]
+    assert torch.allclose(chosen, distance.min(1).values, atol=1e-2)
+    assert ((found.row * 80 + found.column) == distance.argmin(1)).float().mean() > 0.98
+    costs = CODE.axis_costs(code, 80)
+    best = costs.u.min(1).values + costs.v.min(1).values
+    # |x - gamma|^2 = |x|^2 + 2L - 2 x . gamma, and an amplitude is x . gamma / L.
+    ours = code.square().sum(0) + 8 - 8 * found.amplitude.sum(0)
+    assert torch.allclose(ours, best, atol=1e-2)
+
+
+def test_every_cell_finds_itself() -> None:
+    centres = cell_centres(80)
+    uv = torch.stack([centres, centres.flip(0)], dim=1)
+    code = CODE.encode(uv, torch.ones(80, dtype=torch.bool)).T
+    found = nearest_cells(code, 80)
+    assert found.column.tolist() == list(range(80))
+    assert found.row.tolist() == list(range(79, -1, -1))
+    assert torch.allclose(found.amplitude, torch.ones(2, 80), atol=1e-4)
+    assert off_grid(code, found).max() < 1e-4
+
+
+@pytest.mark.parametrize("count", [1, 2, 80, 133, 300])
+def test_packed_argmax_is_argmax(count: int) -> None:
+    scores = torch.randn(count, 20_000, generator=torch.Generator().manual_seed(count))
+    best, index = packed_argmax(scores)
+    assert torch.allclose(best, scores.max(0).values, rtol=1e-4)
+    assert (index == scores.argmax(0)).float().mean() > 0.999
+    assert torch.allclose(scores.gather(0, index[None])[0], scores.max(0).values, rtol=1e-3)
+
+
+def test_packed_argmax_takes_the_first_of_equals_and_shows_what_is_not_finite() -> None:
+    assert packed_argmax(torch.zeros(5, 3))[1].tolist() == [0, 0, 0]
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        scores = torch.zeros(5, 3)
+        scores[2, 1] = bad
+        finite = packed_argmax(scores)[0].isfinite().tolist()
+        assert finite[0]
+        assert finite[2]
+        assert not finite[1]
+
+
+def literal_peaks(votes: NDArray[np.float64]) -> set[tuple[int, int]]:
+    """Cells with votes, none of whose neighbours in the picture has more, by loops."""
+    cells = len(votes)
+    blurred = np.zeros_like(votes)
+    for row in range(cells):
+        for column in range(cells):
+            for dy in (-1, 0, 1):
+                for dx in (-1, 0, 1):
+                    y, x = row + dy, column + dx
+                    if 0 <= y < cells and 0 <= x < cells:
+                        blurred[row, column] += votes[y, x] * 0.5 ** (abs(dy) + abs(dx))
+    peaks = set()
+    for row in range(cells):
+        for column in range(cells):
+            block = blurred[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2]
+            if votes[row, column] > 0 and blurred[row, column] == block.max():
+                peaks.add((row, column))
+    return peaks
+
+
+def make_bins(votes: NDArray[np.float64]) -> Bins:
+    row, column = np.nonzero(votes)
+    centres = cell_centres(len(votes))
+    uv = torch.stack([centres[column], centres[row]], dim=1)
+    return Bins(
+        weight=torch.tensor(votes[row, column], dtype=torch.float32),
+        code=CODE.encode(uv, torch.ones(len(row), dtype=torch.bool)),
+        label=torch.zeros(len(row), dtype=torch.int64),
+        row=torch.tensor(row),
+        column=torch.tensor(column),
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_candidates_are_those_of_a_literal_loop(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    votes = np.where(rng.random((20, 20)) < 0.2, rng.integers(1, 50, (20, 20)), 0).astype(float)
+    bins = make_bins(votes)
+    peaks = find_candidates(bins, 20, radius=1)
+    found = {(int(bins.row[i]), int(bins.column[i])) for i in peaks}
+    assert found == literal_peaks(votes)
+    assert len(find_candidates(bins, 20, radius=0)) == (votes > 0).sum()
+
+
+def test_the_ends_of_the_grid_are_not_neighbours() -> None:
+    """In code space the first and the last cell are as close as any two neighbours."""
+    votes = np.zeros((80, 80))
+    votes[40, 0], votes[40, 79] = 100, 60
+    assert len(find_candidates(make_bins(votes), 80, radius=1)) == 2
+    ends = gamma(cell_centres(80)[[0, -1]], 4)
+    assert float((ends[0] - ends[1]).norm()) == pytest.approx(0.715, abs=2e-3)
+    assert neighbour_distance(4, 80) == pytest.approx(0.715**2, abs=2e-3)
+
+
+def test_choice_is_that_of_a_literal_loop() -> None:
+    generator = torch.Generator().manual_seed(3)
+    uv = torch.rand(30, 2, generator=generator) * 2 - 1
+    code = CODE.encode(uv, torch.ones(30, dtype=torch.bool))
+    bins = Bins(
+        weight=torch.randint(1, 40, (30,), generator=generator).float(),
+        code=code,
+        label=torch.randint(0, 2, (30,), generator=generator),
+        row=nearest_cell(uv[:, 1], 80),
+        column=nearest_cell(uv[:, 0], 80),
+    )
+    rules = Rules(cap=4.0, label_cost=0.1, gap=1.0, saved=30.0)
+    chosen = choose(bins, Instances(code, bins.label), rules)
+
+    def cost(vote: int, k: int) -> float:
+        far = float((code[vote] - code[k]).square().sum())
+        return min(far + 0.1 * bool(bins.label[vote] != bins.label[k]), 4.0)
+
+    costs = [[cost(vote, k) for k in range(30)] for vote in range(30)]
+    taken: list[int] = []
+    while True:
+        best, worth = -1, 0.0
+        for candidate in range(30):
+            total = helped = 0.0
+            for vote, row in enumerate(costs):
+                relief = min([row[k] for k in taken], default=4.0) - row[candidate]
+                if relief > 1e-4:
+                    total += float(bins.weight[vote]) * relief
+                    helped += float(bins.weight[vote])
+            if helped and total >= helped and total >= 30 and total > worth:
+                best, worth = candidate, total
+        if best < 0:
+            break
+        taken.append(best)
+    assert torch.equal(chosen.prototypes, code[taken])
+
+
+def test_votes_add_up() -> None:
+    generator = torch.Generator().manual_seed(2)
+    code = torch.randn(16, 500, generator=generator)
+    labels = torch.randint(0, 3, (500,), generator=generator)
+    rows, columns = torch.randint(0, 4, (2, 500), generator=generator)
+    bins = bin_votes(code, labels, rows, columns, 80)
+    assert bins.weight.sum() == 500
+    for i in range(len(bins.weight)):
+        mask = (labels == bins.label[i]) & (rows == bins.row[i]) & (columns == bins.column[i])
+        assert mask.sum() == bins.weight[i]
+        assert torch.allclose(bins.code[i], code[:, mask].mean(1), atol=1e-5)
+
+
+def test_smoothing_is_the_mean_along_rows_then_columns_within_a_label() -> None:
+    rng = np.random.default_rng(0)
+    labels = torch.from_numpy(rng.integers(0, 3, (5, 6)).repeat(2, 0).repeat(2, 1))
+    member = labels > 0
+    values = torch.from_numpy(rng.normal(size=(2, 10, 12))).float()
+
+    def literal(values: Tensor, labels: Tensor, radius: int) -> Tensor:
+        """Along the rows."""
+        result = values.clone()
+        height, width = labels.shape
+        for y in range(height):
+            for x in range(width):
+                low = high = x
+                while low > max(0, x - radius) and labels[y, low - 1] == labels[y, x]:
+                    low -= 1
+                while high < min(width - 1, x + radius) and labels[y, high + 1] == labels[y, x]:
+                    high += 1
+                result[:, y, x] = values[:, y, low : high + 1].mean(1)
+        return result
+
+    regions = find_regions(labels, member)
+    for radius in (0, 1, 3):
+        expected = literal(values, labels, radius)
+        expected = literal(expected.transpose(1, 2), labels.T, radius).transpose(1, 2)
+        found = smooth(values.flatten(1)[:, regions.pixels], regions, radius)
+        assert torch.allclose(found, expected.flatten(1)[:, regions.pixels], atol=1e-5)
+
+
+def test_enlarging_takes_the_largest_bilinear_weight() -> None:
+    values = torch.from_numpy(np.random.default_rng(1).integers(0, 4, (7, 9)))
+    masks = torch.nn.functional.one_hot(values, 4).permute(2, 0, 1)[None].float()
+    size = (17, 25)
+    weights = torch.nn.functional.interpolate(
+        masks, size=size, mode="bilinear", align_corners=False
+    )[0]
+    found = resize_values(values, size)
+    chosen = weights.gather(0, found[None])[0]
+    assert torch.allclose(chosen, weights.max(0).values, atol=1e-4)
+    assert torch.equal(resize_values(values, (7, 9)), values)
+
+
+# Pictures.
+
+
+def test_instances_are_found_exactly() -> None:
+    index = np.zeros((60, 80), np.int64)
+    disc(index, 1, 20, 20, 12)
+    disc(index, 2, 55, 30, 15)
+    disc(index, 3, 58, 34, 5)
+    result = run(index, [0, 0, 1])
+    assert_recovers(result, index, [0, 0, 1])
+    assert [s.label for s in result.segments if not s.isthing] == [2]
+
+
+def test_two_instances_with_nearly_one_centroid() -> None:
+    index = np.zeros((120, 120), np.int64)
+    disc(index, 1, 60, 60, 40)
+    disc(index, 2, 61.6, 60, 12)  # about one cell beside
+    assert_recovers(run(index, [0, 0]), index, [0, 0], iou=0.98)
+
+
+def test_an_instance_in_pieces_stays_one() -> None:
+    index = np.zeros((60, 90), np.int64)
+    disc(index, 1, 15, 30, 10)
+    disc(index, 1, 75, 30, 10)
+    index[:, 30:38] = 2
+    assert_recovers(run(index, [0, 0]), index, [0, 0])
+
+
+def test_rings_and_centroids_outside_their_instance() -> None:
+    index = np.zeros((120, 120), np.int64)
+    disc(index, 1, 50, 50, 40)
+    disc(index, 2, 50, 50, 25)  # leaves a ring, whose centroid it nearly shares
+    index[50:, 50:] = 0
+    index[5:10, 90:115] = index[5:60, 110:115] = 3  # an L
+    assert_recovers(run(index, [0, 1, 0]), index, [0, 1, 0])
+
+
+def test_more_than_a_hundred_instances() -> None:
+    index = np.zeros((240, 240), np.int64)
+    for number in range(144):
+        y, x = divmod(number, 12)
+        index[20 * y + 3 : 20 * y + 17, 20 * x + 3 : 20 * x + 17] = number + 1
+    assert_recovers(run(index, [0] * 144), index, [0] * 144)
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.2, 0.4])
+def test_noise_neither_splits_nor_merges(noise: float) -> None:
+    index = np.zeros((160, 160), np.int64)
+    disc(index, 1, 50, 60, 35)
+    disc(index, 2, 110, 60, 30)
+    disc(index, 3, 100, 130, 20)
+    assert_recovers(run(index, [0, 0, 0], noise=noise), index, [0, 0, 0], iou=0.95)
+
+
+def test_a_wrong_semantic_blob_does_not_split_an_instance() -> None:
+    index = np.zeros((100, 100), np.int64)
+    disc(index, 1, 50, 50, 40)
+    code, logits = heads(index, [0])
+    logits[:, 40:55, 40:55] = torch.tensor([0.0, 8.0, 0.0, 0.0])[:, None, None]
+    logits[:, 60:70, 40:55] = torch.tensor([0.0, 0.0, 0.0, 8.0])[:, None, None]
+    result = decode(code[None], logits[None], encoding=CODE, isthing=ISTHING, sizes=[(100, 100)])[0]
+    assert_recovers(result, index, [0])
+    assert result.segments[-1].score < 1
+
+
+def test_a_faint_object_is_rescued_but_no_crowd() -> None:
+    index = np.zeros((100, 100), np.int64)
+    disc(index, 1, 30, 30, 12)
+    disc(index, 2, 75, 70, 12)
+    code, logits = heads(index, [0, 0])
+    code[:, torch.from_numpy(index == 1)] *= 0.45
+    code[:, torch.from_numpy(index == 2)] = 0.0
+    code[:, :, 60:] = torch.where(torch.from_numpy(index == 2)[:, 60:], 0.0, code[:, :, 60:])
+    config = DecodeConfig(trust=0.0)
+    result = decode(
+        code[None],
+        logits[None],
+        encoding=CODE,
+        isthing=ISTHING,
+        sizes=[(100, 100)],
+        config=config,
+    )[0]
+    things = [s for s in result.segments if s.isthing]
+    assert [s.area for s in things] == [(index == 1).sum()]
+    assert (result.ids[index == 2] == 0).all()
+
+
+@pytest.mark.parametrize("encoding", [CODE, PositionalCode(5), DirectCode(), ClassificationCode()])
+def test_every_encoding_decodes(encoding: Encoding) -> None:
+    index = np.zeros((80, 80), np.int64)
+    disc(index, 1, 20, 40, 15)
+    disc(index, 2, 58, 40, 18)
+    assert_recovers(run(index, [0, 1], encoding), index, [0, 1])
+    code, _ = heads(index, [0, 1], encoding)
+    amplitude = nearest_cells(to_positional(code.flatten(1), encoding), 80).amplitude
+    inside = torch.from_numpy(index > 0).flatten()
+    assert amplitude[:, inside].min() > 0.9
+    assert amplitude[:, ~inside].max() < 0.1
+
+
+def test_nothing_but_stuff() -> None:
+    result = run(np.zeros((40, 50), np.int64), [])
+    check(result)
+    assert [(s.label, s.area) for s in result.segments] == [(2, 2000)]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 3)])
+def test_tiny_pictures(size: tuple[int, int]) -> None:
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        result = decode(
+            torch.randn(2, 16, *size, generator=generator) * 2,
+            torch.randn(2, 4, *size, generator=generator),
+            encoding=CODE,
+            isthing=ISTHING,
+            sizes=[(1, 1), (11, 9)],
+        )
+        assert [r.ids.shape for r in result] == [(1, 1), (11, 9)]
+        for one in result:
+            check(one)
+    single = run(np.ones(size, np.int64), [1], config=DecodeConfig(saved=0, min_instance_area=1))
+    assert_recovers(single, np.ones(size, np.int64), [1])
+
+
+def test_an_untrained_network_decodes_in_bounded_time() -> None:
+    generator = torch.Generator().manual_seed(0)
+    code = torch.randn(1, 16, 120, 120, generator=generator) * 1.5
+    logits = torch.randn(1, 4, 120, 120, generator=generator)
+    check(decode(code, logits, encoding=CODE, isthing=ISTHING, sizes=[(120, 120)])[0])
+
+
+def test_native_size_is_what_was_asked_for() -> None:
+    index = np.zeros((64, 64), np.int64)
+    disc(index, 1, 30, 30, 16)
+    code, logits = heads(index, [0])
+    sizes = [(96, 128), (40, 30), (64, 64)]
+    results = decode(
+        code.expand(3, -1, -1, -1),
+        logits.expand(3, -1, -1, -1),
+        encoding=CODE,
+        isthing=ISTHING,
+        sizes=sizes,
+    )
+    for result, (height, width) in zip(results, sizes, strict=True):
+        check(result)
+        assert result.ids.shape == (height, width)
+        (thing,) = [s for s in result.segments if s.isthing]
+        share = (index == 1).mean() * height * width
+        assert thing.area == pytest.approx(share, rel=0.03)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("encoding", [CODE, DirectCode(), ClassificationCode()])
+@pytest.mark.parametrize("head", [0, 1])
+def test_what_is_not_finite_is_an_error(bad: float, encoding: Encoding, head: int) -> None:
+    index = np.zeros((20, 20), np.int64)
+    both = heads(index + 1, [0], encoding)
+    if bad < 0 and head == 0 and isinstance(encoding, ClassificationCode):
+        pytest.skip("this logit is a class of probability 0, and means no harm")
+    both[head][1, 7, 9] = bad
+    with pytest.raises(InputError, match="NaN or infinite"):
+        decode(both[0][None], both[1][None], encoding=encoding, isthing=ISTHING, sizes=[(20, 20)])
