@@ -60,7 +60,7 @@ else
 endif
 
 test: install  ## All tests.
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto
 
 check: install  ## Lint, format, types; and that torchvision is nowhere.
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,13 +86,14 @@ def preprocess(
         float, typer.Option(min=0, help="Images that may be left out: a part below 1, or a count.")
     ] = 0.01,
     strict: Annotated[bool, typer.Option(help="Every warning aborts.")] = False,
+    retry: Annotated[bool, typer.Option(help="Try again what was left out before.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Check what can be without decoding.")] = False,
     as_json: Json = False,
 ) -> None:
     """Render a split into shards with precomputed targets; run again to go on."""
     from pipeline.coco import read_dataset
     from pipeline.config import RenderConfig
-    from pipeline.render import dry_run as look
+    from pipeline.outlook import dry_run as look
     from pipeline.render import render
     from pipeline.storage import Storage
 
@@ -99,7 +101,9 @@ def preprocess(
     config = RenderConfig(fit=fit, size=size, samples_per_shard=samples_per_shard)
     dataset = read_dataset(layout)
     if dry_run:
-        outlook = look(dataset, config, workers=workers, max_bad=max_bad)
+        outlook = look(
+            dataset, config, workers=workers, max_bad=max_bad, split=name, storage=Storage(out)
+        )
         _show(outlook, as_json)
         return
     result = render(
@@ -111,6 +115,7 @@ def preprocess(
         scheduler=scheduler,
         max_bad=max_bad,
         strict=strict,
+        retry=retry,
     )
     _show(result.to_json(), as_json)
     if result.too_many:
@@ -182,7 +187,6 @@ def ceiling(
 ) -> None:
     """Score the ground truth, encoded, corrupted and decoded: the best a network could reach."""
     from evaluate.ceiling import ceiling as measure
-
     from pipeline.coco import read_dataset
 
     layout, _ = _layout(coco, split, images, panoptic_json, panoptic_dir)
@@ -206,18 +210,31 @@ def evaluate(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Predict a split, score it, and write predictions, overlays and a report."""
+    """Predict a split, score it, and write predictions, overlays and a report.
+
+    Stopped, it goes on when run again. Several GPUs: accelerate launch cli.py evaluate ...
+    """
     from evaluate.evaluation import evaluate as run
     from evaluate.predict import Predictor
+    from evaluate.ranks import Ranks
     from pipeline.coco import read_dataset
 
     layout, name = _layout(coco, split, images, panoptic_json, panoptic_dir)
     dataset = read_dataset(layout).head(limit)
+    ranks = Ranks.current(cpu=device == "cpu")
     outcome = run(
-        Predictor(checkpoint, device), dataset, out, batch=batch, overlays=overlays, title=name
+        Predictor(checkpoint, ranks.device or device),
+        dataset,
+        out,
+        batch=batch,
+        overlays=overlays,
+        title=name,
+        ranks=ranks,
     )
-    _show_scores(outcome.pq, dataset.categories, outcome.to_json(), as_json)
-    log.info("report: %s", out / "report.html")
+    ranks.leave()
+    if ranks.main:
+        _show_scores(outcome.pq, dataset.categories, outcome.to_json(), as_json)
+        log.info("report: %s", out / "report.html")
 
 
 @app.command()
@@ -231,13 +248,13 @@ def score(
 ) -> None:
     """Score one COCO panoptic JSON against another, to the official evaluator's last digit."""
     from evaluate.pairs import read_pairs
-    from evaluate.pq import score_pairs
+    from evaluate.scoring import score_all
     from pipeline.progress import progress
 
     categories, pairs = read_pairs(truth, prediction, gt_dir, pred_dir)
     with progress("score", len(pairs), "images") as advance:
-        result = score_pairs(categories, pairs, workers=workers, advance=advance)
-    _show_scores(result, categories, result.to_json(), as_json)
+        scores = score_all(categories, pairs, workers=workers, advance=advance)
+    _show_scores(scores.pq, categories, scores.to_json(), as_json)
 
 
 @app.command()
@@ -391,7 +408,15 @@ def _show_scores(
     *,
     by_category: bool = True,
 ) -> None:
-    from evaluate.report import CATEGORY_COLUMNS, GROUP_COLUMNS, category_table, pq_table
+    from evaluate.report import (
+        CATEGORY_COLUMNS,
+        GROUP_COLUMNS,
+        SIZE_COLUMNS,
+        category_table,
+        measure_table,
+        pq_table,
+        size_table,
+    )
 
     if as_json:
         _print_json(values)
@@ -399,6 +424,9 @@ def _show_scores(
     if by_category:
         _print_table(CATEGORY_COLUMNS, category_table(result, categories), left=2)
     _print_table(GROUP_COLUMNS, pq_table(result), left=1)
+    if "sizes" in values:
+        _print_table(SIZE_COLUMNS, size_table(values["sizes"]), left=1)
+        _out.print(", ".join(f"{k} {v}" for k, v in measure_table(values)), highlight=False)
     if "seconds_per_image" in values:
         parts = ", ".join(f"{k} {v * 1e3:.1f}" for k, v in values["seconds_per_image"].items())
         _out.print(f"{values['images']} images; ms an image: {parts}", highlight=False)
@@ -425,7 +453,9 @@ def main() -> None:
     """Runs the command line; what a user can cause ends in one line and exit code 1."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for name in ("panoptic", "pipeline", "train", "evaluate"):
-        logging.getLogger(name).setLevel(logging.INFO)
+        # Of several processes that share the work, the first one speaks.
+        main_process = os.environ.get("RANK", "0") == "0"
+        logging.getLogger(name).setLevel(logging.INFO if main_process else logging.CRITICAL)
     try:
         with interruptible():
             app()

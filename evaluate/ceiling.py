@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from evaluate.clock import Clock
 from evaluate.decode import DecodeConfig, decode
-from evaluate.evaluation import Clock
 from evaluate.pq import PQResult, PQStat, match_image, summarize
 from pipeline.coco import Category, CocoPanoptic, PanopticRecord, read_ids
 from pipeline.errors import InputError

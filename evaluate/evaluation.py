@@ -1,34 +1,33 @@
-"""A checkpoint on a COCO panoptic split: predictions, PQ, overlays, report."""
+"""A checkpoint on a COCO panoptic split: predictions, scores, pictures, report.
+
+    slice of a process -> predict, write, note, score -> gather in image order -> sums, pictures
+
+Each process takes the images [rank::world]. What was predicted before a kill is read back instead.
+"""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluate.gallery import Gallery
+from evaluate.journal import Row, journal_files, read_journals
 from evaluate.page import write_report
-from evaluate.pq import PQResult, PQStat, match_image, summarize
-from evaluate.predict import PredictionWriter, Predictor, read_ahead
-from evaluate.report import (
-    ImageView,
-    comparison_sheet,
-    image_pq,
-    predicted_map,
-    true_map,
-    write_overlay,
-)
-from pipeline.coco import Category, CocoPanoptic, PanopticRecord, read_ids
-from pipeline.draw import save_picture
+from evaluate.pictures import draw_pictures
+from evaluate.pq import PQResult
+from evaluate.predict import PredictionWriter, Predictor
+from evaluate.ranks import Ranks
+from evaluate.scoring import ImageScore, Scores, total_scores
+from evaluate.slices import predict_slice
+from pipeline.coco import Category, CocoPanoptic, ImageId
 from pipeline.errors import InputError
-from pipeline.progress import progress
 from pipeline.storage import Storage
 
-COMPARED = 6
-"""Images on the sheet of truth beside prediction."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +35,25 @@ class Evaluation:
     """The outcome of an evaluation.
 
     Attributes:
-        pq: The metric.
-        images: How many were predicted.
-        seconds_per_image: Mean wall time of `read`, `network`, `decode`, `write` and `score`.
+        scores: PQ and what stands beside it.
+        images: How many were scored.
+        seconds_per_image: Mean wall time of a process for an image: `read`, `network`, `decode`,
+            `write` and `score`; 0 where all images had been predicted before.
     """
 
-    pq: PQResult
+    scores: Scores
     images: int
     seconds_per_image: dict[str, float]
 
+    @property
+    def pq(self) -> PQResult:
+        """The metric."""
+        return self.scores.pq
+
     def to_json(self) -> dict[str, Any]:
-        """The object that `evaluate --json` prints."""
+        """The object that `evaluate --json` prints, and `scores.json`."""
         return {
-            **self.pq.to_json(),
+            **self.scores.to_json(),
             "images": self.images,
             "seconds_per_image": self.seconds_per_image,
         }
@@ -62,11 +67,13 @@ def evaluate(
     batch: int = 8,
     overlays: int = 16,
     title: str = "Panoptic quality",
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Predicts every image of a split, scores, and writes what there is to look at.
 
     `out` gets `panoptic/*.png` and `panoptic.json` (COCO's layout of a prediction), `scores.json`,
-    `overlays/*.jpg` and `comparison.png` of the first images, and `report.html`.
+    `overlays/*.jpg` and `comparison.png` of the first images, and `report.html`. Until all of that
+    is there, `predictions*.jsonl` tell what is done, and the same call goes on from it.
 
     Args:
         predictor: The trained model.
@@ -75,70 +82,84 @@ def evaluate(
         batch: Images the network takes at once.
         overlays: Images to draw.
         title: Of the report.
+        ranks: The processes that share the work; all of them call this and get the result.
 
     Raises:
-        InputError: An image cannot be used, or categories differ from the model's.
+        InputError: An image cannot be used, categories differ from the model's, or `out` holds an
+            unfinished evaluation of another checkpoint.
     """
+    ranks = ranks or Ranks()
     check_dataset(predictor.categories, dataset)
-    clock = Clock()
-    writer = PredictionWriter(out, predictor.categories)
-    Storage(str(out / "overlays")).create()
-    gallery, views = Gallery(predictor.categories), list[ImageView]()
-    total, done = PQStat(), 0
-    photos = read_ahead([record.photo for record in dataset.records], 2 * batch, upright=False)
-    with progress("evaluate", len(dataset.records), "images") as advance:
-        for records in chunks(dataset.records, batch):
-            clock.start()
-            pictures = [next(photos) for _ in records]
-            clock.lap("read")
-            all_heads = predictor.heads(pictures)
-            clock.lap("network")
-            for record, photo, heads in zip(records, pictures, all_heads, strict=True):
-                clock.start()
-                result = predictor.decode(heads, (photo.shape[0], photo.shape[1]))
-                clock.lap("decode")
-                writer.add(record.image_id, record.key, result)
-                clock.lap("write")
-                truth = read_ids(record.png)
-                classes = {s.id: predictor.categories[s.label].id for s in result.segments}
-                stat = match_image(
-                    record.image_id, truth, record.segments, result.ids, classes
-                ).stat
-                total += stat
-                clock.lap("score")
-                score = image_pq(stat)
-                if done < overlays or gallery.wants(score):
-                    instance, semantic = predictor.head_pictures(heads)
-                    view = ImageView(
-                        title=record.file_name,
-                        photo=photo,
-                        prediction=predicted_map(result),
-                        truth=true_map(truth, record.segments, predictor.categories),
-                        instance=instance,
-                        semantic=semantic,
-                        pq=score,
-                    )
-                    gallery.add(view)
-                    if done < overlays:
-                        path = out / "overlays" / f"{record.key}.jpg"
-                        write_overlay(path, photo, view.prediction, predictor.categories)
-                    if len(views) < COMPARED:
-                        views.append(view)
-                done += 1
-            advance(len(records))
-    writer.finish()
-    outcome = Evaluation(summarize(total, dataset.categories), done, clock.per_unit(max(1, done)))
+    identity = {**predictor.identity, "annotations": dataset.digest}
+    with ExitStack() as stack:
+
+        def begin() -> dict[ImageId, Row]:
+            if ranks.main:
+                Storage(str(out / "panoptic")).create()
+                stack.enter_context(Storage(str(out)).locked())
+            return read_journals(out, identity) if ranks.main else {}
+
+        done = ranks.gather(begin)[0]
+        if done and ranks.main:
+            logger.info("%s: goes on, %d images are predicted already", out, len(done))
+        if ranks.main and not done:
+            (out / "panoptic.json").unlink(missing_ok=True)
+        slices = ranks.gather(
+            lambda: predict_slice(
+                predictor, dataset, out, batch=batch, ranks=ranks, done=done, identity=identity
+            )
+        )
+        outcomes = {at: outcome for part in slices for at, outcome in part.outcomes.items()}
+        rows, images = zip(*(outcomes[at] for at in range(len(dataset.records))), strict=True)
+        predicted = max(1, sum(part.predicted for part in slices))
+        outcome = Evaluation(
+            total_scores(images, dataset.categories),
+            len(images),
+            {
+                name: round(sum(part.seconds[name] for part in slices) / predicted, 6)
+                for name in slices[0].seconds
+            },
+        )
+        if ranks.main:
+            finish(
+                predictor,
+                dataset,
+                out,
+                rows=rows,
+                images=images,
+                outcome=outcome,
+                overlays=overlays,
+                title=title,
+            )
+    return outcome
+
+
+def finish(
+    predictor: Predictor,
+    dataset: CocoPanoptic,
+    out: Path,
+    *,
+    rows: Sequence[Row],
+    images: Sequence[ImageScore],
+    outcome: Evaluation,
+    overlays: int,
+    title: str,
+) -> None:
+    """Writes JSONs, pictures and the report, and removes the journals last."""
+    PredictionWriter(out, predictor.categories).finish(rows)
     scores = json.dumps(outcome.to_json(), indent=1).encode() + b"\n"
     Storage(str(out)).write("scores.json", scores)
-    save_picture(out / "comparison.png", comparison_sheet(views, predictor.categories))
+    values = [image.value for image in images]
+    gallery = draw_pictures(predictor, dataset.records, rows, values, out, overlays=overlays)
     facts = {
-        "images": str(done),
+        "images": str(outcome.images),
         "step": str(predictor.state.step),
         "input": f"{predictor.size} px",
         "seconds an image": f"{sum(outcome.seconds_per_image.values()):.3f}",
     }
     write_report(out, outcome.pq, predictor.categories, gallery, title=title, facts=facts)
-    return outcome
+    for path in journal_files(out):
+        path.unlink()
 
 
 def check_dataset(categories: Sequence[Category], dataset: CocoPanoptic) -> None:
@@ -160,31 +181,3 @@ def check_dataset(categories: Sequence[Category], dataset: CocoPanoptic) -> None
             where="categories",
             remedy="evaluate on the dataset the model was trained for",
         )
-
-
-def chunks(records: Sequence[PanopticRecord], size: int) -> Iterator[Sequence[PanopticRecord]]:
-    """Consecutive slices of at most `size`."""
-    for start in range(0, len(records), size):
-        yield records[start : start + size]
-
-
-class Clock:
-    """Adds up wall time by name."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-        self._since = time.perf_counter()
-
-    def start(self) -> None:
-        """Begins a lap."""
-        self._since = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """Ends a lap, and begins the next."""
-        now = time.perf_counter()
-        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
-        self._since = now
-
-    def per_unit(self, units: int) -> dict[str, float]:
-        """Seconds by name, divided by a number of units."""
-        return {name: round(seconds / units, 6) for name, seconds in self._seconds.items()}

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -31,6 +32,7 @@ class ImagePair:
         gt_segments: As listed, with area.
         pred_png: Path of the predicted PNG.
         pred_segments: Category id by segment id.
+        pred_scores: Confidence by segment id, of those that have one.
     """
 
     image_id: ImageId
@@ -38,6 +40,7 @@ class ImagePair:
     gt_segments: tuple[SegmentInfo, ...]
     pred_png: Path
     pred_segments: Mapping[int, int]
+    pred_scores: Mapping[int, float] = field(default_factory=dict)
 
 
 def read_pairs(
@@ -86,7 +89,14 @@ def read_pairs(
         for segment in _segments(pred_rows[image_id], known, where, trusted=False):
             pred_segments[segment.id] = segment.category_id
         pairs.append(
-            ImagePair(image_id, gt_pngs[image_id], gt_segments, pred_pngs[image_id], pred_segments)
+            ImagePair(
+                image_id,
+                gt_pngs[image_id],
+                gt_segments,
+                pred_pngs[image_id],
+                pred_segments,
+                _scores(pred_rows[image_id]),
+            )
         )
     return categories, pairs
 
@@ -189,6 +199,15 @@ def _segments(row: Any, known: Set[int], where: str, *, trusted: bool) -> tuple[
         area = _area(info, place) if trusted else None
         segments[id_] = SegmentInfo(id_, category_id, info.get("iscrowd", 0) == 1, area)
     return tuple(segments.values())
+
+
+def _scores(row: Any) -> dict[int, float]:
+    """Optional, and for ranking only: what is no finite number is no score."""
+    return {
+        info["id"]: float(score)
+        for info in row["segments_info"]
+        if isinstance(score := info.get("score"), int | float) and math.isfinite(score)
+    }
 
 
 def _area(info: Any, where: str) -> int:

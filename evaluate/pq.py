@@ -12,12 +12,12 @@ from __future__ import annotations
 import logging
 import multiprocessing
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -30,6 +30,9 @@ from pipeline.errors import InputError
 logger = logging.getLogger(__name__)
 
 VOID = 0
+Ids = NDArray[np.int32]
+Result = TypeVar("Result")
+Work = Callable[[ImagePair, Ids, Ids], Result]
 CHUNK = 16  # Images a task: some 100 ms of work, against about 1 ms to send it.
 
 
@@ -200,18 +203,31 @@ def match_image(
         InputError: Sizes differ, the map and the list of the prediction disagree, or an area of
             the ground truth is smaller than what it shares with a prediction.
     """
-    where = f"image {image_id}"
-    if gt_ids.shape != pred_ids.shape:
-        raise InputError(
-            f"prediction is {pred_ids.shape} pixels (H, W), ground truth {gt_ids.shape}",
-            where=where,
-            remedy="resize the predicted id map with nearest neighbour",
-            code="size-mismatch",
-        )
-    gt = {segment.id: segment for segment in gt_segments}
+    check_sizes(image_id, gt_ids, pred_ids)
     overlap = count_pairs(gt_ids, pred_ids)
-    gt_area, pred_area = _areas(overlap, side=0), _areas(overlap, side=1)
-    _check_listed(pred_area.keys(), pred_segments.keys(), where)
+    check_listed(image_id, overlap, pred_segments)
+    return match_overlap(image_id, overlap, gt_segments, pred_segments)
+
+
+def match_overlap(
+    image_id: ImageId,
+    overlap: Mapping[tuple[int, int], int],
+    gt_segments: Sequence[SegmentInfo],
+    pred_segments: Mapping[int, int],
+) -> ImageStat:
+    """`match_image` from the pixels that segments share; see there.
+
+    Args:
+        image_id: For messages and the result.
+        overlap: See `count_pairs`.
+        gt_segments: As listed; those left out count as neither void nor segment.
+        pred_segments: Category id by segment id; those left out do not count.
+
+    Raises:
+        InputError: An area is smaller than what it shares with a prediction.
+    """
+    gt = {segment.id: segment for segment in gt_segments}
+    gt_area, pred_area = segment_areas(overlap, side=0), segment_areas(overlap, side=1)
     stats: dict[int, CategoryStat] = {}
 
     def count(category_id: int, one: CategoryStat) -> None:
@@ -229,7 +245,7 @@ def match_image(
             raise InputError(
                 f"ground-truth segment {gt_id} has area {area} in the JSON, but shares "
                 f"{intersection} pixels with predicted segment {pred_id}",
-                where=where,
+                where=f"image {image_id}",
                 remedy="set the areas of the ground truth to the pixel counts of its PNG",
                 code="area-wrong",
             )
@@ -262,26 +278,43 @@ def match_image(
     return ImageStat(image_id, PQStat(stats), wrong)
 
 
-def _areas(overlap: Mapping[tuple[int, int], int], side: int) -> dict[int, int]:
+def segment_areas(overlap: Mapping[tuple[int, int], int], side: int) -> dict[int, int]:
+    """Pixels of each id of the ground truth (side 0) or of the prediction (side 1)."""
     areas: dict[int, int] = {}
     for pair, pixels in overlap.items():
         areas[pair[side]] = areas.get(pair[side], 0) + pixels
     return areas
 
 
-def _check_listed(painted: Set[int], listed: Set[int], where: str) -> None:
+def check_sizes(
+    image_id: ImageId, gt_ids: NDArray[np.integer[Any]], pred_ids: NDArray[np.integer[Any]]
+) -> None:
+    """Refuses maps of two sizes."""
+    if gt_ids.shape != pred_ids.shape:
+        raise InputError(
+            f"prediction is {pred_ids.shape} pixels (H, W), ground truth {gt_ids.shape}",
+            where=f"image {image_id}",
+            remedy="resize the predicted id map with nearest neighbour",
+            code="size-mismatch",
+        )
+
+
+def check_listed(
+    image_id: ImageId, overlap: Mapping[tuple[int, int], int], listed: Mapping[int, int]
+) -> None:
     """Refuses a prediction whose map and list differ; void needs no entry."""
-    if unlisted := painted - listed - {VOID}:
+    painted = {pred_id for _, pred_id in overlap}
+    if unlisted := painted - listed.keys() - {VOID}:
         raise InputError(
             f"segment ids {listing(unlisted)} are in the predicted PNG but not in its JSON",
-            where=where,
+            where=f"image {image_id}",
             remedy="list them in segments_info, or paint them 0 (void)",
             code="id-missing-in-json",
         )
-    if unpainted := listed - painted:
+    if unpainted := listed.keys() - painted:
         raise InputError(
             f"segment ids {listing(unpainted)} are in the predicted JSON but not in its PNG",
-            where=where,
+            where=f"image {image_id}",
             remedy="drop segments without pixels from segments_info",
             code="id-missing-in-png",
         )
@@ -350,13 +383,21 @@ def score_pairs(
     advance: Callable[[], None] | None = None,
 ) -> PQResult:
     """Scores pairs of images, see `score`; calls `advance` after each one."""
-    total, wrong = PQStat(), {}
+    images = []
     for image in evaluate_images(pairs, workers=workers):
+        images.append(image)
+        if advance is not None:
+            advance()
+    return total_pq(images, categories)
+
+
+def total_pq(images: Iterable[ImageStat], categories: Sequence[Category]) -> PQResult:
+    """The metric of images in their order; warns of ground-truth areas that cannot be true."""
+    total, wrong = PQStat(), {}
+    for image in images:
         total += image.stat
         if image.wrong_areas:
             wrong[image.image_id] = image.wrong_areas
-        if advance is not None:
-            advance()
     if wrong:
         image_id, ids = next(iter(wrong.items()))
         logger.warning(
@@ -369,10 +410,18 @@ def score_pairs(
 
 
 def evaluate_images(pairs: Sequence[ImagePair], *, workers: int = 1) -> Iterator[ImageStat]:
-    """Reads and matches the images; yields in their order, whatever the number of workers.
+    """Reads and matches the images; see `map_pairs`."""
+    return map_pairs(pairs, _match, workers=workers)
+
+
+def map_pairs(
+    pairs: Sequence[ImagePair], work: Work[Result], *, workers: int = 1
+) -> Iterator[Result]:
+    """Reads both maps of each pair; yields in their order, whatever the number of workers.
 
     Args:
         pairs: From `read_pairs`.
+        work: From a pair, its true and its predicted ids to a result; it must pickle.
         workers: Processes, started by spawn; 1 works in this one.
 
     Raises:
@@ -383,15 +432,15 @@ def evaluate_images(pairs: Sequence[ImagePair], *, workers: int = 1) -> Iterator
     workers = min(workers, len(chunks))
     if workers <= 1:
         _keep_heap()
-        yield from map(_evaluate_image, pairs)
+        yield from (_on_images(work, pair) for pair in pairs)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker) as pool:
         # A bounded window: results of a slow consumer do not pile up, an error stops soon.
-        window: deque[Future[list[ImageStat]]] = deque()
+        window: deque[Future[list[Result]]] = deque()
         try:
             for task in chunks:
-                window.append(pool.submit(_evaluate_chunk, task))
+                window.append(pool.submit(_on_chunk, work, task))
                 if len(window) > 2 * workers:
                     yield from window.popleft().result()
             while window:
@@ -421,11 +470,11 @@ def _keep_heap() -> None:
     np.empty(31 << 20, np.uint8)
 
 
-def _evaluate_chunk(pairs: Sequence[ImagePair]) -> list[ImageStat]:
-    return [_evaluate_image(pair) for pair in pairs]
+def _on_chunk(work: Work[Result], pairs: Sequence[ImagePair]) -> list[Result]:
+    return [_on_images(work, pair) for pair in pairs]
 
 
-def _evaluate_image(pair: ImagePair) -> ImageStat:
+def _on_images(work: Work[Result], pair: ImagePair) -> Result:
     try:
         gt_ids, pred_ids = read_ids(pair.gt_png), read_ids(pair.pred_png)
     except InputError as error:
@@ -435,4 +484,8 @@ def _evaluate_image(pair: ImagePair) -> ImageStat:
             remedy=error.remedy or "write or fetch the file again",
             code=error.code,
         ) from None
+    return work(pair, gt_ids, pred_ids)
+
+
+def _match(pair: ImagePair, gt_ids: Ids, pred_ids: Ids) -> ImageStat:
     return match_image(pair.image_id, gt_ids, pair.gt_segments, pred_ids, pair.pred_segments)

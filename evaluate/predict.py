@@ -9,11 +9,12 @@ Three lines do it from Python:
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -33,7 +34,7 @@ from pipeline.draw import Picture, centroid_colours, encode_picture, semantic_co
 from pipeline.errors import InputError
 from pipeline.progress import progress
 from pipeline.storage import Storage
-from train.checkpoint import load_model
+from train.checkpoint import find_checkpoint, load_model
 from train.data import fitted_size
 from train.encoding import GRID_CELLS, Encoding, cell_centres, make_encoding
 
@@ -64,6 +65,7 @@ class Predictor:
     Attributes:
         categories: By label.
         size: Side of the network's square input, pixels.
+        identity: What its predictions depend on beside the pictures; plain values.
     """
 
     def __init__(
@@ -73,9 +75,14 @@ class Predictor:
         decoding: DecodeConfig | None = None,
     ) -> None:
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._model, self.state = load_model(Path(checkpoint), self._device)
+        folder = find_checkpoint(Path(checkpoint))  # once: a running training adds newer ones
+        self._model, self.state = load_model(folder, self._device)
         config = self.state.config
         self._decoding = decoding or DecodeConfig(cells=grid_cells(config.data.size))
+        self.identity: dict[str, Any] = {
+            "checkpoint": checkpoint_digest(folder),
+            "decoding": asdict(self._decoding),
+        }
         self._fit = config.data.fit
         self.size = config.data.size
         self.categories: tuple[Category, ...] = self.state.categories
@@ -135,6 +142,11 @@ class Predictor:
         labels = heads.semantic.argmax(0).cpu().numpy()
         isthing = [category.isthing for category in self.categories]
         return centroid_colours(uv), semantic_colours(labels, isthing)
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """SHA-256 of `complete.json`, which holds those of all files of a checkpoint."""
+    return hashlib.sha256((folder / "complete.json").read_bytes()).hexdigest()
 
 
 def grid_cells(size: int) -> int:
@@ -235,32 +247,33 @@ class PredictionWriter:
     def __post_init__(self) -> None:
         Storage(str(self.folder / "panoptic")).create()
 
-    def add(self, image_id: ImageId, name: str, result: PanopticMap) -> None:
-        """Writes the PNG of one image and notes its row."""
+    def add(self, image_id: ImageId, name: str, result: PanopticMap) -> dict[str, Any]:
+        """Writes the PNG of one image; notes and returns its row."""
         png = encode_picture(ids_to_rgb(result.ids))
         Storage(str(self.folder / "panoptic")).write(f"{name}.png", png)
-        self._rows.append(
-            {
-                "image_id": image_id,
-                "file_name": f"{name}.png",
-                "segments_info": [
-                    {
-                        "id": segment.id,
-                        "category_id": self.categories[segment.label].id,
-                        "area": segment.area,
-                        "score": round(segment.score, 4),
-                    }
-                    for segment in result.segments
-                ],
-            }
-        )
+        row = {
+            "image_id": image_id,
+            "file_name": f"{name}.png",
+            "segments_info": [
+                {
+                    "id": segment.id,
+                    "category_id": self.categories[segment.label].id,
+                    "area": segment.area,
+                    "score": round(segment.score, 4),
+                }
+                for segment in result.segments
+            ],
+        }
+        self._rows.append(row)
+        return row
 
-    def finish(self) -> Path:
-        """Writes `panoptic.json` and returns its path."""
+    def finish(self, rows: Sequence[dict[str, Any]] | None = None) -> Path:
+        """Writes `panoptic.json`, of the rows noted or of those given, and returns its path."""
         categories = [
             {"id": c.id, "name": c.name, "isthing": int(c.isthing)} for c in self.categories
         ]
-        content = {"annotations": self._rows, "categories": categories}
+        annotations = self._rows if rows is None else rows
+        content = {"annotations": annotations, "categories": categories}
         Storage(str(self.folder)).write("panoptic.json", json.dumps(content).encode())
         return self.folder / "panoptic.json"
 

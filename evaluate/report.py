@@ -5,16 +5,16 @@ The HTML page is `evaluate/page.py`. Nothing here needs a network.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evaluate.compare import Comparison, compare, matched_numbers
-from evaluate.pq import CategoryStat, GroupPQ, PQResult, PQStat
+from evaluate.pq import CategoryStat, GroupPQ, PQResult
 from pipeline.coco import Category, SegmentInfo
 from pipeline.draw import (
     LabelledMap,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 GROUP_COLUMNS = ("group", "PQ", "SQ", "RQ", "categories")
 CATEGORY_COLUMNS = ("category", "kind", "PQ", "SQ", "RQ", "TP", "FP", "FN")
+SIZE_COLUMNS = ("things by size", "instances", "IoU")
 PANEL = 480
 """Longer side of a picture in a figure, pixels."""
 MISSED, FALSE, BOTH = (213, 94, 0), (0, 114, 178), (196, 105, 160)
@@ -50,7 +51,7 @@ class ImageView:
         truth: See `true_map`; None where there is none.
         instance: Instance head, (h, w, 3) uint8; see `draw.centroid_colours`.
         semantic: Semantic head, (h, w, 3) uint8; see `draw.semantic_colours`.
-        pq: PQ of this image, see `image_pq`.
+        pq: PQ of this image, see `measures.image_pq`.
     """
 
     title: str
@@ -90,12 +91,6 @@ def true_map(
     )
 
 
-def image_pq(stat: PQStat) -> float | None:
-    """PQ of one image: the mean over its categories; None where it counts no segment."""
-    values = [one.pq for one in stat.categories.values() if not one.empty]
-    return sum(values) / len(values) if values else None
-
-
 def pq_table(result: PQResult) -> list[tuple[str, ...]]:
     """A row for All, Things and Stuff, in percent; see `GROUP_COLUMNS`."""
     return [
@@ -113,6 +108,33 @@ def category_table(result: PQResult, categories: Sequence[Category]) -> list[tup
         counts = (str(stat.tp), str(stat.fp), str(stat.fn))
         rows.append((category.name, kind, *_percent(None if stat.empty else stat), *counts))
     return rows
+
+
+def size_table(sizes: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """A row for each size that has instances; see `SIZE_COLUMNS` and `Measures.to_json`."""
+    return [(size_name(row), str(row["n"]), f"{100 * row['iou']:.1f}") for row in sizes if row["n"]]
+
+
+def size_name(row: Mapping[str, Any]) -> str:
+    """`32-64 px`, `512+ px`."""
+    return f"{row['from']}+ px" if row["to"] is None else f"{row['from']}-{row['to']} px"
+
+
+def measure_table(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What stands beside PQ, by name, in percent.
+
+    Args:
+        values: See `Scores.to_json`.
+    """
+    ap, agnostic = values["mask_ap"] or {}, values["things_agnostic"] or {}
+    numbers = {
+        "class-agnostic PQ of things": agnostic.get("pq"),
+        "semantic mIoU": values["semantic"]["miou"],
+        "mask AP": ap.get("ap"),
+        "AP50": ap.get("ap50"),
+        "AP75": ap.get("ap75"),
+    }
+    return [(k, "-" if v is None else f"{100 * v:.1f}") for k, v in numbers.items()]
 
 
 def _percent(score: GroupPQ | CategoryStat | None) -> tuple[str, str, str]:

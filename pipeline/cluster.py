@@ -24,7 +24,7 @@ from pipeline.plan import ShardPlan
 
 T = TypeVar("T")
 
-CONNECT_SECONDS, WORKER_SECONDS = 20, 120
+CONNECT_SECONDS, WORKER_SECONDS = 10, 120
 """How long to wait for a running scheduler, and for its first worker."""
 
 # All that Dask gives a level of their own, and the two it works through.
@@ -94,9 +94,9 @@ def _result(future: Future, name: str, scheduler: str | None) -> Any:
             remedy="install the same version of this program for them",
             code="worker-differs",
         ) from None
-    except (FutureCancelledError, CancelledError, CommClosedError) as error:
+    except (FutureCancelledError, CancelledError, CommClosedError):
         raise InputError(
-            f"the Dask scheduler went away: {error or type(error).__name__}",
+            "the Dask scheduler went away",
             where=scheduler or "own cluster",
             remedy="run the same command to go on",
             code="scheduler-lost",

@@ -379,6 +379,11 @@ def read_ids(path: Path) -> NDArray[np.int32]:
         InputError: Missing, damaged (every chunk's checksum is checked, as decoders hand out
             half pictures), or not 8-bit RGB(A).
     """
+    return decode_ids(read_png(path), path)
+
+
+def read_png(path: Path) -> bytes:
+    """The bytes of a panoptic PNG, checked as `read_ids` says but not decoded."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -393,7 +398,7 @@ def read_ids(path: Path) -> NDArray[np.int32]:
             remedy="ids are read from 8-bit RGB or RGBA",
             code="png-format",
         )
-    return decode_ids(data, path)
+    return data
 
 
 def decode_ids(data: bytes, where: Path) -> NDArray[np.int32]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from dataclasses import dataclass
 
@@ -10,11 +11,13 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from pipeline.coco import Category, PanopticRecord, read_ids
+from pipeline.coco import Category, PanopticRecord, read_ids, read_png
 from pipeline.config import RenderConfig
 from pipeline.errors import InputError
 from pipeline.sample import Sample, Segment, encode_distance
 from pipeline.targets import compute_targets, drop_empty_rows, index_map, resize_index
+
+_START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 
 
 def render_image(
@@ -147,20 +150,7 @@ def read_photo(record: PanopticRecord, repairs: Counter[str], config: RenderConf
         InputError: Missing, truncated, not a JPEG, or of another size than annotated.
     """
     try:
-        data = record.photo.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"photo unreadable: {error.strerror}", where=record.photo, code="photo-missing"
-        ) from None
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        # Before decoding: a header can claim gigabytes.
-        if (height, width) != (record.height, record.width):
-            raise InputError(
-                f"sizes differ: photo {(height, width)}, JSON {(record.height, record.width)}",
-                where=record.photo,
-                code="size-mismatch",
-            )
+        data, colours = read_jpeg(record)
         rgb: NDArray[np.uint8] | None = None
         if colours in {"CMYK", "YCCK"}:
             repairs["photo-cmyk"] += 1
@@ -176,7 +166,56 @@ def read_photo(record: PanopticRecord, repairs: Counter[str], config: RenderConf
         ) from None
     if rgb is not None and colours in {"CMYK", "YCCK", "Gray"}:
         data = encode_jpeg(rgb, config.jpeg_quality)
-    return Photo(data, (height, width), rgb)
+    return Photo(data, (record.height, record.width), rgb)
+
+
+def read_jpeg(record: PanopticRecord) -> tuple[bytes, str]:
+    """The bytes of a photo and its colour space, of the size that is annotated; not decoded.
+
+    Raises:
+        InputError: It cannot be read, or has another size.
+        ValueError: It is no JPEG.
+    """
+    try:
+        data = record.photo.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"photo unreadable: {error.strerror}", where=record.photo, code="photo-missing"
+        ) from None
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    # Before decoding: a header can claim gigabytes.
+    if (height, width) != (record.height, record.width):
+        raise InputError(
+            f"sizes differ: photo {(height, width)}, JSON {(record.height, record.width)}",
+            where=record.photo,
+            code="size-mismatch",
+        )
+    return data, colours
+
+
+def check_files(record: PanopticRecord) -> None:
+    """What can be told of an image's files without decoding a pixel.
+
+    Raises:
+        InputError: As `render_image` would.
+    """
+    png = read_png(record.png)
+    width, height = struct.unpack_from(">II", png, 16)
+    try:
+        data, _ = read_jpeg(record)
+        # Markers cannot occur in a scan's data, so a file cut short has none after its last one.
+        if data.find(_END_OF_IMAGE, data.rfind(_START_OF_SCAN)) < 0:
+            raise ValueError("cut short")
+    except ValueError as error:
+        raise InputError(
+            f"photo damaged or no JPEG: {error}", where=record.photo, code="photo-damaged"
+        ) from None
+    if (height, width) != (record.height, record.width):
+        raise InputError(
+            f"sizes differ: PNG {(height, width)}, JSON {(record.height, record.width)}",
+            where=record.png,
+            code="size-mismatch",
+        )
 
 
 def check_jpeg(data: bytes) -> None:

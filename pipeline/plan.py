@@ -74,11 +74,22 @@ def encode_plan(mark: str, settings: Mapping[str, Any]) -> bytes:
 
 def claim(storage: Storage, plan: Plan) -> None:
     """Writes the plan's settings, or refuses a folder that was begun with others."""
+    if not is_claimed(storage, plan):
+        settings = {"split": plan.split, **asdict(plan.config)}
+        storage.write(PLAN_NAME, encode_plan(plan.fingerprint, settings))
+
+
+def is_claimed(storage: Storage, plan: Plan) -> bool:
+    """Whether a folder was begun with this plan already.
+
+    Raises:
+        InputError: It was begun with another one, or holds something else.
+    """
     settings = {"split": plan.split, **asdict(plan.config)}
     try:
         found = json.loads(storage.read(PLAN_NAME))
         if found["fingerprint"] == plan.fingerprint:
-            return
+            return True
         changed = [
             f"{name} was {found['settings'].get(name)}, now {value}"
             for name, value in settings.items()
@@ -96,7 +107,7 @@ def claim(storage: Storage, plan: Plan) -> None:
             raise InputError(
                 "holds tars but no plan", where=storage.url, remedy="use another folder"
             ) from None
-        storage.write(PLAN_NAME, encode_plan(plan.fingerprint, settings))
+        return False
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
             "plan damaged", where=storage.path(PLAN_NAME), remedy="remove the folder"

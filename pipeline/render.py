@@ -11,37 +11,28 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import cv2
-import numpy as np
-import simplejpeg
-
-from pipeline.cluster import prepare_worker, run_tasks
-from pipeline.coco import Category, CocoPanoptic, PanopticRecord, Rejection
+from pipeline.cluster import run_tasks
+from pipeline.coco import Category, CocoPanoptic, Rejection
 from pipeline.config import RenderConfig
 from pipeline.errors import InputError
-from pipeline.image import render_image
 from pipeline.interrupt import Interrupted
 from pipeline.plan import Plan, ShardPlan, allowed, claim, make_plan
 from pipeline.progress import progress
-from pipeline.sample import FORMAT_VERSION, Sample
+from pipeline.sample import FORMAT_VERSION
 from pipeline.shards import (
     INDEX_NAME,
     QUARANTINE_NAME,
-    ShardEntry,
     ShardIndex,
-    Sidecar,
     encode_index,
-    encode_sidecar,
     finished_shard,
-    pack_shard,
-    write_shard,
 )
 from pipeline.storage import Storage
+from pipeline.task import FinishedShard, RenderJob, render_shard, tools
 
 log = logging.getLogger(__name__)
 
@@ -71,59 +62,6 @@ class RenderResult:
     def to_json(self) -> dict[str, Any]:
         """The fields that `preprocess --json` prints."""
         return {key: value for key, value in asdict(self).items() if key != "too_many"}
-
-
-@dataclass(frozen=True, slots=True)
-class RenderJob:
-    """What every shard's task has in common.
-
-    Attributes:
-        config: What decides the bytes.
-        plan: The plan's fingerprint.
-        categories: By label.
-        storage: The cache's folder.
-        strict: Every warning aborts.
-        tools: See `tools`; a worker with others would write other bytes.
-    """
-
-    config: RenderConfig
-    plan: str
-    categories: tuple[Category, ...]
-    storage: Storage
-    strict: bool
-    tools: str
-
-
-@dataclass(frozen=True, slots=True)
-class FinishedShard:
-    """What the driver keeps of a shard: little, so that its memory does not grow with the work.
-
-    Attributes:
-        entry: The shard's line in the index.
-        rejections: Images of it that were left out.
-        repairs: Counts by code.
-    """
-
-    entry: ShardEntry
-    rejections: tuple[Rejection, ...]
-    repairs: Mapping[str, int]
-
-    @classmethod
-    def of(cls, sidecar: Sidecar) -> FinishedShard:
-        """From a sidecar that is on the disk."""
-        entry = ShardEntry(
-            name=sidecar.name,
-            samples=len(sidecar.samples),
-            size=sidecar.size,
-            sha256=sidecar.sha256,
-            sidecar_sha256=hashlib.sha256(encode_sidecar(sidecar)).hexdigest(),
-        )
-        return cls(entry, sidecar.rejections, sidecar.repairs)
-
-
-def tools() -> str:
-    """Versions of the libraries that decide the bytes of pictures."""
-    return f"OpenCV {cv2.__version__}, simplejpeg {simplejpeg.__version__}, NumPy {np.__version__}"
 
 
 def render(
@@ -258,114 +196,6 @@ def _run(
             yield render_shard(shard, job)
         return
     yield from run_tasks(render_shard, todo, job, workers=workers, scheduler=scheduler)
-
-
-def render_shard(shard: ShardPlan, job: RenderJob) -> FinishedShard:
-    """Renders and writes one shard: a Dask task. One bad image costs one sample.
-
-    Raises:
-        InputError: It cannot be written, a file is there no longer, this worker would write other
-            bytes than the driver, or, under `strict`, anything is wrong with an image.
-    """
-    if job.tools != tools():
-        raise InputError(
-            f"this worker has {tools()}, the driver {job.tools}",
-            where=shard.name,
-            remedy="install the same versions everywhere: else bytes depend on who renders",
-            code="worker-differs",
-        )
-    prepare_worker()
-    categories = {category.id: category for category in job.categories}
-    rejections: list[Rejection] = []
-    repairs: Counter[str] = Counter()
-
-    def samples() -> Iterator[Sample]:
-        for record in shard.records:
-            mended: Counter[str] = Counter()
-            try:
-                sample = render_image(record, job.config, categories, mended)
-                if job.strict:
-                    _refuse_repairs(record, mended)
-            except InputError as error:
-                _check_there(record)
-                if job.strict:
-                    raise
-                rejections.append(Rejection.of(record.image_id, record.file_name, error))
-                continue
-            finally:
-                repairs.update(mended)
-            yield sample
-
-    sidecar = write_shard(
-        job.storage, shard.name, samples(), plan=job.plan, rejections=rejections, repairs=repairs
-    )
-    return FinishedShard.of(sidecar)
-
-
-def _check_there(record: PanopticRecord) -> None:
-    """Raises InputError where a file is gone that the plan had seen.
-
-    That is no fault of the image: the disk was unmounted, or this worker does not share it.
-    """
-    for path in (record.photo, record.png):
-        if not path.exists():
-            raise InputError(
-                "was there when the work was planned, and is not there for this worker",
-                where=path,
-                remedy="give every worker the dataset under the same path, and go on",
-                code="input-gone",
-            )
-
-
-def _refuse_repairs(record: PanopticRecord, repairs: Mapping[str, int]) -> None:
-    for code, count in repairs.items():
-        if count:
-            raise InputError(
-                f"image {record.image_id}: {code} in {count} places",
-                where=record.png,
-                remedy="mend it, or leave out --strict",
-                code="strict",
-            )
-
-
-def dry_run(
-    dataset: CocoPanoptic, config: RenderConfig, *, workers: int, max_bad: float, tried: int = 8
-) -> dict[str, Any]:
-    """What rendering would do, found without decoding more than a few images.
-
-    Args:
-        dataset: The annotated split.
-        config: The settings.
-        workers: Processes that would render.
-        max_bad: See `render`.
-        tried: Images that are rendered, in memory, to tell bytes and time.
-
-    Returns:
-        Counts of `images`, `quarantined` and `shards`, whether they are `too_many`, and the
-        `bytes` and `seconds` expected.
-    """
-    records = dataset.records
-    by_id = {category.id: category for category in dataset.categories}
-    start, sizes = time.monotonic(), []
-    for record in records[:: max(1, len(records) // tried)][:tried]:
-        try:
-            sample = render_image(record, config, by_id, Counter())
-        except InputError as error:
-            log.warning("%s", error)
-            continue
-        sizes.append(len(pack_shard([sample])[0]))
-    seconds = (time.monotonic() - start) / max(1, len(sizes))
-    images = len(records) + len(dataset.rejections)
-    for rejection in dataset.rejections:
-        log.warning("left out: %s, image %s", rejection.message, rejection.image_id)
-    return {
-        "images": images,
-        "quarantined": len(dataset.rejections),
-        "too_many": len(dataset.rejections) > allowed(max_bad, images),
-        "shards": -(-len(records) // config.samples_per_shard),
-        "bytes": sum(sizes) * len(records) // max(1, len(sizes)),
-        "seconds": round(seconds * len(records) / max(1, workers), 1),
-    }
 
 
 def make_index(

@@ -150,6 +150,8 @@ def test_evaluate_agrees_with_score_on_what_it_wrote(
         *("comparison.png", "report.html"),
     }
     assert len(list((tmp_path / "overlays").iterdir())) == 2
+    assert result.keys() >= {"sizes", "things_agnostic", "semantic", "mask_ap", "confusion"}
+    assert [row["image_id"] for row in result["worst"]]
 
 
 def test_predict_any_pictures(run: Run, trained: Path, tiny_root: Path, tmp_path: Path) -> None:

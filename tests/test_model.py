@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from transformers import Dinov2Backbone, Dinov2Config, Dinov2Model
 
 from pipeline.errors import InputError
+from train.backbone import make_backbone
 from train.config import ModelConfig, RandomBackbone
-from train.model import Decoder, PanopticModel, check_size, make_backbone
+from train.model import Decoder, PanopticModel, check_size
 
 BLOCKS = 4
 TINY = ModelConfig(

@@ -14,18 +14,21 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import simplejpeg
 from distributed import LocalCluster
-from handmade import hashes
+from handmade import hashes, noise
 
 import pipeline.render
 from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset, read_ids
 from pipeline.config import RenderConfig
 from pipeline.errors import InputError
-from pipeline.image import render_image
+from pipeline.image import check_jpeg, encode_jpeg, render_image
+from pipeline.outlook import dry_run
 from pipeline.render import RenderResult, render
 from pipeline.sample import check_sample
 from pipeline.shards import ShardReader
 from pipeline.storage import Storage
+from pipeline.task import render_shard
 from pipeline.verify import verify
 
 CONFIG = RenderConfig(samples_per_shard=4)
@@ -88,7 +91,7 @@ def test_an_interrupted_run_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     after: int,
 ) -> None:
-    left, work = iter(range(after)), pipeline.render.render_shard
+    left, work = iter(range(after)), render_shard
 
     def interrupted(*arguments: Any) -> Any:
         if next(left, None) is None:
@@ -300,3 +303,132 @@ def test_renaming_ids_changes_no_target(root: Path) -> None:
         for name in ("index", "eds", "void"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
         assert [replace(s, id=rename[s.id]) for s in one.segments] == list(other.segments)
+
+
+def test_what_was_left_out_is_tried_again_when_asked(root: Path, tmp_path: Path) -> None:
+    photo = root / "train" / "000000000003.jpg"
+    data = photo.read_bytes()
+    dataset = read_dataset(CocoLayout.of(root, "train"))
+    run(dataset, tmp_path / "wanted")
+    photo.write_bytes(data[:-100])
+    assert run(dataset, tmp_path / "cache").quarantined == 1
+    before = times(tmp_path / "cache")
+    photo.write_bytes(data)
+    assert run(dataset, tmp_path / "cache").quarantined == 1  # a finished shard stays as it is
+    result = run(dataset, tmp_path / "cache", retry=True)
+    assert (result.written, result.quarantined) == (12, 0)
+    assert hashes(tmp_path / "cache") == hashes(tmp_path / "wanted")
+    after = times(tmp_path / "cache")
+    assert sum(after[name] != before[name] for name in before if name.endswith(".tar")) == 1
+
+
+def test_a_cache_that_is_being_mended_is_not_finished(
+    tiny_dataset: CocoPanoptic, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cache / "train-00001.tar").unlink()
+    monkeypatch.setattr(pipeline.render, "render_shard", None)
+    with pytest.raises(TypeError):
+        run(tiny_dataset, cache)
+    assert not (cache / "index.json").exists()
+
+
+def test_strict_names_the_image(root: Path, tmp_path: Path) -> None:
+    layout = CocoLayout.of(root, "train")
+    content = json.loads(layout.panoptic_json.read_bytes())
+    content["annotations"][4]["segments_info"][0]["area"] += 1
+    layout.panoptic_json.write_text(json.dumps(content))
+    name = content["annotations"][4]["image_id"]
+    with pytest.raises(InputError, match=f"image {name}: area-wrong in 1 places"):
+        run(read_dataset(layout), tmp_path / "a", strict=True)
+    (root / "train" / "000000000003.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match=r"000000000003\.jpg"):
+        run(read_dataset(layout), tmp_path / "b", strict=True)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_the_quick_check_of_a_photo_is_as_strict_as_decoding_it(progressive: bool) -> None:
+    rng = np.random.default_rng(0)
+    base = cv2.resize(noise((12, 16)), (160, 120), interpolation=cv2.INTER_CUBIC)
+    settings = [cv2.IMWRITE_JPEG_PROGRESSIVE, int(progressive), cv2.IMWRITE_JPEG_RST_INTERVAL, 4]
+    good = bytes(cv2.imencode(".jpg", base, settings)[1])
+    found: Counter[bool] = Counter()
+    for number in range(400):
+        data = bytearray(good)
+        place = int(rng.integers(2, len(good)))
+        if number % 4 == 0:
+            del data[place:]
+        elif number % 4 == 1:
+            data[place] ^= 1 << int(rng.integers(8))
+        elif number % 4 == 2:
+            del data[place : place + int(rng.integers(1, 30))]
+        else:
+            data[place : place + 20] = bytes(20)
+        said = []
+        for check in (check_jpeg, lambda data: simplejpeg.decode_jpeg(data, colorspace="RGB")):
+            try:
+                check(bytes(data))
+                said.append("")
+            except ValueError as error:
+                said.append(str(error))
+        assert said[0] == said[1], number
+        found[bool(said[0])] += 1
+    assert min(found.values()) > 20
+
+
+def test_converted_photos_are_resized_once(root: Path) -> None:
+    dataset = read_dataset(CocoLayout.of(root, "val"))
+    record = dataset.records[0]
+    gray = cv2.imread(str(record.photo), cv2.IMREAD_GRAYSCALE)
+    assert gray is not None
+    cv2.imwrite(str(record.photo), gray)
+    categories = {category.id: category for category in dataset.categories}
+    config = RenderConfig(fit="squash", size=40)
+    sample = render_image(record, config, categories, Counter())
+    whole = simplejpeg.decode_jpeg(record.photo.read_bytes(), colorspace="RGB")
+    wanted = encode_jpeg(cv2.resize(whole, (40, 40), interpolation=cv2.INTER_AREA), 95)
+    assert sample.photo == wanted
+
+
+def outlook(dataset: CocoPanoptic, storage: Storage | None = None) -> dict[str, Any]:
+    return dry_run(dataset, CONFIG, workers=2, max_bad=0, split="train", storage=storage)
+
+
+def test_a_dry_run_tells_what_the_run_then_does(tiny_dataset: CocoPanoptic, tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path / "deep" / "cache"))
+    found = outlook(tiny_dataset, storage)
+    assert not (tmp_path / "deep").exists()
+    result = run(tiny_dataset, tmp_path / "deep" / "cache")
+    assert (found["images"], found["quarantined"], found["too_many"]) == (12, 0, False)
+    assert (found["shards"], found["done"]) == (result.shards, 0)
+    assert found["bytes"] == pytest.approx(result.bytes, rel=0.4)
+    assert found["seconds"] > 0
+    assert found["free_bytes"] > 0
+    (tmp_path / "deep" / "cache" / "train-00001.tar").unlink()
+    assert outlook(tiny_dataset, storage)["done"] == 2
+    with pytest.raises(InputError, match="samples_per_shard was 4, now 5"):
+        dry_run(
+            tiny_dataset, replace(CONFIG, samples_per_shard=5), workers=1, max_bad=0,
+            split="train", storage=storage,
+        )  # fmt: skip
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def small(path: Path) -> None:
+    picture = cv2.imread(str(path))
+    assert picture is not None
+    cv2.imwrite(str(path), picture[2:])
+
+
+@pytest.mark.parametrize("folder", ["train", "annotations/panoptic_train"])
+@pytest.mark.parametrize("harm", [Path.unlink, cut, small])
+def test_a_dry_run_finds_what_the_run_will_find(
+    root: Path, tmp_path: Path, folder: str, harm: Any
+) -> None:
+    harm(sorted((root / folder).iterdir())[5])
+    dataset = read_dataset(CocoLayout.of(root, "train"))
+    found = outlook(dataset)
+    assert (found["images"], found["quarantined"], found["too_many"]) == (12, 1, True)
+    assert run(dataset, tmp_path / "cache", max_bad=1).quarantined == 1

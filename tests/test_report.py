@@ -15,6 +15,7 @@ from evaluate.compare import compare, matched_numbers
 from evaluate.decode import DecodedSegment, PanopticMap
 from evaluate.gallery import Gallery
 from evaluate.page import write_report
+from evaluate.measures import image_pq
 from evaluate.pq import PQResult, PQStat, match_image, summarize
 from evaluate.report import (
     BOTH,
@@ -26,7 +27,6 @@ from evaluate.report import (
     category_table,
     comparison_sheet,
     error_picture,
-    image_pq,
     panels,
     pq_table,
     predicted_map,

@@ -31,6 +31,8 @@ class DataConfig:
         batch: Samples an optimizer step, over all ranks and accumulated micro-batches.
         micro_batch: Samples a rank puts through the network at once.
         workers: Loader processes a rank.
+        upscale: Train at a larger `size` than the cache was rendered at; else that is refused, as
+            photos and targets lack the detail.
     """
 
     cache: str = ""
@@ -44,6 +46,7 @@ class DataConfig:
     batch: int = 256
     micro_batch: int = 16
     workers: int = 4
+    upscale: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,8 @@ class ModelConfig:
     """Encoder, decoder and heads (section 3.1).
 
     Attributes:
-        backbone: Hub name or local folder of a pretrained backbone, or `random`.
+        backbone: Hub name or local folder of a pretrained DINOv2, DINOv2 with registers or DINOv3
+            ViT, or `random`.
         random: The architecture that `random` builds.
         taps: Encoder blocks, counted from 1, whose outputs the decoder takes.
         channels: Width d of the decoder.
@@ -148,11 +152,30 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ValidationConfig:
+    """A look at held-out samples now and then: losses, accuracies and, with `metric`, more.
+
+    Attributes:
+        cache: Folder of a cache of held-out images, on a local disk.
+        every: Optimizer steps between two looks; the last step has one too. 0 = never.
+        samples: Taken evenly from the cache; the same each time.
+        metric: `module:function` of a further measure, or empty; see `train.validation.Metric`.
+            `evaluate.slice:panoptic_quality` is PQ. It is found by name, as this package must not
+            depend on those that evaluate.
+    """
+
+    cache: str = ""
+    every: int = 0
+    samples: int = 256
+    metric: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class TrainConfig:
     """A whole run.
 
     Attributes:
-        out: Folder of the run: `config.toml`, `metrics.jsonl`, `checkpoints/`.
+        out: Folder of the run: `config.toml`, `metrics.jsonl`, `checkpoints/`, `pictures/`.
         epochs: Passes over the cache.
         steps: Optimizer steps, instead of epochs.
         seed: Of weights, order, augmentation and tasks.
@@ -160,11 +183,15 @@ class TrainConfig:
         compile: `torch.compile` the model.
         checkpoint_every: Optimizer steps between two checkpoints; the last step always has one.
         keep: Checkpoints that stay.
+        ema: Decay a step of a moving average of the weights, such as 0.9999; none by default.
         log_every: Optimizer steps between two lines of `metrics.jsonl`.
+        pictures_every: Optimizer steps between two pictures of prediction beside truth; 0 = never.
+        trackers: Accelerate's trackers to use besides `metrics.jsonl`, where they are installed.
         data: See `DataConfig`.
         model: See `ModelConfig`.
         loss: See `LossConfig`.
         optim: See `OptimConfig`.
+        validation: See `ValidationConfig`.
     """
 
     out: str = "runs/train"
@@ -175,17 +202,22 @@ class TrainConfig:
     compile: bool = False
     checkpoint_every: int = 1000
     keep: int = 3
+    ema: float | None = None
     log_every: int = 1
+    pictures_every: int = 1000
+    trackers: tuple[str, ...] = ("tensorboard",)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
         low, high = self.data.scale
         taps = self.model.taps
         sizes = (self.data.batch, self.data.micro_batch)
         intervals = (self.keep, self.checkpoint_every, self.log_every)
+        looks = self.validation
         problems = [
             ("data.batch and data.micro_batch must be positive", min(sizes) < 1),
             ("data.scale must be two rising positive numbers", not 0 < low <= high),
@@ -195,6 +227,15 @@ class TrainConfig:
             ("epochs and steps must be positive", min(self.epochs, self.steps or 1) <= 0),
             ("seed and data.workers must not be negative", min(self.seed, self.data.workers) < 0),
             ("keep, checkpoint_every and log_every must be positive", min(intervals) < 1),
+            ("ema must lie between 0 and 1", self.ema is not None and not 0 < self.ema < 1),
+            ("pictures_every must not be negative", self.pictures_every < 0),
+            ("validation.every must not be negative", looks.every < 0),
+            ("validation.samples must be positive", looks.samples < 1),
+            ("validation.every needs a validation.cache", looks.every > 0 and not looks.cache),
+            (
+                "validation.metric must be like evaluate.slice:panoptic_quality",
+                looks.metric != "" and not all(looks.metric.partition(":")),
+            ),
         ]
         for message, wrong in problems:
             if wrong:

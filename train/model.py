@@ -1,28 +1,18 @@
-"""Backbone with four taps, four transposed convolutions, two heads (section 3.1)."""
+"""Four taps of a backbone, four transposed convolutions, two heads (section 3.1)."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.errors import InputError
-from train.config import ModelConfig, RandomBackbone
-from train.encoding import cell_centres
-
-try:
-    from transformers import Dinov2Backbone, Dinov2Config
-except (ImportError, RuntimeError) as error:
-    raise InputError(
-        f"transformers cannot load its DINOv2: {str(error).splitlines()[0]}",
-        remedy="a torchvision that does not match torch causes this: pip uninstall torchvision",
-    ) from error
+from train.backbone import make_backbone
+from train.config import ModelConfig
 
 Task = Literal["instance", "semantic", "both"]
 
@@ -169,131 +159,3 @@ def check_size(height: int, width: int, patch_size: int) -> None:
                 where="data.size",
                 remedy=f"{near} is",
             )
-
-
-def make_backbone(
-    config: ModelConfig, *, load_weights: bool = True, architecture: Path | None = None
-) -> Any:
-    """A `Dinov2Backbone` whose feature maps are the taps; see `PanopticModel` for the arguments.
-
-    Raises:
-        InputError: No such backbone, no weights, or taps beyond its last block.
-    """
-    random = config.backbone == "random"
-    if architecture is not None:
-        design = Dinov2Config.from_json_file(architecture)
-    elif random:
-        design = _random_config(config.random)
-    else:
-        design = _named_config(config.backbone)
-    blocks, last = design.num_hidden_layers, max(config.taps)
-    if last > blocks:
-        raise InputError(
-            f"tap {last} lies beyond the backbone's {blocks} blocks",
-            where="model.taps",
-            remedy=f"choose from 1..{blocks}",
-        )
-    # Blocks above the last tap would compute for nothing, and without gradient stop DDP.
-    design.num_hidden_layers = last
-    design.drop_path_rate = config.drop_path
-    design.stage_names = ["stem", *(f"stage{block}" for block in range(1, last + 1))]
-    design.set_output_features_output_indices(out_features=None, out_indices=list(config.taps))
-    if load_weights and not random:
-        backbone = _load_weights(config.backbone, design)
-    else:
-        backbone = Dinov2Backbone(design)
-    if load_weights and random:
-        start_from_sincos(backbone)
-    backbone.embeddings.mask_token.requires_grad_(False)  # never used: it would stop DDP
-    if config.gradient_checkpointing:
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    return backbone
-
-
-def _random_config(random: RandomBackbone) -> Any:
-    if random.hidden_size % random.heads or random.hidden_size % 4:
-        raise InputError(
-            f"hidden_size {random.hidden_size} must be a multiple of 4 and of heads {random.heads}",
-            where="model.random",
-        )
-    return Dinov2Config(
-        hidden_size=random.hidden_size,
-        num_hidden_layers=random.layers,
-        num_attention_heads=random.heads,
-        patch_size=random.patch_size,
-        image_size=random.grid * random.patch_size,
-    )
-
-
-_PUBLISHED = {
-    "facebook/dinov2-small": (384, 12, 6),
-    "facebook/dinov2-base": (768, 12, 12),
-    "facebook/dinov2-large": (1024, 24, 16),
-}
-"""(hidden size, blocks, heads) of published DINOv2s: enough to build one without a network."""
-
-
-def _named_config(name: str) -> Any:
-    if name in _PUBLISHED:
-        hidden, blocks, heads = _PUBLISHED[name]
-        return Dinov2Config(
-            hidden_size=hidden,
-            num_hidden_layers=blocks,
-            num_attention_heads=heads,
-            patch_size=14,
-            image_size=518,
-        )
-    try:
-        return Dinov2Config.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"no backbone of this name or folder: {str(error).splitlines()[0]}",
-            where=name,
-            remedy="give a hub name (and a network) or a folder that save_pretrained wrote",
-        ) from None
-
-
-def _load_weights(name: str, architecture: Any) -> Any:
-    try:
-        backbone, found = Dinov2Backbone.from_pretrained(
-            name, config=architecture, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        where = "folder" if Path(name).is_dir() else "hub"
-        raise InputError(
-            f"weights cannot be loaded from the {where}: {str(error).splitlines()[0]}", where=name
-        ) from None
-    unused = {"embeddings.mask_token"}
-    if missing := sorted({*found["missing_keys"]} - unused):  # they would stay random
-        raise InputError(
-            f"{len(missing)} weights are missing, {missing[0]} first",
-            where=name,
-            remedy="give weights of a DINOv2",
-        )
-    return backbone.float()  # whatever precision they were saved in
-
-
-def start_from_sincos(backbone: Any, scale: float = 0.5) -> None:
-    """Starts the position embeddings as 2-D sines and cosines.
-
-    Centroids are absolute positions, which a random embedding hides from an encoder that has
-    everything to learn.
-    """
-    positions = backbone.embeddings.position_embeddings  # (1, 1 + n * n, hidden)
-    side = math.isqrt(positions.shape[1] - 1)
-    quarter = positions.shape[2] // 4
-    # From half a period over the picture to one over two patches, the finest a grid can hold.
-    finest = math.log2(max(side, 2))
-    frequencies = math.pi / 2 * 2 ** torch.linspace(0, finest, quarter)
-    angles = cell_centres(side)[:, None] * frequencies  # (n, hidden / 4)
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (n, hidden / 2)
-    grid = torch.cat(
-        [
-            axis[:, None].expand(side, side, -1),  # rows
-            axis[None].expand(side, side, -1),  # columns
-        ],
-        dim=-1,
-    )
-    with torch.no_grad():
-        positions.zero_()
-        positions[0, 1:] = scale * grid.reshape(side * side, -1)

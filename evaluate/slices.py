@@ -1,0 +1,137 @@
+"""The share of one process in an evaluation: predict, write, note, score; or read back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluate.clock import Clock
+from evaluate.decode import PanopticMap
+from evaluate.journal import Journal, Row
+from evaluate.measures import thing_ids
+from evaluate.predict import Heads, PredictionWriter, Predictor, read_ahead
+from evaluate.ranks import Ranks
+from evaluate.scoring import ImageScore, score_image
+from pipeline.coco import CocoPanoptic, ImageId, PanopticRecord, read_ids
+from pipeline.draw import Picture
+from pipeline.errors import InputError
+from pipeline.progress import progress
+
+STEPS = ("read", "network", "decode", "write", "score")
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """What one process did.
+
+    Attributes:
+        outcomes: Row of `panoptic.json` and score by position in the split.
+        predicted: Images that went through the network.
+        seconds: Wall time by name, summed over them.
+    """
+
+    outcomes: dict[int, tuple[Row, ImageScore]]
+    predicted: int
+    seconds: dict[str, float]
+
+
+def predict_slice(
+    predictor: Predictor,
+    dataset: CocoPanoptic,
+    out: Path,
+    *,
+    batch: int,
+    ranks: Ranks,
+    done: Mapping[ImageId, Row],
+    identity: Mapping[str, Any],
+) -> Slice:
+    """Predicts and scores the images [rank::world]; reads back those that are done.
+
+    Raises:
+        InputError: A picture or an annotation cannot be read, or the network says NaN.
+    """
+    batch = min(batch, len(dataset.records))
+    clock, things = Clock(*STEPS), thing_ids(dataset.categories)
+    outcomes: dict[int, tuple[Row, ImageScore]] = {}
+    for at in range(ranks.rank, len(dataset.records), ranks.world):
+        record = dataset.records[at]
+        row = done.get(record.image_id)
+        if row is not None and (score := score_again(record, row, out, things)):
+            outcomes[at] = row, score
+    rest = [at for at in range(ranks.rank, len(dataset.records), ranks.world) if at not in outcomes]
+    photos = read_ahead([dataset.records[at].photo for at in rest], 2 * batch, upright=False)
+    writer = PredictionWriter(out, predictor.categories)
+    total, before = len(rest) + len(outcomes), len(outcomes)
+    with (
+        Journal(out, identity, ranks.rank) as journal,
+        progress("evaluate", total, "images", before) as advance,
+    ):
+        for places in chunks(rest, batch):
+            clock.start()
+            pictures = [next(photos) for _ in places]
+            clock.lap("read")
+            # Always of one size: rounding of a network depends on its batch's.
+            heads = predictor.heads([*pictures, *pictures[:1] * (batch - len(pictures))])
+            clock.lap("network")
+            for at, photo, one in zip(places, pictures, heads, strict=False):
+                record = dataset.records[at]
+                clock.start()
+                result = decoded(predictor, one, photo, record)
+                clock.lap("decode")
+                row = writer.add(record.image_id, record.key, result)
+                journal.note(row)
+                clock.lap("write")
+                outcomes[at] = row, score_row(record, row, result.ids, things)
+                clock.lap("score")
+            advance(len(places))
+    return Slice(outcomes, len(rest), clock.seconds)
+
+
+def decoded(
+    predictor: Predictor, heads: Heads, photo: Picture, record: PanopticRecord
+) -> PanopticMap:
+    """The panoptic map; an error names the photo."""
+    try:
+        return predictor.decode(heads, (photo.shape[0], photo.shape[1]))
+    except InputError as error:
+        raise InputError(
+            error.what, where=record.photo, remedy=error.remedy, code=error.code
+        ) from None
+
+
+def score_row(
+    record: PanopticRecord, row: Row, ids: NDArray[np.int32], things: frozenset[int]
+) -> ImageScore:
+    """Scores a prediction as `panoptic.json` will tell of it."""
+    infos = row["segments_info"]
+    return score_image(
+        record.image_id,
+        read_ids(record.png),
+        record.segments,
+        ids,
+        {info["id"]: info["category_id"] for info in infos},
+        scores={info["id"]: info["score"] for info in infos},
+        things=things,
+    )
+
+
+def score_again(
+    record: PanopticRecord, row: Row, out: Path, things: frozenset[int]
+) -> ImageScore | None:
+    """Scores what an earlier run predicted; None where its PNG is not as noted."""
+    try:
+        ids = read_ids(out / "panoptic" / row["file_name"])
+        return score_row(record, row, ids, things)
+    except InputError:
+        return None  # predicted again, where what is wrong with the truth will be told
+
+
+def chunks(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Consecutive slices of at most `size`."""
+    for start in range(0, len(places), size):
+        yield places[start : start + size]

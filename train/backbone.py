@@ -1,0 +1,192 @@
+"""The backbone: DINOv2, DINOv2 with registers or DINOv3, its taps, its weights.
+
+Which one a hub name or a folder holds is what its `config.json` says under `model_type`. All three
+hand out feature maps of their blocks through one interface of transformers.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from pipeline.errors import InputError
+from train.config import ModelConfig, RandomBackbone
+from train.encoding import cell_centres
+
+try:
+    import transformers
+    from transformers import Dinov2Config
+except (ImportError, RuntimeError) as error:
+    raise InputError(
+        f"transformers cannot load its DINOv2: {str(error).splitlines()[0]}",
+        remedy="a torchvision that does not match torch causes this: pip uninstall torchvision",
+    ) from error
+
+FAMILIES = {
+    "dinov2": "Dinov2",
+    "dinov2_with_registers": "Dinov2WithRegisters",
+    "dinov3_vit": "DINOv3ViT",
+}
+"""What transformers calls the classes of a `model_type`."""
+
+
+def backbone_classes(model_type: str, where: str | Path) -> tuple[Any, Any]:
+    """The configuration's and the backbone's class; InputError where there is none."""
+    if model_type not in FAMILIES:
+        raise InputError(
+            f"a backbone of the type {model_type or 'that config.json does not name'}",
+            where=where,
+            remedy=f"known types: {', '.join(FAMILIES)}",
+        )
+    name = FAMILIES[model_type]
+    try:
+        return getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}Backbone")
+    except AttributeError:
+        raise InputError(
+            f"transformers {transformers.__version__} has no {name}Backbone",
+            where=where,
+            remedy="pip install --upgrade transformers",
+        ) from None
+
+
+def make_backbone(
+    config: ModelConfig, *, load_weights: bool = True, architecture: Path | None = None
+) -> Any:
+    """A backbone whose feature maps are the taps; see `PanopticModel` for the arguments.
+
+    Raises:
+        InputError: No such backbone, one of another family, no weights, or taps beyond its last
+            block.
+    """
+    random = config.backbone == "random"
+    if architecture is not None:
+        design = _read_design(architecture.parent, architecture.name)
+    elif random:
+        design = _random_config(config.random)
+    else:
+        design = _named_config(config.backbone)
+    blocks, last = design.num_hidden_layers, max(config.taps)
+    if last > blocks:
+        raise InputError(
+            f"tap {last} lies beyond the backbone's {blocks} blocks",
+            where="model.taps",
+            remedy=f"choose from 1..{blocks}",
+        )
+    # Blocks above the last tap would compute for nothing, and without gradient stop DDP.
+    design.num_hidden_layers = last
+    design.drop_path_rate = config.drop_path
+    # DINOv3 trained with coordinates stretched at random; a centroid is an absolute position.
+    for jitter in ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"):
+        if hasattr(design, jitter):
+            setattr(design, jitter, None)
+    design.stage_names = ["stem", *(f"stage{block}" for block in range(1, last + 1))]
+    design.set_output_features_output_indices(out_features=None, out_indices=list(config.taps))
+    if load_weights and not random:
+        backbone = _load_weights(config.backbone, design)
+    else:
+        backbone = backbone_classes(design.model_type, config.backbone)[1](design)
+    if load_weights and random:
+        start_from_sincos(backbone)
+    backbone.embeddings.mask_token.requires_grad_(False)  # never used: it would stop DDP
+    if config.gradient_checkpointing:
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    return backbone
+
+
+def _random_config(random: RandomBackbone) -> Any:
+    if random.hidden_size % random.heads or random.hidden_size % 4:
+        raise InputError(
+            f"hidden_size {random.hidden_size} must be a multiple of 4 and of heads {random.heads}",
+            where="model.random",
+        )
+    return Dinov2Config(
+        hidden_size=random.hidden_size,
+        num_hidden_layers=random.layers,
+        num_attention_heads=random.heads,
+        patch_size=random.patch_size,
+        image_size=random.grid * random.patch_size,
+    )
+
+
+_PUBLISHED = {
+    "facebook/dinov2-small": (384, 12, 6),
+    "facebook/dinov2-base": (768, 12, 12),
+    "facebook/dinov2-large": (1024, 24, 16),
+}
+"""(hidden size, blocks, heads) of published DINOv2s: enough to build one without a network."""
+
+
+def _named_config(name: str) -> Any:
+    if name in _PUBLISHED:
+        hidden, blocks, heads = _PUBLISHED[name]
+        return Dinov2Config(
+            hidden_size=hidden,
+            num_hidden_layers=blocks,
+            num_attention_heads=heads,
+            patch_size=14,
+            image_size=518,
+        )
+    return _read_design(name, "config.json")
+
+
+def _read_design(name: str | Path, file: str) -> Any:
+    """The architecture in a JSON file of a hub name or a folder."""
+    try:
+        values, _ = Dinov2Config.get_config_dict(name, _configuration_file=file)
+        kind, _ = backbone_classes(str(values.get("model_type", "")), name)
+        return kind.from_dict(values)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"no backbone of this name or folder: {str(error).splitlines()[0]}",
+            where=name,
+            remedy="give a hub name (and a network) or a folder that save_pretrained wrote",
+        ) from None
+
+
+def _load_weights(name: str, architecture: Any) -> Any:
+    _, kind = backbone_classes(architecture.model_type, name)
+    try:
+        backbone, found = kind.from_pretrained(name, config=architecture, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        where = "folder" if Path(name).is_dir() else "hub"
+        raise InputError(
+            f"weights cannot be loaded from the {where}: {str(error).splitlines()[0]}", where=name
+        ) from None
+    unused = {"embeddings.mask_token"}
+    if missing := sorted({*found["missing_keys"]} - unused):  # they would stay random
+        raise InputError(
+            f"{len(missing)} weights are missing, {missing[0]} first",
+            where=name,
+            remedy=f"give weights of a {FAMILIES[architecture.model_type]}",
+        )
+    return backbone.float()  # whatever precision they were saved in
+
+
+def start_from_sincos(backbone: Any, scale: float = 0.5) -> None:
+    """Starts the position embeddings as 2-D sines and cosines.
+
+    Centroids are absolute positions, which a random embedding hides from an encoder that has
+    everything to learn.
+    """
+    positions = backbone.embeddings.position_embeddings  # (1, 1 + n * n, hidden)
+    side = math.isqrt(positions.shape[1] - 1)
+    quarter = positions.shape[2] // 4
+    # From half a period over the picture to one over two patches, the finest a grid can hold.
+    finest = math.log2(max(side, 2))
+    frequencies = math.pi / 2 * 2 ** torch.linspace(0, finest, quarter)
+    angles = cell_centres(side)[:, None] * frequencies  # (n, hidden / 4)
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (n, hidden / 2)
+    grid = torch.cat(
+        [
+            axis[:, None].expand(side, side, -1),  # rows
+            axis[None].expand(side, side, -1),  # columns
+        ],
+        dim=-1,
+    )
+    with torch.no_grad():
+        positions.zero_()
+        positions[0, 1:] = scale * grid.reshape(side * side, -1)

@@ -1,0 +1,101 @@
+"""What the ranks must agree on: the run, the step and its task, when to stop, whose samples.
+
+Facts travel through a Gloo group of their own, from CPU to CPU: the GPU is not waited for. One
+small reduction a step costs well below a millisecond, and no rank ever waits for another that has
+left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What all ranks found together at the end of a step.
+
+    Attributes:
+        signal: Of a rank that was asked to stop, else 0.
+        finite: Loss and gradient are finite on every rank.
+    """
+
+    signal: int
+    finite: bool
+
+
+class Ranks:
+    """The processes of a run; make it on all of them."""
+
+    def __init__(self, world: int) -> None:
+        self._world = world
+        self._group: Any = dist.new_group(backend="gloo") if world > 1 else None
+
+    def check_same(self, facts: Mapping[str, object]) -> None:
+        """Raises InputError on every rank where a fact differs between ranks."""
+        everyone = self._gather(dict(facts))
+        for name, value in everyone[0].items():
+            for rank, other in enumerate(everyone):
+                if other[name] != value:
+                    raise InputError(
+                        f"ranks differ: {value} on rank 0, {other[name]} on rank {rank}",
+                        where=name,
+                        remedy="start every rank with the same command on a shared folder",
+                    )
+
+    def check_disjoint(self, keys: Sequence[str], *, repeats: bool) -> None:
+        """Raises InputError where two ranks hold the same samples.
+
+        Args:
+            keys: Of this rank's first micro-batch.
+            repeats: The same sample may rightly come twice in a step; then only ranks with the
+                very same keys are refused.
+        """
+        everyone = [frozenset(each) for each in self._gather(list(keys))]
+        for rank, theirs in enumerate(everyone):
+            for earlier, others in enumerate(everyone[:rank]):
+                if theirs == others if repeats else theirs & others:
+                    raise InputError(
+                        f"ranks {earlier} and {rank} train on the same samples, such as"
+                        f" {min(theirs & others)}",
+                        remedy="every rank needs its own number: use accelerate launch or torchrun",
+                    )
+
+    def agree(self, step: int, task: int, *, signal: int, finite: bool) -> Verdict:
+        """Exchanges a step's facts before its gradients are applied.
+
+        Args:
+            step: This rank's.
+            task: Number of this rank's task.
+            signal: That this rank got, or 0.
+            finite: Whether this rank's loss and gradient are.
+
+        Raises:
+            InputError: The ranks are at different steps or tasks; their gradients mean nothing.
+        """
+        if self._group is None:
+            return Verdict(signal, finite)
+        # The largest of x and of -x, so one reduction tells both ends.
+        facts = torch.tensor([signal, not finite, step, task, -step, -task], dtype=torch.int64)
+        dist.all_reduce(facts, dist.ReduceOp.MAX, group=self._group)
+        asked, broken, last, high, first, low = facts.tolist()
+        if (last, high) != (-first, -low):
+            raise InputError(
+                f"ranks disagree: steps {-first} to {last}, tasks {-low} to {high}",
+                where=f"step {step}",
+                remedy="start every rank with the same command",
+            )
+        return Verdict(asked, not broken)
+
+    def _gather(self, mine: Any) -> list[Any]:
+        if self._group is None:
+            return [mine]
+        everyone: list[Any] = [None] * self._world
+        dist.all_gather_object(everyone, mine, group=self._group)
+        return everyone
