@@ -14,7 +14,8 @@ from evaluate.decode import decode
 from evaluate.pairs import read_pairs
 from evaluate.pq import score_pairs
 from pipeline.bench import Bench, Timing, bench_dataset, best_ms
-from pipeline.coco import CocoLayout, CocoPanoptic, PanopticRecord, read_ids
+from pipeline.coco import CocoLayout, CocoPanoptic, PanopticRecord
+from pipeline.ids import read_ids
 from pipeline.targets import geometry, index_map, resize_index
 from train.encoding import GRID_CELLS, PositionalCode, cell_centres, gamma
 from train.losses import gather_rows

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from evaluate.clock import Clock
 from evaluate.decode import DecodeConfig, decode
 from evaluate.pq import PQResult, PQStat, match_image, summarize
-from pipeline.coco import Category, CocoPanoptic, PanopticRecord, read_ids
+from pipeline.coco import Category, CocoPanoptic, PanopticRecord
 from pipeline.errors import InputError
+from pipeline.ids import read_ids
 from pipeline.progress import progress
 from pipeline.targets import geometry, index_map, resize_index
 from train.encoding import Encoding, PositionalCode

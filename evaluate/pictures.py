@@ -10,8 +10,9 @@ from evaluate.decode import DecodedSegment, PanopticMap
 from evaluate.gallery import Gallery
 from evaluate.predict import Predictor, read_picture
 from evaluate.report import ImageView, comparison_sheet, predicted_map, true_map, write_overlay
-from pipeline.coco import Category, PanopticRecord, read_ids
+from pipeline.coco import Category, PanopticRecord
 from pipeline.draw import save_picture
+from pipeline.ids import read_ids
 from pipeline.storage import Storage
 
 COMPARED = 6

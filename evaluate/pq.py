@@ -24,8 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluate.pairs import ImagePair, listing, read_pairs
-from pipeline.coco import Category, ImageId, SegmentInfo, read_ids
+from pipeline.coco import Category, ImageId, SegmentInfo
 from pipeline.errors import InputError
+from pipeline.ids import read_ids
 
 logger = logging.getLogger(__name__)
 

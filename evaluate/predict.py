@@ -29,9 +29,10 @@ from torch import Tensor
 
 from evaluate.decode import DecodeConfig, PanopticMap, decode
 from evaluate.report import predicted_map, write_overlay
-from pipeline.coco import Category, ImageId, ids_to_rgb
+from pipeline.coco import Category, ImageId
 from pipeline.draw import Picture, centroid_colours, encode_picture, semantic_colours
 from pipeline.errors import InputError
+from pipeline.ids import ids_to_rgb
 from pipeline.progress import progress
 from pipeline.storage import Storage
 from train.checkpoint import find_checkpoint, load_model

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
@@ -38,7 +39,7 @@ class Ranks:
         """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
-        state = PartialState(cpu=cpu)
+        state = PartialState(cpu=cpu or not torch.cuda.is_available())
         return cls(state.process_index, state.num_processes, str(state.device))
 
     @property

@@ -17,9 +17,10 @@ from evaluate.measures import thing_ids
 from evaluate.predict import Heads, PredictionWriter, Predictor, read_ahead
 from evaluate.ranks import Ranks
 from evaluate.scoring import ImageScore, score_image
-from pipeline.coco import CocoPanoptic, ImageId, PanopticRecord, read_ids
+from pipeline.coco import CocoPanoptic, ImageId, PanopticRecord
 from pipeline.draw import Picture
 from pipeline.errors import InputError
+from pipeline.ids import read_ids
 from pipeline.progress import progress
 
 STEPS = ("read", "network", "decode", "write", "score")

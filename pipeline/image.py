@@ -11,9 +11,10 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from pipeline.coco import Category, PanopticRecord, read_ids, read_png
+from pipeline.coco import Category, PanopticRecord
 from pipeline.config import RenderConfig
 from pipeline.errors import InputError
+from pipeline.ids import read_ids, read_png
 from pipeline.sample import Sample, Segment, encode_distance
 from pipeline.targets import compute_targets, drop_empty_rows, index_map, resize_index
 

@@ -17,16 +17,16 @@ from typing import Any
 
 from pipeline.coco import Category, ImageId
 from pipeline.errors import InputError
-from pipeline.sample import Sample, decode_sample, decode_table
-from pipeline.shards import (
+from pipeline.manifest import (
     INDEX_NAME,
     ShardIndex,
     decode_sidecar,
-    members_of,
     read_index,
     read_sidecar,
     size_problem,
 )
+from pipeline.sample import Sample, decode_sample, decode_table
+from pipeline.shards import members_of
 from pipeline.storage import Storage
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from pipeline.coco import CocoPanoptic, PanopticRecord, Rejection
 from pipeline.config import RenderConfig, fingerprint
 from pipeline.errors import InputError
+from pipeline.manifest import shard_name
 from pipeline.sample import FORMAT_VERSION
-from pipeline.shards import shard_name
 from pipeline.storage import Storage
 
 PLAN_NAME = "plan.json"

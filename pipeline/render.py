@@ -21,16 +21,11 @@ from pipeline.coco import Category, CocoPanoptic, Rejection
 from pipeline.config import RenderConfig
 from pipeline.errors import InputError
 from pipeline.interrupt import Interrupted
+from pipeline.manifest import INDEX_NAME, QUARANTINE_NAME, ShardIndex, encode_index
 from pipeline.plan import Plan, ShardPlan, allowed, claim, make_plan
 from pipeline.progress import progress
 from pipeline.sample import FORMAT_VERSION
-from pipeline.shards import (
-    INDEX_NAME,
-    QUARANTINE_NAME,
-    ShardIndex,
-    encode_index,
-    finished_shard,
-)
+from pipeline.shards import finished_shard
 from pipeline.storage import Storage
 from pipeline.task import FinishedShard, RenderJob, render_shard, tools
 

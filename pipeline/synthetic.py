@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from pipeline.coco import CocoLayout, SegmentInfo, ids_to_rgb
+from pipeline.coco import CocoLayout, SegmentInfo
 from pipeline.errors import InputError
+from pipeline.ids import ids_to_rgb
 from pipeline.synthetic_layout import lay_out
 from pipeline.synthetic_looks import Canvas, Look, Picture, Shape, paint_thing, texture
 

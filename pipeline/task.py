@@ -16,9 +16,10 @@ from pipeline.coco import Category, PanopticRecord, Rejection
 from pipeline.config import RenderConfig
 from pipeline.errors import InputError
 from pipeline.image import render_image
+from pipeline.manifest import ShardEntry, Sidecar, encode_sidecar
 from pipeline.plan import ShardPlan
 from pipeline.sample import Sample
-from pipeline.shards import ShardEntry, Sidecar, encode_sidecar, write_shard
+from pipeline.shards import write_shard
 from pipeline.storage import Storage
 
 

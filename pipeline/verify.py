@@ -22,10 +22,7 @@ import simplejpeg
 
 from pipeline.coco import Category, sample_key
 from pipeline.errors import InputError
-from pipeline.plan import PLAN_NAME, encode_plan
-from pipeline.progress import progress
-from pipeline.sample import MEMBERS, Sample, check_sample, decode_sample
-from pipeline.shards import (
+from pipeline.manifest import (
     INDEX_NAME,
     QUARANTINE_NAME,
     SampleEntry,
@@ -35,11 +32,14 @@ from pipeline.shards import (
     decode_sidecar,
     encode_index,
     encode_sidecar,
-    members_of,
     read_index,
     read_sidecar,
     size_problem,
 )
+from pipeline.plan import PLAN_NAME, encode_plan
+from pipeline.progress import progress
+from pipeline.sample import MEMBERS, Sample, check_sample, decode_sample
+from pipeline.shards import members_of
 from pipeline.storage import Storage
 
 _BLOCK = 512

@@ -16,13 +16,15 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.coco import CocoLayout, ids_to_rgb, read_dataset, read_ids
+from pipeline.coco import CocoLayout, read_dataset
 from pipeline.config import RenderConfig
 from pipeline.errors import InputError
+from pipeline.ids import ids_to_rgb, read_ids
+from pipeline.manifest import read_index, read_sidecar
 from pipeline.plan import allowed
 from pipeline.render import RenderResult, render
 from pipeline.sample import Sample
-from pipeline.shards import ShardReader, read_index, read_sidecar
+from pipeline.shards import ShardReader
 from pipeline.storage import Storage
 from pipeline.verify import verify
 

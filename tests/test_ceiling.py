@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from evaluate.ceiling import ceiling, corrupt, perfect_heads
-from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset, read_ids
+from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
 from pipeline.errors import InputError
+from pipeline.ids import read_ids
 from train.encoding import PositionalCode
 
 

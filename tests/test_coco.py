@@ -14,16 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.coco import (
-    MAX_KEY_BYTES,
-    CocoLayout,
-    CocoPanoptic,
-    ids_to_rgb,
-    read_dataset,
-    read_ids,
-    sample_key,
-)
+from pipeline.coco import MAX_KEY_BYTES, CocoLayout, CocoPanoptic, read_dataset, sample_key
 from pipeline.errors import InputError
+from pipeline.ids import ids_to_rgb, read_ids
 
 
 def change_json(root: Path, change: Callable[[dict[str, Any]], None]) -> CocoLayout:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipeline.coco import Category, Rejection
 from pipeline.config import RenderConfig, fingerprint
 from pipeline.image import encode_jpeg
+from pipeline.manifest import SampleEntry, ShardEntry, ShardIndex, Sidecar
 from pipeline.sample import (
     EDS_FAR,
     EDS_STEP,
@@ -28,7 +29,7 @@ from pipeline.sample import (
     encode_distance,
     encode_sample,
 )
-from pipeline.shards import SampleEntry, ShardEntry, ShardIndex, ShardReader, Sidecar
+from pipeline.shards import ShardReader
 from pipeline.targets import compute_targets
 
 TEXT = (Path(__file__).parents[1] / "FORMAT.md").read_text()

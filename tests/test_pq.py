@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from evaluate import pq
 from evaluate.pairs import read_pairs
 from evaluate.pq import CategoryStat, PQStat, evaluate_images, match_image, score, summarize
-from pipeline.coco import Category, SegmentInfo, ids_to_rgb
+from pipeline.coco import Category, SegmentInfo
 from pipeline.errors import InputError
+from pipeline.ids import ids_to_rgb
 
 Ids = NDArray[np.int32]
 SHARED = Path(__file__).parents[1] / "../shared"

@@ -19,9 +19,10 @@ from distributed import LocalCluster
 from handmade import hashes, noise
 
 import pipeline.render
-from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset, read_ids
+from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
 from pipeline.config import RenderConfig
 from pipeline.errors import InputError
+from pipeline.ids import read_ids
 from pipeline.image import check_jpeg, encode_jpeg, render_image
 from pipeline.outlook import dry_run
 from pipeline.render import RenderResult, render

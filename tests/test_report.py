@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from evaluate.compare import compare, matched_numbers
 from evaluate.decode import DecodedSegment, PanopticMap
 from evaluate.gallery import Gallery
-from evaluate.page import write_report
 from evaluate.measures import image_pq
+from evaluate.page import write_report
 from evaluate.pq import PQResult, PQStat, match_image, summarize
 from evaluate.report import (
     BOTH,

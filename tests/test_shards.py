@@ -22,19 +22,21 @@ import pipeline.shards
 from pipeline.coco import Rejection
 from pipeline.config import fingerprint
 from pipeline.errors import InputError
-from pipeline.sample import MEMBERS, Sample, encode_sample
-from pipeline.shards import (
+from pipeline.manifest import (
     SampleEntry,
-    ShardReader,
     Sidecar,
     decode_sidecar,
     encode_sidecar,
+    read_index,
+    read_sidecar,
+)
+from pipeline.sample import MEMBERS, Sample, encode_sample
+from pipeline.shards import (
+    ShardReader,
     finished_shard,
     iterate_samples,
     members_of,
     pack_shard,
-    read_index,
-    read_sidecar,
     write_shard,
 )
 from pipeline.storage import Storage

@@ -14,8 +14,9 @@ import simplejpeg
 from numpy.typing import NDArray
 from skimage.measure import label as components
 
-from pipeline.coco import CocoLayout, SegmentInfo, read_dataset, read_ids
+from pipeline.coco import CocoLayout, SegmentInfo, read_dataset
 from pipeline.errors import InputError
+from pipeline.ids import read_ids
 from pipeline.synthetic import CATEGORIES, FIRST_VAL_INDEX, Scene, make_scene, write_dataset
 
 THINGS = {category["id"] for category in CATEGORIES if category["isthing"]}

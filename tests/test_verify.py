@@ -19,21 +19,19 @@ from handmade import make_sample
 from pipeline.coco import Category
 from pipeline.config import fingerprint
 from pipeline.image import encode_jpeg
-from pipeline.plan import encode_plan
-from pipeline.sample import Sample, encode_sample
-from pipeline.shards import (
+from pipeline.manifest import (
     SampleEntry,
     ShardEntry,
     ShardIndex,
     Sidecar,
     encode_index,
     encode_sidecar,
-    finished_shard,
-    pack_shard,
     read_index,
     read_sidecar,
-    write_shard,
 )
+from pipeline.plan import encode_plan
+from pipeline.sample import Sample, encode_sample
+from pipeline.shards import finished_shard, pack_shard, write_shard
 from pipeline.storage import Storage
 from pipeline.verify import VerifyReport, verify
 

@@ -14,8 +14,9 @@ import simplejpeg
 import torch
 
 from pipeline.bench import Bench, Timing, bench_dataset, best_ms
-from pipeline.coco import CocoLayout, PanopticRecord, read_ids
+from pipeline.coco import CocoLayout, PanopticRecord
 from pipeline.config import RenderConfig
+from pipeline.ids import read_ids
 from pipeline.render import render
 from pipeline.sample import encode_distance
 from pipeline.shards import ShardReader

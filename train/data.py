@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipeline.errors import InputError
+from pipeline.manifest import ShardIndex, read_index
 from pipeline.sample import Sample, encode_distance
-from pipeline.shards import ShardIndex, ShardReader, read_index
+from pipeline.shards import ShardReader
 from pipeline.storage import Storage
 from pipeline.targets import IndexMap, boundary, edge_distance, geometry, resize_index
 from train.config import DataConfig

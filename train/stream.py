@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline.errors import InputError
+from pipeline.manifest import ShardEntry, ShardIndex
 from pipeline.sample import MEMBERS, decode_sample
-from pipeline.shards import ShardEntry, ShardIndex, ShardReader
+from pipeline.shards import ShardReader
 from pipeline.storage import Storage
 from train.config import DataConfig
 from train.data import (
