@@ -37,7 +37,19 @@ Images = Annotated[Path | None, typer.Option(help="Folder of photos, instead of 
 Annotations = Annotated[Path | None, typer.Option(help="Annotation file, instead of --coco.")]
 Pngs = Annotated[Path | None, typer.Option(help="Folder of panoptic PNGs, instead of --coco.")]
 Checkpoint = Annotated[Path, typer.Option(help="A run's folder, or one of its checkpoints.")]
+WeightsOption = Annotated[
+    Literal["model", "ema"] | None,
+    typer.Option("--weights", help="Last ones or their average; the average where there is one."),
+]
 Device = Annotated[str | None, typer.Option(help="Such as cuda; by default a GPU if there is one.")]
+
+Flip = Annotated[
+    bool, typer.Option("--flip", help="Average with the mirrored picture: 2x the network.")
+]
+Sizes = Annotated[
+    str | None,
+    typer.Option(help="Average over input sides, as 420,518; each costs (side / trained)^2."),
+]
 
 
 @app.command()
@@ -59,7 +71,7 @@ def synth(
             val_images=val_images,
             seed=seed,
             size=size,
-            progress=advance,
+            progress=lambda _: advance(),
         )
     log.info("%s: %s", out, "written" if written else "is complete already")
 
@@ -171,6 +183,8 @@ def inspect(
         _print_table(summary.COLUMNS, summary.rows(), left=1)
     else:
         _print_table(("", place), summary.rows(), left=2)
+    if isinstance(summary, ShardSummary) and summary.problem:
+        log.warning("%s: %s", place, summary.problem)
 
 
 @app.command()
@@ -207,7 +221,10 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 8,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
     overlays: Annotated[int, typer.Option(min=0, help="Images to draw.")] = 16,
+    flip: Flip = False,
+    sizes: Sizes = None,
     device: Device = None,
+    weights: WeightsOption = None,
     as_json: Json = False,
 ) -> None:
     """Predict a split, score it, and write predictions, overlays and a report.
@@ -223,7 +240,13 @@ def evaluate(
     dataset = read_dataset(layout).head(limit)
     ranks = Ranks.current(cpu=device == "cpu")
     outcome = run(
-        Predictor(checkpoint, ranks.device or device),
+        Predictor(
+            checkpoint,
+            ranks.device or device,
+            flip=flip,
+            sizes=_sides(sizes),
+            weights=weights,
+        ),
         dataset,
         out,
         batch=batch,
@@ -244,6 +267,9 @@ def score(
     gt_dir: Annotated[Path | None, typer.Option(help="Its PNGs; by default beside it.")] = None,
     pred_dir: Annotated[Path | None, typer.Option(help="Its PNGs; by default beside it.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    official: Annotated[
+        bool, typer.Option("--official", help="Run panopticapi too, if installed, and compare.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Score one COCO panoptic JSON against another, to the official evaluator's last digit."""
@@ -254,7 +280,19 @@ def score(
     categories, pairs = read_pairs(truth, prediction, gt_dir, pred_dir)
     with progress("score", len(pairs), "images") as advance:
         scores = score_all(categories, pairs, workers=workers, advance=advance)
-    _show_scores(scores.pq, categories, scores.to_json(), as_json)
+    values = scores.to_json()
+    if not official:
+        _show_scores(scores.pq, categories, values, as_json)
+        return
+    from evaluate.official import compare_official
+
+    found = compare_official(scores.pq, truth, prediction, gt_dir, pred_dir)
+    _show_scores(scores.pq, categories, {**values, "official": found.to_json()}, as_json)
+    line = f"largest difference from panopticapi: {found.difference:.1e}, {found.at}"
+    if not found.agrees:
+        log.error("%s: more than rounding", line)
+        raise typer.Exit(1)
+    log.info("%s: the two agree", line)
 
 
 @app.command()
@@ -262,15 +300,41 @@ def predict(
     pictures: Annotated[list[Path], typer.Argument(help="JPEGs, PNGs, or folders of them.")],
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="Folder of overlays, panoptic PNGs and JSON.")],
+    flip: Flip = False,
+    sizes: Sizes = None,
     device: Device = None,
+    weights: WeightsOption = None,
     as_json: Json = False,
 ) -> None:
     """Segment any pictures: overlays with labels, panoptic PNGs and their JSON."""
     from evaluate.predict import Predictor, list_pictures, predict_pictures
 
     paths = list_pictures(pictures)
-    written = predict_pictures(Predictor(checkpoint, device), paths, out)
+    predictor = Predictor(checkpoint, device, flip=flip, sizes=_sides(sizes), weights=weights)
+    written = predict_pictures(predictor, paths, out)
     _show({"pictures": len(paths), "json": str(written)}, as_json)
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Also model.onnx: photo -> codes, logits.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Save a trained model as a folder that Predictor("DIR") loads, and as ONNX."""
+    from evaluate.export import export_model, export_onnx, onnx_difference
+    from evaluate.predict import Predictor
+
+    predictor = Predictor(checkpoint, "cpu")
+    shown: dict[str, Any] = {"folder": str(export_model(predictor.model, predictor.state, out))}
+    if onnx:
+        path = export_onnx(predictor.model, predictor.state, out, predictor.cells)
+        difference = onnx_difference(predictor.model, path, predictor.size)
+        shown |= {"onnx": str(path), "difference_from_pytorch": difference}
+    _show(shown, as_json)
 
 
 @app.command()
@@ -387,6 +451,14 @@ def _layout(
     raise typer.BadParameter(
         "give --coco and --split, or --images, --panoptic-json and --panoptic-dir"
     )
+
+
+def _sides(text: str | None) -> tuple[int, ...]:
+    """`420,518` as numbers."""
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise typer.BadParameter(f"--sizes takes numbers such as 420,518, not {text}") from None
 
 
 def _show(values: dict[str, Any], as_json: bool) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluate.pq import count_pairs
+from evaluate.overlap import count_pairs
 from pipeline.draw import LabelledMap, instance_numbers
 
 

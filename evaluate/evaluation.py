@@ -25,6 +25,7 @@ from evaluate.scoring import ImageScore, Scores, total_scores
 from evaluate.slices import predict_slice
 from pipeline.coco import Category, CocoPanoptic, ImageId
 from pipeline.errors import InputError
+from pipeline.interrupt import Interrupted
 from pipeline.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -104,11 +105,15 @@ def evaluate(
             logger.info("%s: goes on, %d images are predicted already", out, len(done))
         if ranks.main and not done:
             (out / "panoptic.json").unlink(missing_ok=True)
-        slices = ranks.gather(
-            lambda: predict_slice(
-                predictor, dataset, out, batch=batch, ranks=ranks, done=done, identity=identity
+        try:
+            slices = ranks.gather(
+                lambda: predict_slice(
+                    predictor, dataset, out, batch=batch, ranks=ranks, done=done, identity=identity
+                )
             )
-        )
+        except Interrupted as stop:
+            stop.advice = "run the same command to go on"
+            raise
         outcomes = {at: outcome for part in slices for at, outcome in part.outcomes.items()}
         rows, images = zip(*(outcomes[at] for at in range(len(dataset.records))), strict=True)
         predicted = max(1, sum(part.predicted for part in slices))
@@ -155,9 +160,18 @@ def finish(
         "images": str(outcome.images),
         "step": str(predictor.state.step),
         "input": f"{predictor.size} px",
+        "network": f"{predictor.cost:.3g}x",
         "seconds an image": f"{sum(outcome.seconds_per_image.values()):.3f}",
     }
-    write_report(out, outcome.pq, predictor.categories, gallery, title=title, facts=facts)
+    write_report(
+        out,
+        outcome.pq,
+        predictor.categories,
+        gallery,
+        title=title,
+        facts=facts,
+        values=outcome.to_json(),
+    )
     for path in journal_files(out):
         path.unlink()
 

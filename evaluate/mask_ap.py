@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools.cocoeval import COCOeval
 
-from evaluate.pq import segment_areas
+from evaluate.overlap import segment_areas
 from pipeline.coco import Category, SegmentInfo
 
 NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
@@ -51,7 +51,7 @@ def instances_of(
     """The instances of one image from what its segments share.
 
     Args:
-        overlap: See `pq.count_pairs`.
+        overlap: See `overlap.count_pairs`.
         gt_segments: As annotated.
         pred_segments: Category id by segment id.
         scores: Confidence by segment id.

@@ -2,8 +2,8 @@
 
     overlap of one image -> Measures, one an image -> their sum -> the keys of `Measures.to_json`
 
-The overlap is `pq.count_pairs`: one pass over the pixels serves PQ and everything here. Sums are
-taken in the order of the images, so that any number of processes gives the same floats.
+The overlap is that of `overlap.count_pairs`: one pass over the pixels serves PQ and everything
+here. Sums are taken in the order of the images: any number of processes gives the same floats.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from evaluate.pq import VOID, CategoryStat, PQStat, match_overlap, segment_areas
+from evaluate.overlap import VOID, segment_areas
+from evaluate.pq import CategoryStat, PQStat, match_overlap
 from pipeline.coco import Category, ImageId, SegmentInfo
 
 Overlap = Mapping[tuple[int, int], int]
@@ -131,7 +132,7 @@ def measure_image(
 
     Args:
         image_id: For messages.
-        overlap: Pixels of each (true id, predicted id), see `pq.count_pairs`.
+        overlap: Pixels of each (true id, predicted id), see `overlap.count_pairs`.
         gt_segments: As annotated; areas are counted here.
         pred_segments: Category id by segment id.
         things: Ids of the thing categories.
@@ -167,18 +168,37 @@ def measure_image(
             bin_ = bisect.bisect_right(SIZE_EDGES, math.sqrt(gt_area[segment.id])) - 1
             counts[bin_] += 1
             ious[bin_] += best.get(segment.id, 0.0)
-    # Stuff stays in the overlap, so that things on it are wrong there.
-    agnostic = match_overlap(
+    agnostic = _agnostic(image_id, overlap, gt, pred_segments, things)
+    return Measures(tuple(counts), tuple(ious), agnostic, pixels, confusion)
+
+
+def _agnostic(
+    image_id: ImageId,
+    overlap: Overlap,
+    gt: Mapping[int, SegmentInfo],
+    pred_segments: Mapping[int, int],
+    things: frozenset[int],
+) -> CategoryStat:
+    """PQ's counts with all things as one category, so that all crowds of things are one crowd.
+
+    Stuff stays in the overlap: a thing predicted on it is wrong there.
+    """
+    true = [segment for segment in gt.values() if segment.category_id in things]
+    crowds = [segment.id for segment in true if segment.iscrowd]
+    merged: dict[tuple[int, int], int] = {}
+    for (gt_id, pred_id), shared in overlap.items():
+        pair = crowds[0] if gt_id in crowds else gt_id, pred_id
+        merged[pair] = merged.get(pair, 0) + shared
+    return match_overlap(
         image_id,
-        overlap,
+        merged,
         [
             replace(segment, category_id=ANY_THING, area=None)
-            for segment in gt.values()
-            if segment.category_id in things
+            for segment in true
+            if segment.id not in crowds[1:]
         ],
         {id_: ANY_THING for id_, category in pred_segments.items() if category in things},
     ).stat[ANY_THING]
-    return Measures(tuple(counts), tuple(ious), agnostic, pixels, confusion)
 
 
 def thing_ids(categories: Iterable[Category]) -> frozenset[int]:

@@ -10,31 +10,21 @@ CVPR 2019, equation 1). Void, crowd and ground-truth areas follow cocodataset/pa
 from __future__ import annotations
 
 import logging
-import multiprocessing
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluate.overlap import VOID, check_listed, check_sizes, count_pairs, segment_areas
 from evaluate.pairs import ImagePair, listing, read_pairs
+from evaluate.pool import Ids, map_pairs
 from pipeline.coco import Category, ImageId, SegmentInfo
 from pipeline.errors import InputError
-from pipeline.ids import read_ids
 
 logger = logging.getLogger(__name__)
-
-VOID = 0
-Ids = NDArray[np.int32]
-Result = TypeVar("Result")
-Work = Callable[[ImagePair, Ids, Ids], Result]
-CHUNK = 16  # Images a task: some 100 ms of work, against about 1 ms to send it.
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,32 +143,6 @@ class PQResult:
         }
 
 
-def count_pairs(
-    gt_ids: NDArray[np.integer[Any]], pred_ids: NDArray[np.integer[Any]]
-) -> dict[tuple[int, int], int]:
-    """Counts the pixels of each (ground-truth id, predicted id), in ascending order.
-
-    Maps are constant along most of a row, so pairs are sorted by run and not by pixel: 4,000 to
-    25,000 runs in a picture of COCO's 300,000 pixels, at any number of segments.
-
-    Args:
-        gt_ids: (H, W) ids in 0..2^31-1, any integer dtype that casts to int64.
-        pred_ids: The same, of the same size.
-    """
-    gt, pred = gt_ids.ravel(), pred_ids.ravel()
-    if gt.size == 0:
-        return {}
-    changes = np.flatnonzero((gt[1:] != gt[:-1]) | (pred[1:] != pred[:-1])) + 1
-    starts = np.concatenate(([0], changes))
-    lengths = np.diff(starts, append=gt.size)
-    keys = gt[starts].astype(np.int64) << 32 | pred[starts].astype(np.int64)
-    pairs, inverse = np.unique(keys, return_inverse=True)
-    # Exact: float64 weights hold whole numbers up to 2^53.
-    pixels = np.bincount(inverse, weights=lengths).astype(np.int64)
-    ids = zip((pairs >> 32).tolist(), (pairs & 0xFFFFFFFF).tolist(), strict=True)
-    return dict(zip(ids, pixels.tolist(), strict=True))
-
-
 def match_image(
     image_id: ImageId,
     gt_ids: NDArray[np.integer[Any]],
@@ -279,48 +243,6 @@ def match_overlap(
     return ImageStat(image_id, PQStat(stats), wrong)
 
 
-def segment_areas(overlap: Mapping[tuple[int, int], int], side: int) -> dict[int, int]:
-    """Pixels of each id of the ground truth (side 0) or of the prediction (side 1)."""
-    areas: dict[int, int] = {}
-    for pair, pixels in overlap.items():
-        areas[pair[side]] = areas.get(pair[side], 0) + pixels
-    return areas
-
-
-def check_sizes(
-    image_id: ImageId, gt_ids: NDArray[np.integer[Any]], pred_ids: NDArray[np.integer[Any]]
-) -> None:
-    """Refuses maps of two sizes."""
-    if gt_ids.shape != pred_ids.shape:
-        raise InputError(
-            f"prediction is {pred_ids.shape} pixels (H, W), ground truth {gt_ids.shape}",
-            where=f"image {image_id}",
-            remedy="resize the predicted id map with nearest neighbour",
-            code="size-mismatch",
-        )
-
-
-def check_listed(
-    image_id: ImageId, overlap: Mapping[tuple[int, int], int], listed: Mapping[int, int]
-) -> None:
-    """Refuses a prediction whose map and list differ; void needs no entry."""
-    painted = {pred_id for _, pred_id in overlap}
-    if unlisted := painted - listed.keys() - {VOID}:
-        raise InputError(
-            f"segment ids {listing(unlisted)} are in the predicted PNG but not in its JSON",
-            where=f"image {image_id}",
-            remedy="list them in segments_info, or paint them 0 (void)",
-            code="id-missing-in-json",
-        )
-    if unpainted := listed.keys() - painted:
-        raise InputError(
-            f"segment ids {listing(unpainted)} are in the predicted JSON but not in its PNG",
-            where=f"image {image_id}",
-            remedy="drop segments without pixels from segments_info",
-            code="id-missing-in-png",
-        )
-
-
 def summarize(total: PQStat, categories: Sequence[Category]) -> PQResult:
     """Means over categories. A group without any segment is None, and a warning says so.
 
@@ -413,79 +335,6 @@ def total_pq(images: Iterable[ImageStat], categories: Sequence[Category]) -> PQR
 def evaluate_images(pairs: Sequence[ImagePair], *, workers: int = 1) -> Iterator[ImageStat]:
     """Reads and matches the images; see `map_pairs`."""
     return map_pairs(pairs, _match, workers=workers)
-
-
-def map_pairs(
-    pairs: Sequence[ImagePair], work: Work[Result], *, workers: int = 1
-) -> Iterator[Result]:
-    """Reads both maps of each pair; yields in their order, whatever the number of workers.
-
-    Args:
-        pairs: From `read_pairs`.
-        work: From a pair, its true and its predicted ids to a result; it must pickle.
-        workers: Processes, started by spawn; 1 works in this one.
-
-    Raises:
-        InputError: The first image, in order, with an unreadable PNG or a bad prediction.
-    """
-    chunk = max(1, min(CHUNK, -(-len(pairs) // max(1, workers))))
-    chunks = [pairs[start : start + chunk] for start in range(0, len(pairs), chunk)]
-    workers = min(workers, len(chunks))
-    if workers <= 1:
-        _keep_heap()
-        yield from (_on_images(work, pair) for pair in pairs)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
-        # A bounded window: results of a slow consumer do not pile up, an error stops soon.
-        window: deque[Future[list[Result]]] = deque()
-        try:
-            for task in chunks:
-                window.append(pool.submit(_on_chunk, work, task))
-                if len(window) > 2 * workers:
-                    yield from window.popleft().result()
-            while window:
-                yield from window.popleft().result()
-        except BrokenProcessPool as error:
-            raise InputError(
-                "a worker process died",
-                remedy="use fewer workers if memory ran out; a script needs a __main__ guard",
-                code="worker-died",
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    cv2.setNumThreads(1)
-    _keep_heap()
-
-
-def _keep_heap() -> None:
-    """Makes glibc reuse picture-sized blocks, which cuts an image from 7.5 to 5 ms.
-
-    It maps every block above a threshold anew, page fault by page fault, and raises the threshold
-    to the largest block ever freed (mallopt(3), M_MMAP_THRESHOLD; 32 MiB at most). An untouched
-    block of that size costs nothing; with another allocator nothing happens.
-    """
-    np.empty(31 << 20, np.uint8)
-
-
-def _on_chunk(work: Work[Result], pairs: Sequence[ImagePair]) -> list[Result]:
-    return [_on_images(work, pair) for pair in pairs]
-
-
-def _on_images(work: Work[Result], pair: ImagePair) -> Result:
-    try:
-        gt_ids, pred_ids = read_ids(pair.gt_png), read_ids(pair.pred_png)
-    except InputError as error:
-        raise InputError(
-            error.what,
-            where=f"image {pair.image_id}: {error.where}",
-            remedy=error.remedy or "write or fetch the file again",
-            code=error.code,
-        ) from None
-    return work(pair, gt_ids, pred_ids)
 
 
 def _match(pair: ImagePair, gt_ids: Ids, pred_ids: Ids) -> ImageStat:

@@ -23,11 +23,10 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from evaluate.decode import DecodeConfig, PanopticMap, decode
+from evaluate.heads import Heads, average, mirrored, network_cost
 from evaluate.report import predicted_map, write_overlay
 from pipeline.coco import Category, ImageId
 from pipeline.draw import Picture, centroid_colours, encode_picture, semantic_colours
@@ -35,24 +34,12 @@ from pipeline.errors import InputError
 from pipeline.ids import ids_to_rgb
 from pipeline.progress import progress
 from pipeline.storage import Storage
-from train.checkpoint import find_checkpoint, load_model
+from train.checkpoint import TrainState, Weights, find_checkpoint, load_model
 from train.data import fitted_size
-from train.encoding import GRID_CELLS, Encoding, cell_centres, make_encoding
+from train.encoding import Encoding, grid_cells, make_encoding, nearest_centroids
+from train.model import PanopticModel, check_size
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
-
-
-@dataclass(frozen=True)
-class Heads:
-    """What the network says of one picture, before decoding.
-
-    Attributes:
-        instance: (channels, h, w) codes, at the network's size without padding.
-        semantic: (C, h, w) logits.
-    """
-
-    instance: Tensor
-    semantic: Tensor
 
 
 class Predictor:
@@ -62,30 +49,73 @@ class Predictor:
         checkpoint: A run's folder or one of its checkpoints.
         device: Such as `cuda`; by default the GPU where there is one.
         decoding: Settings of the decoder.
+        flip: Average with the mirrored picture: 2x the network.
+        sizes: Average over these sides of the input, multiples of the patch size; each costs the
+            network (side / trained side)^2. The trained side alone where empty.
+        weights: `model`, the last ones, or `ema`, their moving average; by default the average
+            where there is one.
+
+    Raises:
+        InputError: No complete checkpoint, or a side that patches do not tile.
 
     Attributes:
         categories: By label.
         size: Side of the network's square input, pixels.
+        model: The network, in evaluation mode.
+        cost: How often the pixels of the trained size go through the network.
         identity: What its predictions depend on beside the pictures; plain values.
     """
+
+    identity: dict[str, Any]
 
     def __init__(
         self,
         checkpoint: Path | str,
         device: str | None = None,
         decoding: DecodeConfig | None = None,
+        *,
+        flip: bool = False,
+        sizes: Sequence[int] = (),
+        weights: Weights | None = None,
     ) -> None:
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         folder = find_checkpoint(Path(checkpoint))  # once: a running training adds newer ones
-        self._model, self.state = load_model(folder, self._device)
-        config = self.state.config
-        self._decoding = decoding or DecodeConfig(cells=grid_cells(config.data.size))
-        self.identity: dict[str, Any] = {
+        model, state = load_model(folder, chosen, weights=weights)
+        self._set_up(model, state, decoding, flip=flip, sizes=sizes)
+        self.identity = {
             "checkpoint": checkpoint_digest(folder),
             "decoding": asdict(self._decoding),
+            "flip": flip,
+            "sizes": list(sizes),
+            "weights": weights or "default",
         }
+
+    @classmethod
+    def of_model(cls, model: PanopticModel, state: TrainState) -> Predictor:
+        """Predicts with a model that is in training, where it is; it must be in evaluation mode."""
+        predictor = cls.__new__(cls)
+        predictor._set_up(model, state, None, flip=False, sizes=())
+        return predictor
+
+    def _set_up(
+        self,
+        model: PanopticModel,
+        state: TrainState,
+        decoding: DecodeConfig | None,
+        *,
+        flip: bool,
+        sizes: Sequence[int],
+    ) -> None:
+        self.model, self.state, self._device = model, state, model.mean.device
+        config = self.state.config
+        self._decoding = decoding or DecodeConfig(cells=grid_cells(config.data.size))
+        self.identity = {"step": state.step}
         self._fit = config.data.fit
         self.size = config.data.size
+        self._flip, self._sizes = flip, tuple(sizes) or (self.size,)
+        for side in self._sizes:
+            check_size(side, side, self.model.patch_size)
+        self.cost = network_cost(self.size, self._sizes, flip=flip)
         self.categories: tuple[Category, ...] = self.state.categories
         self.encoding: Encoding = make_encoding(config.loss.encoding, config.loss.harmonics)
         self._isthing = torch.tensor([category.isthing for category in self.categories])
@@ -99,12 +129,20 @@ class Predictor:
 
     @torch.inference_mode()
     def heads(self, photos: Sequence[Picture]) -> list[Heads]:
-        """Runs the network on one batch of photos of any sizes."""
-        side = self.size
+        """Runs the network on one batch of photos of any sizes, once for each view."""
+        views = [self._run(photos, side) for side in self._sizes]
+        if self._flip:
+            turned = [np.ascontiguousarray(photo[:, ::-1]) for photo in photos]
+            for side in self._sizes:
+                run = self._run(turned, side)
+                views.append([mirrored(heads, self.encoding) for heads in run])
+        return [average(of_one) for of_one in zip(*views, strict=True)]
+
+    def _run(self, photos: Sequence[Picture], side: int) -> list[Heads]:
         batch = np.zeros((len(photos), side, side, 3), np.uint8)
         spans: list[tuple[slice, slice]] = []
         for canvas, photo in zip(batch, photos, strict=True):
-            height, width = self._fitted(photo)
+            height, width = self._fitted(photo, side)
             smaller = height * width < photo.shape[0] * photo.shape[1]
             mode = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
             top, left = (side - height) // 2, (side - width) // 2
@@ -112,7 +150,7 @@ class Predictor:
             canvas[span] = cv2.resize(photo, (width, height), interpolation=mode)
             spans.append(span)
         pictures = torch.from_numpy(batch).permute(0, 3, 1, 2).to(self._device)
-        prediction = self._model(pictures, "both")
+        prediction = self.model(pictures, "both")
         return [
             Heads(instance[:, *span].float(), semantic[:, *span].float())
             for instance, semantic, span in zip(
@@ -120,10 +158,15 @@ class Predictor:
             )
         ]
 
-    def _fitted(self, photo: Picture) -> tuple[int, int]:
+    @property
+    def cells(self) -> int:
+        """Cells an axis of the decoding grid."""
+        return self._decoding.cells
+
+    def _fitted(self, photo: Picture, side: int) -> tuple[int, int]:
         """Size on the network's canvas: as in training, but never cropped."""
         fit = "squash" if self._fit == "squash" else "longest"
-        height, width = fitted_size(photo.shape[0], photo.shape[1], self.size, fit)
+        height, width = fitted_size(photo.shape[0], photo.shape[1], side, fit)
         return max(1, round(height)), max(1, round(width))
 
     def decode(self, heads: Heads, size: tuple[int, int]) -> PanopticMap:
@@ -148,35 +191,6 @@ class Predictor:
 def checkpoint_digest(folder: Path) -> str:
     """SHA-256 of `complete.json`, which holds those of all files of a checkpoint."""
     return hashlib.sha256((folder / "complete.json").read_bytes()).hexdigest()
-
-
-def grid_cells(size: int) -> int:
-    """Cells an axis of the decoding grid for an input of `size` pixels.
-
-    The paper's 80 at 420 px are 5 px each. A finer grid takes one instance for several, as a
-    network's centroids are no more exact than that: at 64 px, 80 cells lose a quarter of the PQ.
-    """
-    return max(1, min(GRID_CELLS, size // 5))
-
-
-def nearest_centroids(code: Tensor, encoding: Encoding, cells: int) -> NDArray[np.float32]:
-    """The grid's nearest centroid at each pixel.
-
-    Args:
-        code: (channels, h, w).
-        encoding: Of the codes.
-        cells: Of the grid, an axis.
-
-    Returns:
-        (2, h, w) float32, (u, v) in [-1, 1]; nan where void is nearer than every cell.
-    """
-    costs = encoding.axis_costs(code.flatten(1), cells)
-    (u_cost, u), (v_cost, v) = costs.u.min(-1), costs.v.min(-1)
-    centres = cell_centres(cells, device=code.device)
-    uv = torch.stack([centres[u], centres[v]])  # (2, P)
-    uv[:, costs.void < u_cost + v_cost] = torch.nan
-    centroids: NDArray[np.float32] = torch.unflatten(uv, 1, code.shape[1:]).cpu().numpy()
-    return centroids
 
 
 def read_picture(path: Path | str, *, upright: bool = True) -> Picture:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -14,6 +15,8 @@ from accelerate.utils import gather_object
 from pipeline.errors import InputError
 
 Value = TypeVar("Value")
+PATIENCE = timedelta(days=1)
+"""How long a process waits for a slower one; the default of NCCL is ten minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class Ranks:
         """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
-        state = PartialState(cpu=cpu or not torch.cuda.is_available())
+        state = PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=PATIENCE)
         return cls(state.process_index, state.num_processes, str(state.device))
 
     @property

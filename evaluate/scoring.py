@@ -12,17 +12,10 @@ from numpy.typing import NDArray
 
 from evaluate.mask_ap import ImageInstances, instances_of, mask_ap
 from evaluate.measures import Measures, image_pq, measure_image, thing_ids, worst_images
+from evaluate.overlap import check_listed, check_sizes, count_pairs
 from evaluate.pairs import ImagePair
-from evaluate.pq import (
-    ImageStat,
-    PQResult,
-    check_listed,
-    check_sizes,
-    count_pairs,
-    map_pairs,
-    match_overlap,
-    total_pq,
-)
+from evaluate.pool import map_pairs
+from evaluate.pq import ImageStat, PQResult, match_overlap, total_pq
 from pipeline.coco import Category, ImageId, SegmentInfo
 
 

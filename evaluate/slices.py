@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from evaluate.clock import Clock
 from evaluate.decode import PanopticMap
+from evaluate.heads import Heads
 from evaluate.journal import Journal, Row
 from evaluate.measures import thing_ids
-from evaluate.predict import Heads, PredictionWriter, Predictor, read_ahead
+from evaluate.predict import PredictionWriter, Predictor, read_ahead
 from evaluate.ranks import Ranks
 from evaluate.scoring import ImageScore, score_image
 from pipeline.coco import CocoPanoptic, ImageId, PanopticRecord

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import cli
 from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
-from pipeline.config import RenderConfig
+from pipeline.config import RenderConfig, build_config
 from pipeline.render import render
 from pipeline.storage import Storage
 from pipeline.synthetic import write_dataset
+from train.config import TrainConfig
+from train.loop import train
+
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +66,39 @@ def coco_sample() -> Path:
     if not root.is_dir():
         pytest.skip("the real COCO samples are not on this machine")
     return root.resolve()
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> Run:
+    """Runs a command line in this process: exit code, standard output, logged warnings."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        caplog.clear()
+        monkeypatch.setattr(sys, "argv", ["panoptic", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        out, _ = capsys.readouterr()
+        lines = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+        return int(exit_.value.code or 0), out, "\n".join(lines)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of two steps: enough to predict, not to be right."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    random = {"hidden_size": 16, "layers": 2, "heads": 2, "patch_size": 7}
+    values: dict[str, Any] = {
+        "out": str(out),
+        "steps": 2,
+        "precision": "fp32",
+        "data": {"cache": str(tiny_cache), "size": 56, "batch": 4, "micro_batch": 4, "workers": 0},
+        "model": {"backbone": "random", "random": random, "taps": [1, 2], "channels": 8},
+    }
+    train(build_config(TrainConfig, values, where="test"))
+    return out

@@ -148,6 +148,27 @@ def test_training_is_put_back(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_weights_or_their_average(tmp_path: Path) -> None:
+    model, average = make_model(seed=1), make_model(seed=2)
+    folder = begin_checkpoint(tmp_path, 2)
+    write_checkpoint(folder, make_state(2), model, make_optimizer(model), average)
+    folder = finish_checkpoint(folder, 1)
+    assert same_weights(load_model(folder)[0], average)
+    assert same_weights(load_model(folder, weights="ema")[0], average)
+    assert same_weights(load_model(folder, weights="model")[0], model)
+    again, other = make_model(seed=3), make_model(seed=4)
+    load_training(folder, again, make_optimizer(again), 0, other)
+    assert same_weights(again, model)
+    assert same_weights(other, average)
+
+
+def test_an_average_that_was_not_kept_is_named(tmp_path: Path) -> None:
+    folder = save(tmp_path, 3)
+    assert same_weights(load_model(folder)[0], load_model(folder, weights="model")[0])
+    with pytest.raises(InputError, match=r"no moving average .*train with --set ema"):
+        load_model(folder, weights="ema")
+
+
 def test_random_states_come_back() -> None:
     state = rng_state()
     one = torch.rand(2), torch.randn(1)

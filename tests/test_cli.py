@@ -3,60 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Run
 
-import cli
-from pipeline.config import build_config
-from train.config import TrainConfig
-from train.loop import train
-
-Run = Callable[..., tuple[int, str, str]]
 GOLDEN = Path(__file__).parents[1] / "../shared/golden/pq"
-
-
-@pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> Run:
-    """Runs a command line in this process: exit code, standard output, logged warnings."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        caplog.clear()
-        monkeypatch.setattr(sys, "argv", ["panoptic", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        out, _ = capsys.readouterr()
-        lines = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-        return int(exit_.value.code or 0), out, "\n".join(lines)
-
-    return call
-
-
-@pytest.fixture(scope="session")
-def trained(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a run of two steps: enough to predict, not to be right."""
-    out = tmp_path_factory.mktemp("trained") / "run"
-    random = {"hidden_size": 16, "layers": 2, "heads": 2, "patch_size": 7}
-    values: dict[str, Any] = {
-        "out": str(out),
-        "steps": 2,
-        "precision": "fp32",
-        "data": {"cache": str(tiny_cache), "size": 56, "batch": 4, "micro_batch": 4, "workers": 0},
-        "model": {"backbone": "random", "random": random, "taps": [1, 2], "channels": 8},
-    }
-    train(build_config(TrainConfig, values, where="test"))
-    return out
 
 
 def test_synth_then_preprocess_then_verify_then_inspect(run: Run, tmp_path: Path) -> None:
@@ -313,7 +270,7 @@ def test_a_broken_torchvision_is_named(tmp_path: Path) -> None:
     facts = tmp_path / "torchvision-0.28.0.dist-info"
     facts.mkdir()
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n")
-    command = [sys.executable, "-m", "train", "configs/demo.toml"]
+    command = [sys.executable, "-m", "train", "configs/demo.toml", "--set", f"out={tmp_path}/run"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 1

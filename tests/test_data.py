@@ -30,6 +30,7 @@ from train.data import (
     Item,
     MicroBatches,
     accumulation,
+    check_rendered_size,
     collate,
     draw_augmentation,
     fitted_size,
@@ -469,3 +470,16 @@ def test_a_cache_must_be_named_and_finished(tmp_path: Path) -> None:
         open_index(DataConfig())
     with pytest.raises(InputError, match="no index"):
         open_index(DataConfig(cache=str(tmp_path)))
+
+
+def test_a_cache_rendered_too_small_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    squash = {"fit": "squash", "size": 420}
+    for size in (280, 420):
+        check_rendered_size(DataConfig(size=size), squash)
+    check_rendered_size(DataConfig(size=616), {"fit": "native", "size": None})
+    check_rendered_size(DataConfig(size=518, upscale=True), squash)
+    with pytest.raises(InputError, match=r"rendered at 420 px, trained at 518 px .*--size 518"):
+        check_rendered_size(DataConfig(size=518), squash)
+    assert not caplog.records
+    check_rendered_size(DataConfig(size=420, fit="crop"), squash)
+    assert "squashed already" in caplog.text

@@ -40,14 +40,17 @@ from train.config import (
     RandomBackbone,
     TrainConfig,
 )
-from train.loop import instance_distance, keep_lines, task_of
+from train.guards import memory_advice, not_finite
+from train.loop import instance_distance, task_of
 from train.loop import train as train_run
+from train.losses import instance_loss, semantic_loss
 from train.optim import learning_rate
+from train.watch import keep_lines
 
 SAMPLES = 12
 STEPS = 7
 TIMES = {"images_per_second", "waited"}
-FIELDS = {"step", "epoch", "task", "loss", "pixel", "tv", "dice", "lr", *TIMES}
+FIELDS = {"step", "epoch", "task", "loss", "pixel", "tv", "dice", "norm", "lr", *TIMES}
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["train.loop"])
 
@@ -81,6 +84,7 @@ def make_config(cache: Path, out: Path, **settings: Any) -> TrainConfig:
         precision="fp32",
         checkpoint_every=2,
         keep=2,
+        trackers=(),
         data=DataConfig(cache=str(cache), size=28, batch=4, micro_batch=2, workers=0),
         model=ModelConfig(
             backbone="random",
@@ -239,7 +243,7 @@ DEATHS = {
     "before the first checkpoint": ("train.loop", "set_learning_rate", 2, []),
     "in a step": ("train.loop", "set_learning_rate", 6, [2, 4]),
     "between weights and optimizer": ("torch", "save", 3, [2]),
-    "before files are vouched for": ("train.loop", "finish_checkpoint", 3, [2, 4]),
+    "before files are vouched for": ("train.checkpoint", "finish_checkpoint", 3, [2, 4]),
     "before the rename": ("train.checkpoint", "_sync", 15, [2]),
     "while pruning": ("os", "unlink", 2, [4, 6]),
 }
@@ -323,6 +327,7 @@ def test_a_run_is_not_overwritten(whole: Path, tiny_cache: Path) -> None:
         ("data.batch=8", "data.batch was 4, now 8"),
         ("data.flip=false", "data.flip was True, now False"),
         ("optim.weight_decay=0.1", "optim.weight_decay was 0.05, now 0.1"),
+        ("ema=0.99", "ema was None, now 0.99"),
     ],
 )
 def test_another_configuration_does_not_resume(whole: Path, setting: str, message: str) -> None:
@@ -385,7 +390,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_line(
         main(file, ["checkpoint_every=3"], resume=False)
     assert caught.value.code == 1
     message = caplog.records[-1].getMessage()
-    assert "the loss is nan at step 2" in message  # where a checkpoint would have come
+    assert "the loss is nan at step 1" in message  # the first after weights of 1e30
     assert message.startswith("batch of 0")
     assert message.endswith("(lower optim.lr, or use fp32)")
     assert "\n" not in message
@@ -454,3 +459,169 @@ def test_two_ranks_train_as_one_that_accumulates(tiny_cache: Path, tmp_path: Pat
         if not name.endswith("k_proj.bias"):  # no gradient but noise, which Adam scales up
             torch.testing.assert_close(value, b[name], atol=2e-5, rtol=1e-3)
     assert train_run(replace(two, steps=5), resume=True).name == "step_0000005"
+
+
+# Asked to stop
+
+
+def start(config: TrainConfig, tmp_path: Path, ranks: int) -> subprocess.Popen[str]:
+    """The training as a process (group) of its own, with real loader processes."""
+    file = tmp_path / "run.toml"
+    file.write_bytes(tomli_w.dumps(config.to_dict()).encode())
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.Popen(
+        [sys.executable, *(launcher if ranks > 1 else []), "-m", "train", str(file), "--resume"],
+        cwd=Path(__file__).parents[1],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_lines(run: Path, count: int, child: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    metrics = run / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < count:
+        assert child.poll() is None, child.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def long_config(cache: Path, out: Path) -> TrainConfig:
+    config = make_config(cache, out, steps=120, checkpoint_every=1000, keep=1, ema=0.99)
+    return replace(config, data=replace(config.data, workers=1))
+
+
+@pytest.fixture(scope="module")
+def long(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a longer run that nothing interrupted. Read only."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    out = tmp_path_factory.mktemp("run") / "long"
+    train_run(long_config(tiny_cache, out))
+    return out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_asked_to_stop_saves_and_goes_on_bit_for_bit(
+    long: Path, tiny_cache: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    config = long_config(tiny_cache, run)
+    child = start(config, tmp_path, 1)
+    wait_for_lines(run, 3, child)
+    os.killpg(child.pid, number)  # loader processes get it too, as of a scheduler or a terminal
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 128 + number, said
+    (step,) = saved_steps(run)
+    assert 3 <= step < 120
+    assert [line["step"] for line in lines_of(run)] == list(range(1, step + 1))
+    folder = run / f"checkpoints/step_{step:07d}"
+    assert f"stopped by {number.name}: {folder} is complete, --resume goes on" in said
+    assert "Traceback" not in said
+    train_run(config, resume=True)
+    assert same_run(long, run)
+    ones, others = (load_model(path, weights="ema")[0].state_dict() for path in (long, run))
+    assert all(torch.equal(value, others[name]) for name, value in ones.items())
+
+
+def test_two_ranks_asked_to_stop_save_together(tiny_cache: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    child = start(replace(long_config(tiny_cache, run), steps=2000), tmp_path, 2)
+    wait_for_lines(run, 3, child)
+    child.send_signal(signal.SIGTERM)  # to the launcher, which passes it on
+    _, said = child.communicate(timeout=60)
+    (step,) = saved_steps(run)
+    assert [line["step"] for line in lines_of(run)] == list(range(1, step + 1))
+    assert said.count("stopped by SIGTERM") == 1
+    folder = run / f"checkpoints/step_{step:07d}"
+    assert {path.name for path in folder.glob("rng_*")} == {"rng_0.pt", "rng_1.pt"}
+
+
+def test_before_the_first_step_there_is_nothing_to_finish(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_bytes(tomli_w.dumps(make_config(tiny_cache, tmp_path / "run").to_dict()).encode())
+
+    def opened(_: DataConfig) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("train.loop.open_index", opened)
+    with pytest.raises(SystemExit) as caught:
+        main(file, None, resume=False)
+    assert caught.value.code == 143
+    assert not (tmp_path / "run").exists()
+
+
+# The average of the weights
+
+
+def test_the_average_is_what_its_formula_says(tiny_cache: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_cache, tmp_path, ema=0.5, steps=3, checkpoint_every=1, keep=9)
+    train_run(config)
+    folders = [tmp_path / f"checkpoints/step_{step:07d}" for step in (1, 2, 3)]
+    name = "decoder.layers.0.weight"
+    current = [load_file(folder / "model.safetensors")[name] for folder in folders]
+    average = [load_file(folder / "ema.safetensors")[name] for folder in folders]
+    for step in (1, 2):
+        decay = min(0.5, (step + 1) / (step + 10))
+        wanted = decay * average[step - 1] + (1 - decay) * current[step]
+        torch.testing.assert_close(average[step], wanted)
+    assert not torch.equal(average[2], current[2])
+
+
+# What stops a run
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+    original = semantic_loss, instance_loss
+
+    def poisoned(number: int) -> Any:
+        def loss(prediction: Any, *arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 8:  # the second micro-batch of step 3
+                prediction.register_hook(lambda gradient: gradient * math.inf)
+            return original[number](prediction, *arguments)
+
+        return loss
+
+    monkeypatch.setattr("train.loop.semantic_loss", poisoned(0))
+    monkeypatch.setattr("train.loop.instance_loss", poisoned(1))
+    config = make_config(tiny_cache, tmp_path, checkpoint_every=1, keep=9)
+    with pytest.raises(InputError, match="the gradient's norm is nan at step 3") as caught:
+        train_run(config)
+    assert len(caught.value.where.split(", ")) == 4  # all samples of the step
+    assert saved_steps(tmp_path) == [1, 2, 3]
+    assert all(value.isfinite().all() for value in weights_of(tmp_path).values())
+
+
+def test_only_samples_of_the_guilty_micro_batch_are_named() -> None:
+    error = not_finite(7, [0.5, math.nan], [("a", "b"), ("c", "d")], math.nan)
+    assert str(error).startswith("batch of c, d: the loss is nan at step 7")
+    many = [tuple(f"{n}" for n in range(40))]
+    assert "31 and 8 more: " in str(not_finite(7, [math.inf], many, 1.0))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+        ),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(error: Exception) -> None:
+    with pytest.raises(InputError) as caught, memory_advice(TrainConfig()):
+        raise error
+    line = str(caught.value)
+    assert line.startswith("out of memory: ")
+    assert "\n" not in line
+    for name in ("data.micro_batch, now 16", "gradient_checkpointing", "data.size, now 420"):
+        assert name in line
+    with pytest.raises(RuntimeError, match="another"), memory_advice(TrainConfig()):
+        raise RuntimeError("another")

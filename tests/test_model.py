@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 from transformers import Dinov2Backbone, Dinov2Config, Dinov2Model
 
 from pipeline.errors import InputError
-from train.backbone import make_backbone
-from train.config import ModelConfig, RandomBackbone
+from train.backbone import FAMILIES, make_backbone
+from train.config import ModelConfig, OptimConfig, RandomBackbone
 from train.model import Decoder, PanopticModel, check_size
+from train.optim import layer_id, parameter_groups
 
 BLOCKS = 4
 TINY = ModelConfig(
@@ -232,6 +234,93 @@ def test_a_random_encoder_starts_from_sines_and_cosines() -> None:
     assert grid.abs().max() <= 0.5
     apart = torch.cdist(positions[1:], positions[1:]) + torch.eye(side**2)
     assert apart.min() > 0.05  # no two patches share a code
+
+
+# Other families
+
+
+def other_design(family: str) -> Any:
+    settings: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": BLOCKS,
+        "num_attention_heads": 2,
+        "patch_size": 7,
+        "image_size": 28,
+        "num_register_tokens": 3,
+        "layerscale_value": 0.5,
+    }
+    if family == "DINOv3ViT":
+        settings["intermediate_size"] = 32
+    return getattr(transformers, f"{family}Config")(**settings)
+
+
+@pytest.mark.parametrize("kind", ["Backbone", "Model"])
+@pytest.mark.parametrize("family", ["Dinov2WithRegisters", "DINOv3ViT"])
+def test_other_families_load_from_a_folder_and_train(
+    tmp_path: Path, family: str, kind: str
+) -> None:
+    torch.manual_seed(7)
+    saved = getattr(transformers, f"{family}{kind}")(other_design(family))
+    with torch.no_grad():
+        for parameter in saved.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    saved.save_pretrained(tmp_path / "saved")
+    config = ModelConfig(backbone=str(tmp_path / "saved"), taps=(2, 3), channels=8)
+    model = seeded(config)
+    # A base model may keep its blocks under another prefix.
+    weights = {name.rsplit("layer.", 1)[-1]: value for name, value in saved.named_parameters()}
+    for name, value in model.encoder.named_parameters():
+        assert torch.equal(value, weights[name.rsplit("layer.", 1)[-1]]), name
+
+    # Absolute places stay: the same photo gives the same in training.
+    with torch.no_grad():
+        assert torch.equal(model.train()(photos()).instance, model.eval()(photos()).instance)
+    model(photos(), "instance").instance.square().mean().backward()
+    idle = {n for n, p in model.named_parameters() if p.grad is None and p.requires_grad}
+    assert idle == {"semantic_head.weight", "semantic_head.bias"}
+
+    # Layers and undecayed parameters.
+    names = [name for name, _ in model.encoder.named_parameters()]
+    found = {
+        layer: {name for name in names if layer_id(f"encoder.{name}", 3) == layer}
+        for layer in range(5)
+    }
+    assert all("embeddings." in name for name in found[0])
+    assert {"embeddings.cls_token", "embeddings.register_tokens"} <= found[0]
+    for block in range(3):
+        assert all(f".layer.{block}." in name for name in found[block + 1])
+    assert all("norm" in name for name in found[4])
+    assert sum(map(len, found.values())) == len(names)
+    groups = parameter_groups(model, 3, OptimConfig())
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    for name, parameter in model.encoder.named_parameters():
+        if parameter.requires_grad:
+            matrix = name.endswith("weight") and parameter.ndim > 1
+            assert (id(parameter) in decayed) == matrix, name
+
+    # And from a checkpoint's architecture.
+    path = tmp_path / "backbone.json"
+    model.encoder.config.to_json_file(path, use_diff=False)
+    again = seeded(
+        replace(config, backbone="nobody/nothing"), seed=1, load_weights=False, architecture=path
+    )
+    again.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again.eval()(photos()).instance, model.eval()(photos()).instance)
+
+
+def test_another_family_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig(backbone=str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(InputError, match=r"type vit \(known types: dinov2, .*dinov3_vit\)"):
+        make_backbone(config)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="does not name"):
+        make_backbone(config)
+    (tmp_path / "config.json").write_text('{"model_type": "dinov3_vit"}')
+    monkeypatch.setitem(FAMILIES, "dinov3_vit", "DINOv33")
+    with pytest.raises(InputError, match=r"has no DINOv33Backbone .*--upgrade transformers"):
+        make_backbone(config)
 
 
 # Gradients

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from evaluate import pq
+from evaluate import pool, pq
+from evaluate.overlap import count_pairs
 from evaluate.pairs import read_pairs
 from evaluate.pq import CategoryStat, PQStat, evaluate_images, match_image, score, summarize
 from pipeline.coco import Category, SegmentInfo
@@ -194,7 +195,7 @@ def test_count_pairs_ascends_and_sums_to_the_picture() -> None:
     rng = np.random.default_rng(0)
     gt = rng.choice([0, 3, 2**24 - 1], (50, 40)).astype(np.int32)
     pred = rng.choice([0, 1, 2**24 - 1], (50, 40)).astype(np.int32)
-    pairs = pq.count_pairs(gt, pred)
+    pairs = count_pairs(gt, pred)
     assert list(pairs) == sorted(pairs)
     assert sum(pairs.values()) == gt.size
     assert all(n == ((gt == g) & (pred == p)).sum() for (g, p), n in pairs.items())
@@ -291,7 +292,7 @@ class Folder:
 def test_any_number_of_workers_gives_the_same_floats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pq, "CHUNK", 1)  # More tasks than the window holds.
+    monkeypatch.setattr(pool, "CHUNK", 1)  # More tasks than the window holds.
     folder = Folder(tmp_path, images=9)
     one, two = folder.score(), folder.score(workers=2)
     assert one == two

@@ -19,7 +19,7 @@ from train.encoding import cell_centres
 
 try:
     import transformers
-    from transformers import Dinov2Config
+    from transformers import Dinov2Backbone, Dinov2Config  # noqa: F401 - finds what is broken early
 except (ImportError, RuntimeError) as error:
     raise InputError(
         f"transformers cannot load its DINOv2: {str(error).splitlines()[0]}",

@@ -3,6 +3,7 @@
 A checkpoint is a folder `step_%07d`:
 
     model.safetensors   the weights
+    ema.safetensors     their moving average, where the run keeps one
     backbone.json       the encoder's architecture: no hub is needed to load it
     optimizer.pt        the optimizer's state
     rng_RANK.pt         the random number generators of each rank
@@ -22,10 +23,11 @@ import random
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -38,6 +40,8 @@ from train.model import PanopticModel
 
 _TEMPORARY = ".tmp-"
 ARCHITECTURE = "backbone.json"
+Weights = Literal["model", "ema"]
+"""Which weights of a checkpoint: the last ones, or their moving average."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +100,43 @@ def begin_checkpoint(checkpoints: Path, step: int) -> Path:
     return folder
 
 
+def save_checkpoint(
+    accelerator: Accelerator,
+    checkpoints: Path,
+    state: TrainState,
+    *,
+    model: PanopticModel,
+    optimizer: torch.optim.Optimizer,
+    ema: PanopticModel | None,
+    keep: int,
+) -> Path:
+    """Writes a checkpoint, whole or not at all; call on every rank."""
+    if accelerator.is_main_process:
+        folder = begin_checkpoint(checkpoints, state.step)
+        write_checkpoint(folder, state, model, optimizer, ema)
+    accelerator.wait_for_everyone()
+    folder = begun_folder(checkpoints, state.step)
+    torch.save(rng_state(), folder / f"rng_{accelerator.process_index}.pt")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        finish_checkpoint(folder, keep)
+    accelerator.wait_for_everyone()
+    return step_folder(checkpoints, state.step)
+
+
 def write_checkpoint(
-    folder: Path, state: TrainState, model: PanopticModel, optimizer: torch.optim.Optimizer
+    folder: Path,
+    state: TrainState,
+    model: PanopticModel,
+    optimizer: torch.optim.Optimizer,
+    ema: PanopticModel | None = None,
 ) -> None:
     """Writes weights, optimizer and state; call on the main rank."""
-    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors")
+    kinds: list[tuple[Weights, PanopticModel | None]] = [("model", model), ("ema", ema)]
+    for kind, module in kinds:
+        if module is not None:
+            weights = {name: value.contiguous() for name, value in module.state_dict().items()}
+            save_file(weights, weights_file(folder, kind))
     model.encoder.config.to_json_file(folder / ARCHITECTURE, use_diff=False)
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
     (folder / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
@@ -181,11 +216,24 @@ def read_state(folder: Path) -> TrainState:
     return build_config(TrainState, values, where=str(path))
 
 
-def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[PanopticModel, TrainState]:
+def weights_file(folder: Path, kind: Weights) -> Path:
+    """Where a checkpoint keeps weights."""
+    return folder / f"{kind}.safetensors"
+
+
+def load_model(
+    path: Path, device: torch.device | str = "cpu", *, weights: Weights | None = None
+) -> tuple[PanopticModel, TrainState]:
     """The trained model of a checkpoint or run folder, in evaluation mode.
 
+    Args:
+        path: Of the checkpoint or the run.
+        device: To put it on.
+        weights: The last ones or their moving average; by default the average where there is one.
+
     Raises:
-        InputError: No complete checkpoint, or its weights are of another configuration.
+        InputError: No complete checkpoint, none of those weights in it, or they are of another
+            configuration.
     """
     folder = find_checkpoint(path)
     state = read_state(folder)
@@ -198,13 +246,20 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[Panoptic
         load_weights=False,
         architecture=folder / ARCHITECTURE,
     )
-    load_weights(model, folder)
+    kind = weights or ("ema" if weights_file(folder, "ema").exists() else "model")
+    load_weights(model, folder, kind)
     return model.to(device).eval(), state
 
 
-def load_weights(model: PanopticModel, folder: Path) -> None:
-    """Loads `model.safetensors` strictly; InputError where it does not fit."""
-    path = folder / "model.safetensors"
+def load_weights(model: PanopticModel, folder: Path, kind: Weights = "model") -> None:
+    """Loads weights strictly; InputError where there are none or they do not fit."""
+    path = weights_file(folder, kind)
+    if kind == "ema" and not path.exists():
+        raise InputError(
+            "no moving average of the weights",
+            where=folder,
+            remedy="use weights `model`, or train with --set ema=0.9999",
+        )
     try:
         model.load_state_dict(load_file(path))
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
@@ -216,7 +271,11 @@ def load_weights(model: PanopticModel, folder: Path) -> None:
 
 
 def load_training(
-    folder: Path, model: PanopticModel, optimizer: torch.optim.Optimizer, rank: int
+    folder: Path,
+    model: PanopticModel,
+    optimizer: torch.optim.Optimizer,
+    rank: int,
+    ema: PanopticModel | None = None,
 ) -> TrainState:
     """Puts a run back where a checkpoint was taken.
 
@@ -225,6 +284,8 @@ def load_training(
     """
     state = read_state(folder)
     load_weights(model, folder)
+    if ema is not None:
+        load_weights(ema, folder, "ema")
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu"))
     generators = folder / f"rng_{rank}.pt"
     if generators.exists():  # another number of ranks draws afresh

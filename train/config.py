@@ -160,8 +160,8 @@ class ValidationConfig:
         every: Optimizer steps between two looks; the last step has one too. 0 = never.
         samples: Taken evenly from the cache; the same each time.
         metric: `module:function` of a further measure, or empty; see `train.validation.Metric`.
-            `evaluate.slice:panoptic_quality` is PQ. It is found by name, as this package must not
-            depend on those that evaluate.
+            `evaluate.held_out:panoptic_quality` is PQ. It is found by name, as this package must
+            not depend on those that evaluate.
     """
 
     cache: str = ""
@@ -233,7 +233,7 @@ class TrainConfig:
             ("validation.samples must be positive", looks.samples < 1),
             ("validation.every needs a validation.cache", looks.every > 0 and not looks.cache),
             (
-                "validation.metric must be like evaluate.slice:panoptic_quality",
+                "validation.metric must be like evaluate.held_out:panoptic_quality",
                 looks.metric != "" and not all(looks.metric.partition(":")),
             ),
         ]

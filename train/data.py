@@ -11,10 +11,11 @@ every batch is full, and resuming is starting at another step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import cv2
 import numpy as np
@@ -31,6 +32,9 @@ from pipeline.shards import ShardReader
 from pipeline.storage import Storage
 from pipeline.targets import IndexMap, boundary, edge_distance, geometry, resize_index
 from train.config import DataConfig
+from train.signals import stop_with_parent_only
+
+log = logging.getLogger(__name__)
 
 PADDING = 3
 """Void mask of pixels outside the picture; the cache itself holds 0, 1 and 2."""
@@ -351,13 +355,43 @@ def jitter_colour(photo: Tensor, factors: Tensor) -> Tensor:
 
 
 def open_index(config: DataConfig) -> ShardIndex:
-    """The training cache's index; InputError where none is named or it is not finished."""
+    """The training cache's index.
+
+    Raises:
+        InputError: None is named, it is not finished, or it was rendered too small.
+    """
     if not config.cache:
         raise InputError("no cache is named", where="data.cache", remedy="--set data.cache=DIR")
     index = read_index(Storage(config.cache))
     if index.samples == 0:
         raise InputError("the cache is empty", where=config.cache)
+    check_rendered_size(config, index.settings)
     return index
+
+
+def check_rendered_size(config: DataConfig, settings: Mapping[str, Any]) -> None:
+    """Raises InputError where training would enlarge a cache that was rendered smaller.
+
+    Args:
+        config: Of the training.
+        settings: That the cache was rendered with.
+    """
+    fit, size = settings.get("fit"), settings.get("size")
+    if size is not None and size < config.size and not config.upscale:
+        raise InputError(
+            f"rendered at {size} px, trained at {config.size} px",
+            where=config.cache,
+            remedy=f"preprocess with --size {config.size}, lower data.size, or accept the blur"
+            " with --set data.upscale=true",
+            code="cache-size",
+        )
+    if fit == "squash" and config.fit != "squash":
+        log.warning("%s: squashed already; data.fit = %s changes nothing", config.cache, config.fit)
+
+
+def repeats(config: DataConfig, samples: int, step: int) -> bool:
+    """Whether a sample may come twice in a step: at the end of an epoch, or from the stream."""
+    return config.reader == "stream" or step * config.batch % samples + config.batch > samples
 
 
 def indexed_loader(
@@ -391,8 +425,11 @@ def indexed_loader(
     )
 
 
-def iterate(loader: DataLoader[Batch]) -> Iterator[Batch]:
-    """The loader's batches; an InputError of a worker process reads like one of this process."""
+def iterate(loader: DataLoader[Batch]) -> Generator[Batch, None, None]:
+    """The loader's batches; close it, so that its processes end.
+
+    An InputError of a loader process reads like one of this process.
+    """
     try:
         yield from loader
     except InputError as error:
@@ -402,6 +439,10 @@ def iterate(loader: DataLoader[Batch]) -> Iterator[Batch]:
 
 
 def prepare_worker(_: int) -> None:
-    """One thread a loader process: the processes are the parallelism."""
+    """One thread a loader process: the processes are the parallelism.
+
+    And it lives as long as the training wants it to, whatever signals the whole job gets.
+    """
+    stop_with_parent_only()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)

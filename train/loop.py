@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tomli_w
@@ -16,44 +14,39 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
+from pipeline.config import fingerprint
 from pipeline.errors import InputError
+from pipeline.interrupt import Interrupted
 from pipeline.progress import progress
 from train.checkpoint import (
     ARCHITECTURE,
     TrainState,
-    begin_checkpoint,
-    begun_folder,
-    finish_checkpoint,
     latest_checkpoint,
     load_training,
     read_state,
-    rng_state,
-    step_folder,
-    write_checkpoint,
+    save_checkpoint,
 )
 from train.config import LossConfig, TrainConfig
-from train.data import accumulation, iterate, jitter_colour, open_index
+from train.data import accumulation, iterate, jitter_colour, open_index, repeats
+from train.ema import Ema
 from train.encoding import make_encoding
+from train.guards import not_finite
 from train.losses import Distance, instance_loss, semantic_loss
 from train.model import PanopticModel, Task, check_size
 from train.optim import learning_rate, parameter_groups, set_learning_rate
+from train.ranks import Ranks
+from train.resume import MAY_CHANGE, check_same_run, flat
+from train.signals import stop_request
 from train.stream import make_loader
+from train.validation import open_held_out, validate
+from train.watch import Watch, draw_heads, installed_trackers
 
 log = logging.getLogger(__name__)
 
-MAY_CHANGE = frozenset(
-    {
-        *("out", "epochs", "steps", "precision", "compile"),
-        *("checkpoint_every", "keep", "log_every"),
-        *("data.cache", "data.reader", "data.micro_batch", "data.workers"),
-        "model.gradient_checkpointing",
-        *("optim.lr", "optim.min_lr", "optim.warmup_epochs", "optim.clip_norm"),
-    }
-)
-"""Settings that a run may be resumed with other values of; the rest makes it another run."""
+TASKS: tuple[Task, ...] = ("instance", "semantic")
 
 
-def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR0915 - see above
+def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR0912, PLR0915 - see above
     """Trains a model from a cache, or goes on where the last complete checkpoint was taken.
 
     Args:
@@ -64,7 +57,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
         The last checkpoint's folder.
 
     Raises:
-        InputError: Cache, sizes or an earlier run's folder do not fit the configuration.
+        InputError: Cache, sizes or an earlier run's folder do not fit the configuration, ranks
+            disagree, or loss or gradient are no longer finite.
+        Interrupted: SIGTERM or SIGINT came; the step was finished and a checkpoint written.
     """
     # The ranks.
     accelerator = Accelerator(
@@ -72,15 +67,17 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
         cpu=not torch.cuda.is_available(),
         # A batch trains one task, so one head is idle.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        log_with=installed_trackers(config.trackers) or None,
+        project_dir=config.out,
     )
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    main = accelerator.is_main_process
+    main, ranks = accelerator.is_main_process, Ranks(world)
 
     # The run's folder.
     out = Path(config.out)
-    checkpoints, metrics = out / "checkpoints", out / "metrics.jsonl"
+    checkpoints = out / "checkpoints"
     begun = latest_checkpoint(checkpoints) if resume else None
-    if not resume and metrics.exists():
+    if not resume and (out / "metrics.jsonl").exists():
         raise InputError(
             "a run lies here already", where=out, remedy="add --resume, or --set out=ANOTHER"
         )
@@ -90,6 +87,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
     samples, categories = index.samples, index.categories
     steps = config.total_steps(samples)
     micro_batches = accumulation(config.data, world)
+    if main and config.data.batch > samples:
+        log.warning("a batch of %d repeats the cache's %d samples", config.data.batch, samples)
+    held_out = open_held_out(config, categories)
     if begun is not None:
         check_same_run(read_state(begun), config, index.fingerprint)
 
@@ -110,10 +110,23 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
     optimizer = torch.optim.AdamW(
         parameter_groups(model, blocks, config.optim), lr=0.0, betas=config.optim.betas
     )
+    ema = Ema(model, config.ema) if config.ema is not None else None
+    average = ema.model if ema else None
+    watched = average or model
     first = 0
     if begun is not None:
-        first = load_training(begun, model, optimizer, rank).step
-        log.info("going on from %s", begun)
+        first = load_training(begun, model, optimizer, rank, average).step
+        if main:
+            log.info("going on from %s", begun)
+    settings = {k: v for k, v in flat(config.to_dict()).items() if k not in MAY_CHANGE}
+    ranks.check_same(
+        {
+            "the cache": index.fingerprint,
+            "the configuration": fingerprint(settings),
+            "the step to begin at": first,
+            "the step to end at": steps,
+        }
+    )
     network, optimizer = accelerator.prepare(
         torch.compile(model) if config.compile else model,
         optimizer,
@@ -123,7 +136,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
     if main:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.toml").write_bytes(tomli_w.dumps(config.to_dict()).encode())
-        keep_lines(metrics, first)
+    watch = Watch(accelerator, out, first)
 
     # The steps.
     loader = make_loader(
@@ -135,21 +148,28 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
         world=world,
         pin=device.type == "cuda",
     )
-    batches = iterate(loader)
     warmup = round(config.optim.warmup_epochs * samples / config.data.batch)
-    last, note = begun, ""
-    with progress("train", steps, "steps", first) as advance:
+    last, note, asked = begun, "", 0
+    with (
+        progress("train", steps, "steps", first) as advance,
+        closing(iterate(loader)) as batches,
+        stop_request() as request,
+    ):
         for step in range(first, steps):
             started, waited = time.perf_counter(), 0.0
             task = task_of(config.seed, step)
             distance = instance_distance(config.loss, step / steps)
             set_learning_rate(optimizer, rate := learning_rate(config.optim, step, steps, warmup))
             network.train()
-            sums = torch.zeros(4, device=device)
+            terms, keys = torch.zeros(micro_batches, 4, device=device), list[tuple[str, ...]]()
             for number in range(micro_batches):
                 waiting = time.perf_counter()
                 batch = next(batches).to(device)
                 waited += time.perf_counter() - waiting
+                keys.append(batch.keys)
+                if (step, number) == (first, 0):
+                    repeated = repeats(config.data, samples, step)
+                    ranks.check_disjoint(batch.keys, repeats=repeated)
                 # Gradients meet between ranks once a step, in its last backward pass.
                 final = number == micro_batches - 1
                 with nullcontext() if final else accelerator.no_sync(network):
@@ -161,53 +181,72 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
                     )
                     accelerator.backward(losses.total / micro_batches)
                 parts = (losses.total, losses.pixel, losses.tv, losses.dice)
-                sums += torch.stack([part.detach() for part in parts]) / micro_batches
-            accelerator.clip_grad_norm_(network.parameters(), config.optim.clip_norm)
+                terms[number] = torch.stack([part.detach() for part in parts])
+
+            # The verdict, before the weights change: what is not finite reaches no checkpoint.
+            norm = accelerator.clip_grad_norm_(network.parameters(), config.optim.clip_norm)
+            *totals, length = torch.cat([terms[:, 0], norm.view(1)]).tolist()
+            finite = all(map(math.isfinite, (*totals, length)))
+            verdict = ranks.agree(step, TASKS.index(task), signal=request.signal, finite=finite)
+            if not verdict.finite:
+                raise not_finite(step, totals, keys, length)
             optimizer.step()
             optimizer.zero_grad()
+            if ema is not None:
+                ema.update(model, step)
 
-            # The record. No checkpoint is taken without a look at the loss.
-            saved = (step + 1) % config.checkpoint_every == 0 or step + 1 == steps
-            if (step + 1) % config.log_every == 0 or saved:
-                total, pixel, tv, dice = accelerator.reduce(sums, "mean").tolist()
-                if not np.isfinite(total):
-                    raise InputError(
-                        f"the loss is {total} at step {step}",
-                        where=f"batch of {', '.join(batch.keys[:8])}",
-                        remedy="lower optim.lr, or use fp32",
-                    )
+            # The record.
+            done = step + 1
+            if done % config.log_every == 0 or done == steps:
+                total, pixel, tv, dice = accelerator.reduce(terms.mean(0), "mean").tolist()
                 seconds = time.perf_counter() - started
                 line = {
-                    "step": step + 1,
-                    "epoch": (step + 1) * config.data.batch / samples,
+                    "step": done,
+                    "epoch": done * config.data.batch / samples,
                     "task": task,
                     "loss": total,
                     "pixel": pixel,
                     "tv": tv,
                     "dice": dice,
+                    "norm": length,
                     "lr": rate,
                     "images_per_second": config.data.batch / seconds,
                     "waited": waited / seconds,
                 }
-                if main:
-                    with metrics.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
+                watch.step(line)
                 note = f"{task} loss {total:.3f}"
             if main:
                 advance(1, note)
 
             # The checkpoint.
-            if saved:
-                state = TrainState(step + 1, index.fingerprint, config, categories)
-                last = save(
+            asked = verdict.signal if done < steps else 0
+            state = TrainState(done, index.fingerprint, config, categories)
+            if done % config.checkpoint_every == 0 or done == steps or asked:
+                last = save_checkpoint(
                     accelerator,
                     checkpoints,
                     state,
                     model=model,
                     optimizer=optimizer,
+                    ema=average,
                     keep=config.keep,
                 )
+            if asked:
+                break
+
+            # The look at held-out samples and at pictures.
+            if held_out is not None and (done % config.validation.every == 0 or done == steps):
+                measures = validate(
+                    accelerator, watched, held_out, state, encoding=encoding, distance=distance
+                )
+                watch.validation(done, measures)
+            if main and config.pictures_every and done % config.pictures_every == 0:
+                shown = next(held_out.batches(config, 0, 1)).to(device) if held_out else batch
+                with accelerator.autocast():
+                    watch.picture(done, draw_heads(watched, shown, encoding, categories))
     accelerator.end_training()
+    if asked:
+        raise Interrupted(asked, f"{last} is complete, --resume goes on from it")
     if last is None:
         raise InputError("nothing to do: the run has no step", where="epochs")
     return last
@@ -229,72 +268,3 @@ def instance_distance(config: LossConfig, part: float) -> Distance:
     if config.instance == "squared_then_norm":
         return "squared" if part < config.switch else "norm"
     return config.instance
-
-
-def check_same_run(state: TrainState, config: TrainConfig, cache_fingerprint: str) -> None:
-    """Raises InputError where a checkpoint belongs to another model or another cache."""
-    if state.cache_fingerprint != cache_fingerprint:
-        raise InputError(
-            "the cache is not the one this run began with",
-            where=config.data.cache,
-            remedy="resume with its cache, or start another run",
-        )
-    before, now = flat(state.config.to_dict()), flat(config.to_dict())
-    changed = [
-        f"{name} was {before[name]}, now {now[name]}"
-        for name in sorted(before.keys() & now.keys() - MAY_CHANGE)
-        if before[name] != now[name]
-    ]
-    if changed:
-        raise InputError(
-            f"the checkpoint is of another configuration: {'; '.join(changed)}",
-            where=config.out,
-            remedy="resume with its config.toml, or start another run",
-        )
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names, as `--set` takes them."""
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        nested = isinstance(value, Mapping)
-        result |= flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return result
-
-
-def keep_lines(metrics: Path, step: int) -> None:
-    """Drops the lines after a step: a run that goes on writes them again."""
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    kept = []
-    for line in lines:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):
-            break  # cut by a kill
-    temporary = metrics.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    temporary.replace(metrics)
-
-
-def save(
-    accelerator: Accelerator,
-    checkpoints: Path,
-    state: TrainState,
-    *,
-    model: PanopticModel,
-    optimizer: torch.optim.Optimizer,
-    keep: int,
-) -> Path:
-    """Writes a checkpoint on all ranks, whole or not at all."""
-    if accelerator.is_main_process:
-        folder = begin_checkpoint(checkpoints, state.step)
-        write_checkpoint(folder, state, model, optimizer)
-    accelerator.wait_for_everyone()
-    folder = begun_folder(checkpoints, state.step)
-    torch.save(rng_state(), folder / f"rng_{accelerator.process_index}.pt")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        finish_checkpoint(folder, keep)
-    accelerator.wait_for_everyone()
-    return step_folder(checkpoints, state.step)

@@ -68,12 +68,6 @@ class ShardStream(IterableDataset[Batch]):
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         part, parts = self._rank * workers + number, self._world * workers
-        if parts > len(self._index.shards):
-            raise InputError(
-                f"{len(self._index.shards)} shards for {parts} readers",
-                where=self._storage.url,
-                remedy="lower data.workers, or render smaller shards",
-            )
         items: list[Item] = []
         for item in self._items(part, parts):
             items.append(item)
@@ -136,7 +130,19 @@ def stream_loader(
     world: int = 1,
     pin: bool = False,
 ) -> DataLoader[Batch]:
-    """Micro-batches of one rank without end; see `ShardStream`."""
+    """Micro-batches of one rank without end; see `ShardStream`.
+
+    Raises:
+        InputError: Not every loader process gets a shard of its own.
+    """
+    readers = world * max(1, config.workers)
+    if readers > len(index.shards):
+        raise InputError(
+            f"{len(index.shards)} shards for {readers} readers: {world} ranks with"
+            f" {max(1, config.workers)} loader processes",
+            where=storage.url,
+            remedy="lower data.workers, or render with fewer --samples-per-shard",
+        )
     stream = ShardStream(storage, index, config, seed=seed, first=first, rank=rank, world=world)
     return DataLoader(
         stream,

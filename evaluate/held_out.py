@@ -1,0 +1,54 @@
+"""PQ on held-out samples while training goes on: `validation.metric` of a run names it.
+
+    --set validation.cache=DIR --set validation.metric=evaluate.held_out:panoptic_quality
+
+Training finds it by that name and does not depend on this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from evaluate.pq import PQStat, match_image, summarize
+from evaluate.predict import Predictor
+from pipeline.coco import SegmentInfo
+from pipeline.sample import Sample
+from train.checkpoint import TrainState
+from train.data import decode_photo
+from train.model import PanopticModel
+
+
+def panoptic_quality(
+    model: PanopticModel, state: TrainState, samples: Iterable[Sample]
+) -> dict[str, float]:
+    """PQ of samples at the size they were cached at; see `train.validation.Metric`.
+
+    With a cache of native size that is the official metric on those images. A cache that was
+    resized makes it a near relative, good for comparing checkpoints: `panoptic evaluate` is the
+    judge.
+
+    Args:
+        model: In evaluation mode.
+        state: Of the run.
+        samples: With their segments.
+
+    Returns:
+        `pq`, `pq_things` and `pq_stuff` as fractions, those of them that are defined.
+
+    Raises:
+        InputError: A prediction is not finite, or a photo is damaged.
+    """
+    predictor = Predictor.of_model(model, state)
+    total = PQStat()
+    for sample in samples:
+        height, width = sample.index.shape
+        result = predictor([decode_photo(sample, (height, width))])[0]
+        ids = np.array([0, *(segment.id for segment in sample.segments)], np.int32)
+        truth = [SegmentInfo(s.id, s.category_id, s.iscrowd) for s in sample.segments]
+        classes = {s.id: predictor.categories[s.label].id for s in result.segments}
+        total += match_image(sample.image_id, ids[sample.index], truth, result.ids, classes).stat
+    found = summarize(total, predictor.categories)
+    groups = {"pq": found.all, "pq_things": found.things, "pq_stuff": found.stuff}
+    return {name: group.pq for name, group in groups.items() if group is not None}

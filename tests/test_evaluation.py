@@ -1,0 +1,190 @@
+"""An evaluation over several processes, killed and resumed, gives what one process gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run
+
+from evaluate import slices
+from evaluate.evaluation import evaluate
+from evaluate.heads import Heads
+from evaluate.journal import Journal, read_journals
+from evaluate.predict import Predictor
+from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
+from pipeline.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """All that an evaluation found, without its times."""
+    values: dict[str, Any] = json.loads((folder / "scores.json").read_text())
+    del values["seconds_per_image"]
+    pngs = {path.name: path.read_bytes() for path in (folder / "panoptic").iterdir()}
+    pictures = {path.name: path.read_bytes() for path in (folder / "overlays").iterdir()}
+    sheet = (folder / "comparison.png").read_bytes()
+    return {
+        "scores": values,
+        "json": (folder / "panoptic.json").read_text(),
+        "pictures": (pngs, pictures, sheet),
+    }
+
+
+@pytest.fixture(scope="module")
+def predictor(trained: Path) -> Predictor:
+    return Predictor(trained, "cpu")
+
+
+@pytest.fixture(scope="module")
+def once(
+    predictor: Predictor, tiny_dataset: CocoPanoptic, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A finished evaluation by one process."""
+    out = tmp_path_factory.mktemp("once")
+    evaluate(predictor, tiny_dataset, out, batch=4, overlays=3)
+    return out
+
+
+def on_two_processes(trained: Path, root: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "cli.py", "evaluate", "--checkpoint", str(trained)]
+    command += ["--coco", str(root), "--split", "train", "--out", str(out)]
+    command += ["--batch", "4", "--overlays", "3", "--device", "cpu", "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def test_two_processes_equal_one(
+    trained: Path, tiny_root: Path, once: Path, tmp_path: Path
+) -> None:
+    done = on_two_processes(trained, tiny_root, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path) == results(once)
+    printed = json.loads(done.stdout)  # one object, though two processes ran
+    assert printed["images"] == 12
+    assert not list(tmp_path.glob("predictions*"))
+
+
+def test_what_one_process_meets_stops_both_with_one_line(
+    trained: Path, root: Path, tmp_path: Path
+) -> None:
+    photo = sorted((root / "train").iterdir())[3]  # the second process' share
+    photo.write_bytes(photo.read_bytes()[:100])
+    done = on_two_processes(trained, root, tmp_path / "out")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if photo.name in line]
+    assert len(lines) == 1
+    assert "not a readable picture" in lines[0]
+    assert not (tmp_path / "out" / "panoptic.json").exists()
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def test_killed_it_goes_on(
+    predictor: Predictor,
+    tiny_dataset: CocoPanoptic,
+    once: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    score_row, calls = slices.score_row, []
+
+    def dying(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 7:
+            raise Killed
+        return score_row(*arguments)
+
+    monkeypatch.setattr(slices, "score_row", dying)
+    with pytest.raises(Killed):
+        evaluate(predictor, tiny_dataset, tmp_path, batch=4, overlays=3)
+    monkeypatch.undo()
+    assert not (tmp_path / "panoptic.json").exists()
+    journal = tmp_path / "predictions.jsonl"
+    assert len(journal.read_text().splitlines()) == 1 + 7
+    with journal.open("a") as file:
+        file.write('{"image_id": 9000')  # torn by the kill
+    damaged = sorted((tmp_path / "panoptic").iterdir())[2]
+    damaged.write_bytes(damaged.read_bytes()[:50])
+
+    decoded, again = slices.decoded, []
+
+    def counting(*arguments: Any) -> Any:
+        again.append(1)
+        return decoded(*arguments)
+
+    monkeypatch.setattr(slices, "decoded", counting)
+    evaluate(predictor, tiny_dataset, tmp_path, batch=4, overlays=3)
+    assert len(again) == 12 - 7 + 1, "what was left, and the damaged one"
+    assert results(tmp_path) == results(once)
+    assert not journal.exists()
+
+
+def test_another_checkpoint_is_not_mixed_in(
+    run: Run, trained: Path, tiny_root: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(next((trained / "checkpoints").iterdir()), other)
+    facts = other / "complete.json"
+    facts.write_text(facts.read_text() + "\n")
+    out = tmp_path / "out"
+    (out / "panoptic").mkdir(parents=True)
+    annotations = read_dataset(CocoLayout.of(tiny_root, "val")).digest
+    with Journal(out, {**Predictor(other, "cpu").identity, "annotations": annotations}):
+        pass
+    code, _, err = run(
+        *("evaluate", "--checkpoint", trained, "--coco", tiny_root, "--split", "val"),
+        *("--out", out, "--device", "cpu"),
+    )
+    assert code == 1
+    assert "another checkpoint" in err
+    assert len(err.splitlines()) == 1
+    assert not list((out / "panoptic").iterdir())
+
+
+def test_journals_of_all_processes_are_read(tmp_path: Path) -> None:
+    identity = {"checkpoint": "a", "decoding": {"cells": (1, 2)}}
+    for rank in range(2):
+        with Journal(tmp_path, identity, rank) as journal:
+            journal.note({"image_id": rank, "file_name": "x"})
+    with Journal(tmp_path, identity) as journal:
+        journal.note({"image_id": "c"})
+    (tmp_path / "predictions-2.jsonl").write_text('{"chec')
+    assert read_journals(tmp_path, identity).keys() == {0, 1, "c"}
+    with pytest.raises(InputError, match="another decoding lies here"):
+        read_journals(tmp_path, {**identity, "decoding": {}})
+    with Journal(tmp_path, identity, 2) as journal:
+        journal.note({"image_id": 5})
+    assert read_journals(tmp_path, identity).keys() == {0, 1, 5, "c"}
+
+
+def test_nan_names_the_photo(
+    predictor: Predictor, tiny_dataset: CocoPanoptic, tmp_path: Path, monkeypatch: Any
+) -> None:
+    network = predictor.heads
+
+    def broken(photos: Any) -> Any:
+        heads = network(photos)
+        instance = heads[1].instance.clone()
+        instance[0, 3, 3] = torch.nan
+        return [heads[0], Heads(instance, heads[1].semantic), *heads[2:]]
+
+    monkeypatch.setattr(predictor, "heads", broken)
+    with pytest.raises(InputError, match="NaN") as caught:
+        evaluate(predictor, tiny_dataset, tmp_path)
+    assert caught.value.where == str(tiny_dataset.records[1].photo)
+    assert not (tmp_path / "panoptic.json").exists()

@@ -1,0 +1,141 @@
+"""Pictures of any size, and predictions that are empty, missing or of something else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import Run
+
+from evaluate.heads import Heads
+from evaluate.predict import Predictor
+from pipeline.ids import read_ids
+
+
+@pytest.fixture(scope="module")
+def predictor(trained: Path) -> Predictor:
+    return Predictor(trained, "cpu")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 3000), (3000, 1), (2400, 1800)])
+def test_pictures_of_any_size(predictor: Predictor, shape: tuple[int, int]) -> None:
+    small = np.random.default_rng(0).integers(0, 256, (2, 2, 3), np.uint8)
+    photo = np.asarray(cv2.resize(small, shape[::-1])).reshape(*shape, 3)
+    result = predictor([photo])[0]
+    assert result.ids.shape == shape
+    found = np.unique(result.ids)
+    assert {segment.id for segment in result.segments} == set(found[found > 0].tolist())
+    for segment in result.segments:
+        assert segment.area == np.count_nonzero(result.ids == segment.id)
+
+
+def test_a_picture_of_48_megapixels(predictor: Predictor) -> None:
+    size = (6000, 8000)
+    labels = torch.full((56, 56), next(c.label for c in predictor.categories if not c.isthing))
+    label = next(c.label for c in predictor.categories if c.isthing)
+    labels[14:28, 7:28] = label
+    logits = torch.nn.functional.one_hot(labels, len(predictor.categories)).permute(2, 0, 1)
+    centroid = torch.tensor([[[17.5 / 28 - 1, 21 / 28 - 1]]])
+    code = predictor.encoding.encode(centroid, torch.ones(1, 1, dtype=torch.bool))[0, 0]
+    codes = code[:, None, None] * (labels == label)
+    result = predictor.decode(Heads(codes, logits.float()), size)
+    assert result.ids.shape == size
+    thing = next(segment for segment in result.segments if segment.isthing)
+    assert thing.label == label
+    assert thing.area == pytest.approx(6000 * 8000 * (14 * 21) / 56**2, rel=5e-3)
+
+
+@pytest.fixture
+def scoring(tiny_root: Path, tmp_path: Path) -> tuple[tuple[object, ...], dict[str, Any]]:
+    """A command that scores the content of `pred.json`, which is the truth at first."""
+    annotations = tiny_root / "annotations"
+    truth = annotations / "panoptic_val.json"
+    folder = tmp_path / "pred"
+    folder.mkdir()
+    for png in (annotations / "panoptic_val").iterdir():
+        (folder / png.name).write_bytes(png.read_bytes())
+    content = json.loads(truth.read_text())
+    return ("score", truth, tmp_path / "pred.json", "--json"), content
+
+
+def test_empty_predictions_score_zero(
+    run: Run, scoring: tuple[tuple[object, ...], dict[str, Any]], tmp_path: Path
+) -> None:
+    command, content = scoring
+    for row in content["annotations"]:
+        row["segments_info"] = []
+        path = tmp_path / "pred" / row["file_name"]
+        cv2.imwrite(str(path), np.zeros((*read_ids(path).shape, 3), np.uint8))
+    del content["categories"]
+    (tmp_path / "pred.json").write_text(json.dumps(content))
+    code, out, _ = run(*command)
+    values = json.loads(out)
+    assert code == 0
+    assert values["All"]["pq"] == 0
+    assert values["things_agnostic"]["pq"] == 0
+    assert values["semantic"]["miou"] == 0
+    assert values["mask_ap"]["ap"] == 0
+    assert {row["iou"] for row in values["sizes"] if row["n"]} == {0}
+    assert all(found.keys() == {"none"} for found in values["confusion"].values())
+
+
+def test_predictions_without_scores_have_no_ap(
+    run: Run, scoring: tuple[tuple[object, ...], dict[str, Any]], tmp_path: Path
+) -> None:
+    command, content = scoring
+    (tmp_path / "pred.json").write_text(json.dumps(content))
+    code, out, _ = run(*command)
+    values = json.loads(out)
+    assert (code, values["mask_ap"], values["All"]["pq"]) == (0, None, 1)
+    for row in content["annotations"]:
+        for info in row["segments_info"]:
+            info["score"] = 0.5
+    (tmp_path / "pred.json").write_text(json.dumps(content))
+    assert json.loads(run(*command)[1])["mask_ap"]["ap"] == pytest.approx(1)
+
+
+def test_bad_predictions_are_one_line(
+    run: Run, scoring: tuple[tuple[object, ...], dict[str, Any]], tmp_path: Path
+) -> None:
+    command, content = scoring
+    first = content["annotations"][0]
+
+    def fails(part: str) -> None:
+        (tmp_path / "pred.json").write_text(json.dumps(content))
+        code, out, err = run(*command)
+        assert (code, out) == (1, "")
+        assert part in err
+        assert len(err.splitlines()) == 1
+
+    removed = first["segments_info"].pop()
+    fails(f"segment ids {removed['id']} are in the predicted PNG but not in its JSON")
+    first["segments_info"] += [removed, {"id": 77, "category_id": removed["category_id"]}]
+    fails("segment ids 77 are in the predicted JSON but not in its PNG")
+    first["segments_info"][-1]["category_id"] = 99999
+    fails("unknown category 99999")
+    first["segments_info"].pop()
+    (tmp_path / "pred" / first["file_name"]).write_bytes(b"\x89PNG no more")
+    fails(f"image {first['image_id']}")
+    (tmp_path / "pred" / first["file_name"]).unlink()
+    fails("PNGs missing for 1 of 4 images")
+    content["annotations"].pop(0)
+    fails("no prediction for 1 of 4 images")
+
+
+def test_other_categories_are_refused(run: Run, trained: Path, root: Path, tmp_path: Path) -> None:
+    path = root / "annotations" / "panoptic_val.json"
+    content = json.loads(path.read_text())
+    content["categories"].append({"id": 900, "name": "new", "isthing": 1})
+    path.write_text(json.dumps(content))
+    code, out, err = run(
+        *("evaluate", "--checkpoint", trained, "--coco", root, "--split", "val"),
+        *("--out", tmp_path / "out", "--json"),
+    )
+    assert (code, out) == (1, "")
+    assert "categories differ" in err
+    assert not (tmp_path / "out").exists()

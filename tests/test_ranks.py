@@ -1,0 +1,132 @@
+"""What ranks agree on, between two real processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from pipeline.errors import InputError
+from train.config import DataConfig
+from train.data import repeats
+from train.ranks import Ranks, Verdict
+from train.signals import stop_request, stop_with_parent_only
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["train.loop"])
+
+
+def said(call: Any) -> str:
+    """The message of an InputError, or the result as text."""
+    try:
+        return repr(call())
+    except InputError as error:
+        return str(error)
+
+
+def two_ranks(rank: int, store: str, answers: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    ranks = Ranks(2)
+    found = [
+        said(lambda: ranks.check_same({"the cache": "a"})),
+        said(lambda: ranks.check_same({"the cache": "a", "first": rank})),
+        said(lambda: ranks.check_disjoint([f"{rank}a", f"{rank}b"], repeats=False)),
+        said(lambda: ranks.check_disjoint(["x", f"{rank}"], repeats=True)),
+        said(lambda: ranks.check_disjoint(["x", f"{rank}"], repeats=False)),
+        said(lambda: ranks.check_disjoint(["x", "y"], repeats=True)),
+        said(lambda: ranks.agree(3, 1, signal=0, finite=True)),
+        said(lambda: ranks.agree(3, 0, signal=15 * rank, finite=rank == 1)),
+        said(lambda: ranks.agree(3, rank, signal=0, finite=True)),
+        said(lambda: ranks.agree(3 + rank, 0, signal=0, finite=True)),
+    ]
+    answers.put((rank, found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_ranks_hear_the_same(tmp_path: Path) -> None:
+    answers = PROCESSES.Queue()
+    children = [
+        PROCESSES.Process(target=two_ranks, args=(rank, str(tmp_path / "store"), answers))
+        for rank in (0, 1)
+    ]
+    for child in children:
+        child.start()
+    found = dict(answers.get(timeout=60) for _ in children)
+    for child in children:
+        child.join(30)
+        assert child.exitcode == 0
+    assert found[0][:8] == found[1][:8]
+    for one in found.values():
+        assert one[0] == one[2] == one[3] == "None"
+        assert "first: ranks differ: 0 on rank 0, 1 on rank 1" in one[1]
+        assert "ranks 0 and 1 train on the same samples, such as x" in one[4]
+        assert "ranks 0 and 1 train on the same samples, such as x" in one[5]
+        assert one[6] == repr(Verdict(0, True))
+        assert one[7] == repr(Verdict(15, False))
+        assert "ranks disagree: steps 3 to 3, tasks 0 to 1" in one[8]
+        assert "ranks disagree: steps 3 to 4, tasks 0 to 0" in one[9]
+
+
+def test_one_rank_agrees_with_itself() -> None:
+    ranks = Ranks(1)
+    ranks.check_same({"x": 1})
+    ranks.check_disjoint(["a", "a"], repeats=False)
+    assert ranks.agree(1, 0, signal=2, finite=False) == Verdict(2, False)
+
+
+def test_when_a_sample_may_come_twice_in_a_step() -> None:
+    config = DataConfig(batch=4)
+    assert [repeats(config, 10, step) for step in range(6)] == [
+        *(False, False, True, False, False, False)
+    ]
+    assert repeats(config, 3, 0)
+    assert repeats(DataConfig(batch=4, reader="stream"), 10, 0)
+
+
+# Signals
+
+
+def test_the_first_signal_counts_and_handlers_come_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_request() as request:
+        assert request.signal == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.signal == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def stubborn(ready: Any) -> None:
+    stop_with_parent_only()
+    ready.set()
+    time.sleep(60)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="no sigwaitinfo")
+def test_a_loader_process_ends_with_its_parent_only() -> None:
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    child = context.Process(target=stubborn, args=(ready,))
+    child.start()
+    assert ready.wait(20)
+    sender = context.Process(target=signal_twice, args=(child.pid,))
+    sender.start()
+    sender.join()
+    child.join(0.3)
+    assert child.is_alive()
+    child.terminate()
+    child.join(5)
+    assert child.exitcode == 0
+
+
+def signal_twice(pid: int) -> None:
+    os.kill(pid, signal.SIGTERM)
+    os.kill(pid, signal.SIGINT)

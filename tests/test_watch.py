@@ -1,0 +1,216 @@
+"""Watching: held-out samples, pictures, trackers, and that none of it touches the run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from evaluate.held_out import panoptic_quality
+from pipeline.coco import CocoLayout, read_dataset
+from pipeline.config import RenderConfig
+from pipeline.errors import InputError
+from pipeline.render import render
+from pipeline.sample import Sample
+from pipeline.shards import ShardReader
+from pipeline.storage import Storage
+from train.checkpoint import TrainState, latest_checkpoint, load_model
+from train.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RandomBackbone,
+    TrainConfig,
+    ValidationConfig,
+)
+from train.data import Augmentation, collate, make_item
+from train.encoding import PositionalCode, grid_cells
+from train.loop import train
+from train.losses import gather_rows
+from train.model import PanopticModel
+from train.validation import code_hits, find_metric, label_hits, open_held_out
+from train.watch import draw_heads, installed_trackers
+
+TIMES = {"images_per_second", "waited"}
+seen: list[tuple[bool, int, list[str]]] = []
+
+
+def spy(model: PanopticModel, state: TrainState, samples: Iterable[Sample]) -> Mapping[str, float]:
+    """A metric that notes what it was given."""
+    seen.append((model.training, state.step, [sample.key for sample in samples]))
+    return {"spied": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def held_out_cache(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("held_out")
+    dataset = read_dataset(CocoLayout.of(tiny_root, "val"))
+    render(dataset, "val", Storage(str(folder)), RenderConfig(), workers=0)
+    return folder
+
+
+def make_config(cache: Path, out: Path, **settings: Any) -> TrainConfig:
+    config = TrainConfig(
+        out=str(out),
+        steps=5,
+        precision="fp32",
+        trackers=(),
+        pictures_every=0,
+        checkpoint_every=100,
+        data=DataConfig(cache=str(cache), size=28, batch=4, micro_batch=4, workers=0),
+        model=ModelConfig(
+            backbone="random",
+            random=RandomBackbone(hidden_size=16, layers=2, heads=2, patch_size=7, grid=4),
+            taps=(1, 2),
+            channels=8,
+            drop_path=0.2,
+        ),
+        optim=OptimConfig(lr=1e-3, warmup_epochs=1.0),
+    )
+    return replace(config, **settings)
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    plain = [line for line in lines_of(run) if "validation" not in line]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in plain]
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    folder = latest_checkpoint(run / "checkpoints")
+    assert folder is not None
+    weights: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
+    return weights
+
+
+def test_watching_changes_nothing(tiny_cache: Path, held_out_cache: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    train(make_config(tiny_cache, tmp_path / "plain"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    seen.clear()
+    looks = ValidationConfig(
+        cache=str(held_out_cache), every=2, samples=3, metric=f"{__name__}:spy"
+    )
+    watched = make_config(
+        tiny_cache,
+        tmp_path / "watched",
+        validation=looks,
+        pictures_every=3,
+        trackers=("tensorboard",),
+    )
+    train(watched)
+    plain, other = weights_of(tmp_path / "plain"), weights_of(tmp_path / "watched")
+    assert all(torch.equal(value, other[name]) for name, value in plain.items())
+    assert steps_of(tmp_path / "plain") == steps_of(tmp_path / "watched")
+
+    found = [line for line in lines_of(tmp_path / "watched") if "validation" in line]
+    assert [line["step"] for line in found] == [2, 4, 5]
+    for line in found:
+        values = line["validation"]
+        assert values.keys() == {
+            *("instance_loss", "semantic_loss", "semantic_accuracy"),
+            *("code_accuracy", "void_accuracy", "spied"),
+        }
+        assert all(0 <= value <= 1 for name, value in values.items() if "accuracy" in name)
+    assert [(training, step) for training, step, _ in seen] == [(False, s) for s in (2, 4, 5)]
+    assert {len(keys) for _, _, keys in seen} == {3}
+    pictures = tmp_path / "watched/pictures"
+    assert [path.name for path in pictures.iterdir()] == ["step_0000003.png"]
+
+    module = "tensorboard.backend.event_processing.event_accumulator"
+    (events,) = (tmp_path / "watched").rglob("events.out.tfevents.*")
+    tags = importlib.import_module(module).EventAccumulator(str(events.parent)).Reload().Tags()
+    assert {"instance/loss", "semantic/loss", "validation/semantic_accuracy"} <= {*tags["scalars"]}
+    assert tags["images"] == ["prediction"]
+
+
+def test_pq_of_held_out_samples(tiny_cache: Path, held_out_cache: Path, tmp_path: Path) -> None:
+    name = "evaluate.held_out:panoptic_quality"
+    looks = ValidationConfig(cache=str(held_out_cache), every=5, metric=name)
+    train(make_config(tiny_cache, tmp_path, validation=looks, ema=0.9))
+    (line,) = (line for line in lines_of(tmp_path) if "validation" in line)
+    assert 0 <= line["validation"]["pq"] <= 1
+    # The very same afterwards, from the checkpoint: it was the average that was measured.
+    reader = ShardReader(held_out_cache)
+    samples = [reader.sample(position) for position in range(len(reader))]
+    model, state = load_model(tmp_path)
+    with torch.no_grad():
+        again = panoptic_quality(model, state, samples)
+    assert again.items() <= line["validation"].items()
+
+
+def test_accuracies_of_perfect_and_of_empty_predictions(held_out_cache: Path) -> None:
+    reader = ShardReader(held_out_cache)
+    config = DataConfig(size=56)
+    batch = collate([make_item(reader.sample(p), config, Augmentation()) for p in range(4)])
+    # Two harmonics: the finest period of four would be as short as the 11 cells of 56 px.
+    encoding, cells = PositionalCode(2), grid_cells(56)
+    code = gather_rows(encoding.encode(batch.centroid, batch.instance), batch.index)
+    near, things, void, rest = code_hits(code, batch, encoding, cells)
+    assert [int(near), int(void)] == [int(things), int(rest)]
+    assert min(things, rest) > 0
+    near, _, void, _ = code_hits(torch.zeros_like(code), batch, encoding, cells)
+    assert [int(near), int(void)] == [0, int(rest)]
+    turned = code_hits(code.roll(28, -1), batch, encoding, cells)
+    assert turned[0] < things / 2
+    label = batch.label.gather(1, batch.index.flatten(1).long()).view(batch.index.shape)
+    logits = torch.nn.functional.one_hot(label.clamp_min(0)).permute(0, 3, 1, 2).float()
+    right, counted = label_hits(logits, batch)
+    assert right == counted == (label >= 0).sum()
+
+
+def test_a_picture_shows_five_maps_a_sample(tiny_cache: Path) -> None:
+    reader = ShardReader(tiny_cache)
+    config = DataConfig(size=28)
+    batch = collate([make_item(reader.sample(p), config, Augmentation()) for p in range(6)])
+    categories = reader.index.categories
+    model = PanopticModel(make_config(tiny_cache, Path("x")).model, 16, len(categories))
+    picture = draw_heads(model, batch, PositionalCode(), categories)
+    assert picture.ndim == 3
+    assert picture.shape[0] > 4 * 28
+    assert picture.shape[1] > 5 * 28
+    assert not model.training
+
+
+@pytest.mark.parametrize("name", ["nowhere.at:all", "evaluate.held_out:nothing", "json:"])
+def test_a_metric_that_is_not_there_is_named(name: str) -> None:
+    with pytest.raises(InputError, match=r"validation\.metric"):
+        find_metric(name)
+
+
+def test_validation_on_other_categories_is_refused(held_out_cache: Path, tmp_path: Path) -> None:
+    looks = ValidationConfig(cache=str(held_out_cache), every=1)
+    config = make_config(held_out_cache, tmp_path, validation=looks)
+    categories = ShardReader(held_out_cache).index.categories
+    assert open_held_out(config, categories) is not None
+    with pytest.raises(InputError, match="its categories differ"):
+        open_held_out(config, categories[1:])
+    remote = replace(config, validation=replace(looks, cache="s3://bucket/val"))
+    with pytest.raises(InputError, match=r"needs a local cache"):
+        open_held_out(remote, categories)
+
+
+def test_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="no such tracker: tensorbord"):
+        installed_trackers(["tensorbord"])
+    monkeypatch.setattr("train.watch.get_available_trackers", list)
+    assert installed_trackers(["tensorboard"]) == []
