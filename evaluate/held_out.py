@@ -16,7 +16,7 @@ from evaluate.predict import Predictor
 from pipeline.coco import SegmentInfo
 from pipeline.sample import Sample
 from train.checkpoint import TrainState
-from train.data import decode_photo
+from train.items import decode_photo
 from train.model import PanopticModel
 
 

@@ -35,8 +35,8 @@ from pipeline.ids import ids_to_rgb
 from pipeline.progress import progress
 from pipeline.storage import Storage
 from train.checkpoint import TrainState, Weights, find_checkpoint, load_model
-from train.data import fitted_size
 from train.encoding import Encoding, grid_cells, make_encoding, nearest_centroids
+from train.items import fitted_size
 from train.model import PanopticModel, check_size
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")

@@ -24,23 +24,25 @@ from pipeline.shards import ShardReader
 from pipeline.targets import IndexMap, boundary, edge_distance, resize_index
 from train.config import DataConfig
 from train.data import (
-    PADDING,
-    Augmentation,
     Batch,
-    Item,
     MicroBatches,
     accumulation,
     check_rendered_size,
     collate,
-    draw_augmentation,
-    fitted_size,
     indexed_loader,
     iterate,
     jitter_colour,
-    make_item,
     open_index,
-    place_window,
     step_places,
+)
+from train.items import (
+    PADDING,
+    Augmentation,
+    Item,
+    draw_augmentation,
+    fitted_size,
+    make_item,
+    place_window,
 )
 
 Fit = Literal["squash", "longest", "crop"]

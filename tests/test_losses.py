@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from train.config import LossConfig
-from train.data import PADDING, Batch
+from train.data import Batch
 from train.encoding import (
     ClassificationCode,
     DirectCode,
@@ -20,6 +20,7 @@ from train.encoding import (
     cell_centres,
     make_encoding,
 )
+from train.items import PADDING
 from train.losses import Distance, dice, eds_weight, instance_loss, safe_sqrt, semantic_loss
 
 HEIGHT, WIDTH, CLASSES = 5, 6, 4

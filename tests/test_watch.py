@@ -31,8 +31,9 @@ from train.config import (
     TrainConfig,
     ValidationConfig,
 )
-from train.data import Augmentation, collate, make_item
+from train.data import collate
 from train.encoding import PositionalCode, grid_cells
+from train.items import Augmentation, make_item
 from train.loop import train
 from train.losses import gather_rows
 from train.model import PanopticModel

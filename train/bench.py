@@ -23,16 +23,9 @@ from pipeline.shards import ShardReader
 from pipeline.storage import Storage
 from pipeline.targets import compute_targets, index_map, resize_index
 from train.config import DataConfig, TrainConfig
-from train.data import (
-    Augmentation,
-    Batch,
-    collate,
-    draw_augmentation,
-    indexed_loader,
-    jitter_colour,
-    make_item,
-)
+from train.data import Batch, collate, indexed_loader, jitter_colour
 from train.encoding import make_encoding
+from train.items import Augmentation, draw_augmentation, make_item
 from train.losses import instance_loss
 from train.model import PanopticModel
 from train.optim import parameter_groups, set_learning_rate

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from pipeline.sample import EDS_FAR, EDS_STEP
 from pipeline.targets import CROWD, UNLABELLED
 from train.config import LossConfig
-from train.data import PADDING, Batch
+from train.data import Batch
 from train.encoding import ClassificationCode, Encoding, PositionalCode
+from train.items import PADDING
 
 Distance = Literal["norm", "squared"]
 

@@ -23,15 +23,8 @@ from pipeline.sample import MEMBERS, decode_sample
 from pipeline.shards import ShardReader
 from pipeline.storage import Storage
 from train.config import DataConfig
-from train.data import (
-    Batch,
-    Item,
-    collate,
-    draw_augmentation,
-    indexed_loader,
-    make_item,
-    prepare_worker,
-)
+from train.data import Batch, collate, indexed_loader, prepare_worker
+from train.items import Item, draw_augmentation, make_item
 
 BUFFER = 256
 """Samples that are mixed; about 40 MB of JPEGs and PNGs a loader process."""
