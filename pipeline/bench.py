@@ -16,6 +16,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 from skimage.segmentation import find_boundaries
@@ -151,28 +152,41 @@ def render_obvious(records: Sequence[PanopticRecord]) -> bytes:
         for record in records:
             photo = record.photo.read_bytes()
             Image.open(io.BytesIO(photo)).convert("RGB").load()
-            rgb = np.asarray(Image.open(record.png).convert("RGB")).astype(np.int32)
-            ids = rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
-            edges = find_boundaries(ids, connectivity=1, mode="thick")
-            distance = ndimage.distance_transform_edt(~edges)
-            weight = np.exp(-np.square(distance / 20)).astype(np.float16)
-            height, width = ids.shape
-            centroids = np.zeros((2, height, width), np.float16)
-            table = []
-            for segment in record.segments:
-                mask = ids == segment.id
-                y, x = np.nonzero(mask)
-                centroids[0, mask] = 2 * (x.mean() + 0.5) / width - 1
-                centroids[1, mask] = 2 * (y.mean() + 0.5) / height - 1
-                table.append({"id": segment.id, "area": len(x)})
+            table = [{"id": segment.id, "area": segment.area} for segment in record.segments]
             members = {"jpg": photo, "json": json.dumps(table).encode()}
-            for name, values in (("ids", ids), ("weight", weight), ("centroids", centroids)):
+            for name, values in obvious_targets(record).items():
                 member = io.BytesIO()
                 np.save(member, values)
                 members[f"{name}.npy"] = member.getvalue()
             for name, data in members.items():
                 add(tar, f"{record.key}.{name}", data)
     return buffer.getvalue()
+
+
+def obvious_targets(record: PanopticRecord, size: int | None = None) -> dict[str, NDArray[Any]]:
+    """Ids, weights and centroids as dense maps, by Pillow, scikit-image, scipy and a loop.
+
+    Args:
+        record: The annotated image.
+        size: Side of the square to squash to; the native size where None.
+    """
+    png = Image.open(record.png).convert("RGB")
+    if size is not None:
+        png = png.resize((size, size), Image.Resampling.NEAREST)
+    rgb = np.asarray(png).astype(np.int32)
+    ids = rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
+    edges = find_boundaries(ids, connectivity=1, mode="thick")
+    distance = ndimage.distance_transform_edt(~edges)
+    height, width = ids.shape
+    centroids = np.zeros((2, height, width), np.float16)
+    for segment in record.segments:
+        mask = ids == segment.id
+        y, x = np.nonzero(mask)
+        if len(x):
+            centroids[0, mask] = 2 * (x.mean() + 0.5) / width - 1
+            centroids[1, mask] = 2 * (y.mean() + 0.5) / height - 1
+    weight = np.exp(-np.square(distance / 20)).astype(np.float16)
+    return {"ids": ids, "weight": weight, "centroids": centroids}
 
 
 def render_floor(records: Sequence[PanopticRecord], size: int) -> bytes:
