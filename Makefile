@@ -35,7 +35,7 @@ ifeq ($(COCO),)
 	$(BIN)/panoptic synth $(DEMO)/scenes --images 4000 --val-images 200 --seed 0
 	$(BIN)/panoptic preprocess --coco $(DEMO)/scenes --split train --out $(DEMO)/cache/train \
 	    --fit squash --size 64 --workers 2
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
+	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
 	    --dynamo_backend no -m train configs/demo.toml \
 	    --set out=$(DEMO)/train --set data.cache=$(DEMO)/cache/train --resume
 	@echo "PQ on scenes it trained on:"
@@ -49,7 +49,7 @@ ifeq ($(COCO),)
 else
 	$(BIN)/panoptic preprocess --coco $(COCO) --split $(SPLIT) --out $(DEMO)/$(SPLIT)/cache \
 	    --fit squash --size 96 --workers 2
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
+	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
 	    --dynamo_backend no -m train configs/demo_coco.toml \
 	    --set out=$(DEMO)/$(SPLIT)/train --set data.cache=$(DEMO)/$(SPLIT)/cache --resume
 	@echo "PQ on photos it trained on:"
