@@ -42,10 +42,17 @@ class Cluster:
                 *("--scheduler-file", str(self.file)),
             )
         ]
+        self.address = self._wait_for_address()
+
+    def _wait_for_address(self) -> str:
         deadline = time.monotonic() + 30
-        while not self.file.exists() and time.monotonic() < deadline:
+        while True:
+            try:
+                return str(json.loads(self.file.read_text())["address"])
+            except (FileNotFoundError, ValueError):  # not there yet, or not written to its end
+                if time.monotonic() > deadline:
+                    raise
             time.sleep(0.02)
-        self.address = str(json.loads(self.file.read_text())["address"])
 
     def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
         # In another folder than the driver's, as on another machine.
