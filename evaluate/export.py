@@ -42,7 +42,7 @@ class HeadsOnly(nn.Module):
 
     def forward(self, photo: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, S, S) uint8 -> (B, channels, S, S) codes, (B, C, S, S) logits."""
-        prediction = self.model(photo, "both")
+        prediction = self.model(photo, "both").resized(photo.shape[-2:])
         return prediction.instance, prediction.semantic
 
 

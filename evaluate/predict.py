@@ -150,9 +150,9 @@ class Predictor:
             canvas[span] = cv2.resize(photo, (width, height), interpolation=mode)
             spans.append(span)
         pictures = torch.from_numpy(batch).permute(0, 3, 1, 2).to(self._device)
-        prediction = self.model(pictures, "both")
+        prediction = self.model(pictures, "both").resized((side, side))
         return [
-            Heads(instance[:, *span].float(), semantic[:, *span].float())
+            Heads(instance[:, *span], semantic[:, *span])
             for instance, semantic, span in zip(
                 prediction.instance, prediction.semantic, spans, strict=True
             )

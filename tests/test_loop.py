@@ -580,12 +580,12 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
     original = semantic_loss, instance_loss
 
     def poisoned(number: int) -> Any:
-        def loss(prediction: Any, *arguments: Any) -> Any:
+        def loss(prediction: Any, *arguments: Any, **settings: Any) -> Any:
             nonlocal calls
             calls += 1
             if calls == 8:  # the second micro-batch of step 3
                 prediction.register_hook(lambda gradient: gradient * math.inf)
-            return original[number](prediction, *arguments)
+            return original[number](prediction, *arguments, **settings)
 
         return loss
 

@@ -65,7 +65,7 @@ def test_sizes_that_patches_do_not_tile_are_refused(
 def test_predictions_have_the_photos_size(height: int, width: int) -> None:
     model = seeded().eval()
     with torch.no_grad():
-        found = model(photos(2, height, width))
+        found = model(photos(2, height, width)).resized((height, width))
     assert found.instance.shape == (2, 16, height, width)
     assert found.semantic.shape == (2, 5, height, width)
     with pytest.raises(InputError, match="no multiple"):
@@ -79,7 +79,7 @@ def test_published_sizes_run_through_the_published_patches(size: int) -> None:
         model = PanopticModel(config, 16, 133, load_weights=False)
         found = model(torch.empty(1, 3, size, size), "instance")
         features = model.features(torch.empty(1, 3, size, size))
-    assert found.instance.shape == (1, 16, size, size)
+    assert found.resized((size, size)).instance.shape == (1, 16, size, size)
     assert features.shape == (1, 256, size // 14 * 8, size // 14 * 8)
 
 
@@ -381,5 +381,8 @@ def test_heads_run_before_the_resize() -> None:
     model = seeded().eval()
     with torch.no_grad():
         features = model.features(photos())
+        found = model(photos())
+        assert found.instance.shape[2:] == features.shape[2:] == (32, 32)
         wanted = F.interpolate(model.instance_head(features), size=(28, 28), mode="bilinear")
-        torch.testing.assert_close(model(photos()).instance, wanted)
+        torch.testing.assert_close(found.resized((28, 28)).instance, wanted)
+        assert model(photos(), "instance").resized((28, 28)).semantic is None

@@ -174,11 +174,19 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
                 final = number == micro_batches - 1
                 with nullcontext() if final else accelerator.no_sync(network):
                     prediction = network(jitter_colour(batch.photo, batch.colour), task)
-                    losses = (
-                        instance_loss(prediction.instance, batch, encoding, config.loss, distance)
-                        if task == "instance"
-                        else semantic_loss(prediction.semantic, batch, config.loss)
-                    )
+                    if task == "instance":
+                        losses = instance_loss(
+                            prediction.instance,
+                            batch,
+                            encoding,
+                            config.loss,
+                            distance,
+                            compiled=config.compile,
+                        )
+                    else:
+                        losses = semantic_loss(
+                            prediction.semantic, batch, config.loss, compiled=config.compile
+                        )
                     accelerator.backward(losses.total / micro_batches)
                 parts = (losses.total, losses.pixel, losses.tv, losses.dice)
                 terms[number] = torch.stack([part.detach() for part in parts])

@@ -1,7 +1,8 @@
 """The losses: edge distance sampling, total variation, DICE (sections 3.2 and 3.3, appendix A).
 
-All work on full-size predictions in float32. Every term is computed for each image and then
-averaged over images, so a batch has the same loss however it is split into micro-batches and ranks.
+All take what a head says at the decoder's size, and count pixels of the input's size in float32.
+Every term is computed for each image and then averaged over images, so a batch has the same loss
+however it is split into micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.sample import EDS_FAR, EDS_STEP
 from pipeline.targets import CROWD, UNLABELLED
@@ -19,13 +20,21 @@ from train.config import LossConfig
 from train.data import Batch
 from train.encoding import ClassificationCode, Encoding, PositionalCode
 from train.items import PADDING
+from train.model import resize_maps
+from train.strips import PixelTerms, class_losses
 
 Distance = Literal["norm", "squared"]
+
+DICE_VALUES = 1 << 24
+"""Values that DICE computes at once."""
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The terms of one micro-batch, scalars, before their weights; `total` is weighted."""
+    """The terms of one micro-batch, scalars, before their weights.
+
+    `total` is weighted, and the one to differentiate; the others are to be looked at.
+    """
 
     total: Tensor
     pixel: Tensor
@@ -34,57 +43,89 @@ class Losses:
 
 
 def instance_loss(
-    prediction: Tensor, batch: Batch, encoding: Encoding, config: LossConfig, distance: Distance
+    prediction: Tensor,
+    batch: Batch,
+    encoding: Encoding,
+    config: LossConfig,
+    distance: Distance,
+    *,
+    compiled: bool = False,
 ) -> Losses:
     """The instance task's losses.
 
     Args:
-        prediction: (B, channels, S, S) output of the instance head.
+        prediction: (B, channels, h, w) output of the instance head.
         batch: The samples.
         encoding: How centroids are coded.
         config: Weights and switches.
         distance: Which power of the Euclidean distance counts.
+        compiled: Use `torch.compile` where it pays.
     """
-    prediction = prediction.float()
     target = gather_rows(encoding.encode(batch.centroid, batch.instance), batch.index)
-    classes = isinstance(encoding, ClassificationCode)
-    pixel = (
-        code_cross_entropy(prediction, target, encoding.cells)
-        if isinstance(encoding, ClassificationCode)
-        else code_distance(prediction - target, encoding, distance)
-    )
-    inside = (batch.void != PADDING).float()
-    pixel_loss = reduce_pixels(pixel, instance_weight(batch, config), config.reduction)
-    smoothness = (
-        class_variation(torch.unflatten(prediction, 1, (2, -1)).transpose(1, 2), inside)
-        if classes
-        else code_variation(prediction, encoding, inside)
-    )
+    weight = pixel_weight(instance_weight(batch, config), config.reduction)
+    if isinstance(encoding, ClassificationCode):
+        # Two distributions a pixel, of the column and of the row, averaged.
+        axes = prediction.reshape(-1, encoding.cells + 1, *prediction.shape[2:])
+        return _class_losses(
+            axes,
+            target.flatten(0, 1),
+            weight.repeat_interleave(2, 0) / 2,
+            (batch.void != PADDING).repeat_interleave(2, 0),
+            config,
+            compiled=compiled,
+        )
+    code = resize_maps(prediction.float(), target.shape[2:])
+    pixel = (code_distance(code - target, encoding, distance) * weight).sum()
+    smoothness = code_variation(code, encoding, (batch.void != PADDING).float())
     overlap = (
-        dice(prediction, batch, encoding)
+        dice(code, batch, encoding)
         if isinstance(encoding, PositionalCode) and config.dice
-        else prediction.new_zeros(())
+        else code.new_zeros(())
     )
-    total = pixel_loss + config.tv * smoothness + config.dice * overlap
-    return Losses(total, pixel_loss, smoothness, overlap)
+    total = pixel + config.tv * smoothness + config.dice * overlap
+    return Losses(total, pixel, smoothness, overlap)
 
 
-def semantic_loss(prediction: Tensor, batch: Batch, config: LossConfig) -> Losses:
+def semantic_loss(
+    prediction: Tensor, batch: Batch, config: LossConfig, *, compiled: bool = False
+) -> Losses:
     """The semantic task's losses.
 
     Args:
-        prediction: (B, C, S, S) logits.
+        prediction: (B, C, h, w) logits.
         batch: The samples.
         config: Weights and switches.
+        compiled: Use `torch.compile` where it pays.
     """
-    prediction = prediction.float()
     label = batch.label.gather(1, batch.index.flatten(1).long()).view(batch.index.shape)
-    pixel = F.cross_entropy(prediction, label, ignore_index=-1, reduction="none")
-    weight = eds_weight(batch, config) * (label >= 0)
-    pixel_loss = reduce_pixels(pixel, weight, config.reduction)
-    smoothness = class_variation(prediction, (batch.void != PADDING).float())
-    total = pixel_loss + config.tv * smoothness
-    return Losses(total, pixel_loss, smoothness, prediction.new_zeros(()))
+    weight = pixel_weight(eds_weight(batch, config) * (label >= 0), config.reduction)
+    inside = batch.void != PADDING
+    return _class_losses(prediction, label.clamp_min(0), weight, inside, config, compiled=compiled)
+
+
+def _class_losses(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    inside: Tensor,
+    config: LossConfig,
+    *,
+    compiled: bool,
+) -> Losses:
+    """Cross-entropy and the total variation of distributions (appendix A).
+
+    1/2 (H(P_ij, P_i+1,j) + H(P_ij, P_i,j+1)), H(a, b) = -sum a log b; mean over an image's pixels.
+    """
+    scale = config.tv / 2 / len(inside) / inside.sum((1, 2)).clamp_min(1)[:, None, None]
+    terms = PixelTerms(
+        target,
+        weight,
+        down=(inside[:, 1:] & inside[:, :-1]) * scale,
+        right=(inside[..., 1:] & inside[..., :-1]) * scale,
+    )
+    total, pixel, variation = class_losses(logits, terms, compiled=compiled)
+    smoothness = variation / config.tv if config.tv else variation
+    return Losses(total, pixel, smoothness, total.new_zeros(()))
 
 
 def gather_rows(table: Tensor, index: Tensor) -> Tensor:
@@ -118,15 +159,19 @@ def instance_weight(batch: Batch, config: LossConfig) -> Tensor:
     return eds_weight(batch, config) * counted
 
 
-def reduce_pixels(loss: Tensor, weight: Tensor, reduction: str) -> Tensor:
-    """Weighted mean (or sum) over each image's pixels, then the mean over images.
+def pixel_weight(weight: Tensor, reduction: str) -> Tensor:
+    """What each pixel's loss is multiplied by, so that the sum is the loss of a batch.
 
-    An image without weight contributes 0.
+    The mean over images of each image's weighted mean, or of its weighted sum. An image without
+    weight contributes 0.
+
+    Args:
+        weight: (B, H, W).
+        reduction: `mean` or `sum`.
     """
-    total = (loss * weight).sum((1, 2))
     if reduction == "mean":
-        total = total / weight.sum((1, 2)).clamp_min(1e-6)
-    return total.mean()
+        weight = weight / weight.sum((1, 2), keepdim=True).clamp_min(1e-6)
+    return weight / len(weight)
 
 
 def axis_norms(difference: Tensor, encoding: Encoding) -> Tensor:
@@ -155,14 +200,6 @@ def safe_sqrt(squared: Tensor) -> Tensor:
     return torch.where(positive, squared, 1.0).sqrt() * positive
 
 
-def code_cross_entropy(prediction: Tensor, target: Tensor, cells: int) -> Tensor:
-    """Mean over u and v of the cross-entropy of the cell (appendix B), (B, H, W)."""
-    logits = torch.unflatten(prediction, 1, (2, cells + 1)).transpose(
-        1, 2
-    )  # (B, cells + 1, 2, H, W)
-    return F.cross_entropy(logits, target, reduction="none").mean(1)
-
-
 def code_variation(prediction: Tensor, encoding: Encoding, inside: Tensor) -> Tensor:
     """Total variation of codes: distance to the pixel above plus to the one on the left.
 
@@ -175,24 +212,6 @@ def code_variation(prediction: Tensor, encoding: Encoding, inside: Tensor) -> Te
     """
     down = code_distance(prediction[:, :, 1:] - prediction[:, :, :-1], encoding, "norm")
     right = code_distance(prediction[..., 1:] - prediction[..., :-1], encoding, "norm")
-    return _mean_pairs(down, right, inside)
-
-
-def class_variation(logits: Tensor, inside: Tensor) -> Tensor:
-    """Total variation of distributions (appendix A): cross-entropy between neighbours.
-
-    1/2 (H(P_ij, P_i+1,j) + H(P_ij, P_i,j+1)), H(a, b) = -sum a log b; mean over pixels.
-
-    Args:
-        logits: (B, C, ..., H, W); several distributions a pixel are averaged.
-        inside: (B, H, W) 1 inside the picture.
-    """
-    log_p = F.log_softmax(logits, dim=1)
-    p = log_p.exp()
-    down = -(p[..., :-1, :] * log_p[..., 1:, :]).sum(1) / 2
-    right = -(p[..., :-1] * log_p[..., 1:]).sum(1) / 2
-    if down.ndim == 4:
-        down, right = down.mean(1), right.mean(1)
     return _mean_pairs(down, right, inside)
 
 
@@ -218,17 +237,32 @@ def dice(prediction: Tensor, batch: Batch, encoding: PositionalCode) -> Tensor:
     """
     counted = ((batch.void != PADDING) & (batch.void != CROWD)).flatten(1)  # (B, P)
     code = encoding.encode(batch.centroid, batch.instance)  # (B, R, 4L)
-    flat = prediction.flatten(2)  # (B, 4L, P)
-    # |x - c|^2 over both halves: |x|^2 + 2L - 2 x . c, as |gamma|^2 = L.
-    squared = flat.square().sum(1)[:, None] + 2 * encoding.harmonics - 2 * (code @ flat)
-    p = torch.exp(-squared.clamp_min(0)) * counted[:, None]  # (B, R, P)
     index = batch.index.flatten(1).long()  # (B, P)
     area = torch.zeros_like(batch.label, dtype=torch.float32)
     area.scatter_add_(1, index, counted.float())
     weight = batch.instance / area.clamp_min(1)  # (B, R)
-    own = p.gather(1, index[:, None]).squeeze(1)  # (B, P): p of the pixel's own segment
-    overlap = (own * weight.gather(1, index)).sum(1)
-    extent = (weight * (area + p.sum(2))).sum(1)
+
+    def sums(codes: Tensor, index: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+        # |x - c|^2 over both halves: |x|^2 + 2L - 2 x . c, as |gamma|^2 = L.
+        norm = codes.square().sum(1)[:, None] + 2 * encoding.harmonics
+        squared = torch.baddbmm(norm, code, codes, alpha=-2)
+        p = torch.exp(-squared.clamp_min(0)) * counted[:, None]  # (B, R, pixels)
+        own = p.gather(1, index[:, None]).squeeze(1)  # p of the pixel's own segment
+        return (own * weight.gather(1, index)).sum(1), (p.sum(2) * weight).sum(1)
+
+    # A value for each pixel and row would be the largest tensor of the step: some at a time.
+    size = max(1, DICE_VALUES // weight.numel())
+    pixels = zip(
+        prediction.flatten(2).split(size, 2),
+        index.split(size, 1),
+        counted.split(size, 1),
+        strict=True,
+    )
+    parts = [
+        checkpoint(sums, *part, use_reentrant=False, preserve_rng_state=False) for part in pixels
+    ]
+    overlap, spread = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
+    extent = (weight * area).sum(1) + spread
     present = batch.instance.any(1)
     loss = 1 - 2 * overlap / torch.where(present, extent, 1.0)
     return (loss * present).mean()

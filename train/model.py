@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,15 +23,34 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Prediction:
-    """The heads' outputs at the input's size; a head that was not asked for is None.
+    """The heads' outputs at the decoder's size; a head that was not asked for is None.
+
+    They are not resized to the input's size here: what follows needs it for some rows or some
+    images at a time, and it is the largest tensor there is.
 
     Attributes:
-        instance: (B, channels, S, S) codes.
-        semantic: (B, C, S, S) logits.
+        instance: (B, channels, h, w) codes.
+        semantic: (B, C, h, w) logits.
     """
 
     instance: Tensor | None
     semantic: Tensor | None
+
+    def resized(self, size: Sequence[int]) -> Prediction:
+        """Both at (H, W), in float32."""
+        return Prediction(
+            *(
+                None if maps is None else resize_maps(maps.float(), size)
+                for maps in (self.instance, self.semantic)
+            )
+        )
+
+
+def resize_maps(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, channels, h, w) maps at (H, W), bilinear."""
+    if maps.shape[2:] == tuple(size):
+        return maps
+    return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False)
 
 
 class PanopticModel(nn.Module):
@@ -75,11 +95,10 @@ class PanopticModel(nn.Module):
             photo: (B, 3, S, T) uint8 RGB, or float in [0, 1]; S and T multiples of the patch size.
             task: Which heads to run.
         """
-        size = photo.shape[-2:]
         features = self.features(photo)
         return Prediction(
-            instance=None if task == "semantic" else self._head(self.instance_head, features, size),
-            semantic=None if task == "instance" else self._head(self.semantic_head, features, size),
+            instance=None if task == "semantic" else self.instance_head(features),
+            semantic=None if task == "instance" else self.semantic_head(features),
         )
 
     def features(self, photo: Tensor) -> Tensor:
@@ -87,17 +106,11 @@ class PanopticModel(nn.Module):
         check_size(photo.shape[-2], photo.shape[-1], self.patch_size)
         scaled = photo.float() / 255 if photo.dtype == torch.uint8 else photo
         taps = self.encoder((scaled - self.mean) / self.std).feature_maps
-        features: Tensor = self.decoder(torch.cat(taps, dim=1))
+        # Channels last is what the encoder makes, what a norm over channels wants, and what
+        # convolutions on tensor cores take.
+        joined = torch.cat(taps, dim=1).contiguous(memory_format=torch.channels_last)
+        features: Tensor = self.decoder(joined)
         return features
-
-    @staticmethod
-    def _head(head: nn.Module, features: Tensor, size: torch.Size) -> Tensor:
-        # The head runs before the last resize: the same for a linear head up to its padding, and
-        # cheaper by the square of the factor.
-        output: Tensor = head(features)
-        if output.shape[-2:] == size:
-            return output
-        return F.interpolate(output, size=size, mode="bilinear", align_corners=False)
 
 
 class Decoder(nn.Module):

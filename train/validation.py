@@ -148,13 +148,16 @@ def validate(
         for batch in held_out.batches(config, rank, world):
             here = batch.to(accelerator.device)
             found = model(here.photo, "both")
-            code, logits = found.instance.float(), found.semantic.float()
+            full = found.resized(here.index.shape[1:])
             images = len(here.keys)
             losses = (
-                instance_loss(code, here, encoding, config.loss, distance).total * images,
-                semantic_loss(logits, here, config.loss).total * images,
+                instance_loss(found.instance, here, encoding, config.loss, distance).total * images,
+                semantic_loss(found.semantic, here, config.loss).total * images,
             )
-            hits = (*label_hits(logits, here), *code_hits(code, here, encoding, cells))
+            hits = (
+                *label_hits(full.semantic, here),
+                *code_hits(full.instance, here, encoding, cells),
+            )
             sums += torch.stack([here.eds_scale.new_tensor(images), *losses, *hits]).double()
         images, instance, semantic, *pairs = accelerator.reduce(sums, "sum").tolist()
         right, counted = pairs[::2], pairs[1::2]

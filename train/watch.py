@@ -129,9 +129,9 @@ def draw_heads(
         categories: By label.
     """
     isthing = [category.isthing for category in categories]
-    found = model.eval()(batch.photo[:SHOWN], "both")
+    found = model.eval()(batch.photo[:SHOWN], "both").resized(batch.index.shape[1:])
     rows: list[list[Tile]] = []
-    for row, code in enumerate(found.instance.float()):
+    for row, code in enumerate(found.instance):
         index = batch.index[row].long().cpu().numpy()
         centroid = batch.centroid[row].cpu().numpy().copy()
         centroid[~batch.instance[row].cpu().numpy()] = np.nan
