@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -27,6 +27,28 @@ from pipeline.image import render_image
 from pipeline.sample import Sample
 from pipeline.shards import pack_shard
 from pipeline.synthetic import write_dataset
+
+
+class BenchResult(Protocol):
+    """What every benchmark gives: a table, and the same as plain values."""
+
+    @property
+    def title(self) -> str:
+        """What was measured, on what."""
+        ...
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The table's head."""
+        ...
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table's lines."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +80,10 @@ class Bench:
     timings: tuple[Timing, ...]
     ratios: dict[str, float]
 
-    COLUMNS = ("", "ms/image", "images/s", "kB/image")
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of `rows`."""
+        return ("", "ms/image", "images/s", "kB/image")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `bench --json` prints them."""

@@ -93,7 +93,10 @@ def make_backbone(
         start_from_sincos(backbone)
     backbone.embeddings.mask_token.requires_grad_(False)  # never used: it would stop DDP
     if config.gradient_checkpointing:
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(  # the older name warns where the newer one is known
+            backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
     return backbone
 
 

@@ -27,7 +27,8 @@ class ModelSummary:
         blocks: Encoder blocks.
         features: Side of the decoder's output before the last resize.
         flops_per_image: Floating-point operations of a forward pass with both heads.
-        train_flops_per_image: Of a training step with the instance head, forward and backward.
+        train_flops_per_image: Of a training step, forward and backward, averaged over the tasks:
+            two for instances, one for categories.
         state_bytes: Weights, gradients and AdamW's two moments, in float32.
         activation_bytes_per_image: Kept for the backward pass of an instance step, before losses.
     """
@@ -96,10 +97,12 @@ def summarize_model(config: TrainConfig, classes: int) -> ModelSummary:
         return tensor
 
     held: list[Tensor] = []  # so that no id is given twice
-    with FlopCounterMode(display=False) as step:
+    with FlopCounterMode(display=False) as instance:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = model(photo, "instance").instance
         output.sum().backward()
+    with FlopCounterMode(display=False) as semantic:
+        model(photo, "semantic").semantic.sum().backward()
     bytes_each = 2 if config.precision == "bf16" else 4
     with torch.no_grad():
         features = model.features(photo).shape[-1]
@@ -113,7 +116,9 @@ def summarize_model(config: TrainConfig, classes: int) -> ModelSummary:
         blocks=model.encoder.config.num_hidden_layers,
         features=features,
         flops_per_image=forward.get_total_flops(),
-        train_flops_per_image=step.get_total_flops(),
+        train_flops_per_image=round(
+            (2 * instance.get_total_flops() + semantic.get_total_flops()) / 3
+        ),
         state_bytes=16 * total,
         activation_bytes_per_image=sum(kept.values()) * bytes_each // 4,
     )
