@@ -44,7 +44,7 @@ def test_every_variant_has_a_column_and_every_part_a_line() -> None:
     values = json.loads(json.dumps(found.to_json()))
     plain = found.timings[0]
     assert values["timings"][0]["fed_ms"] == plain.fed_ms
-    assert values["ratios"][0]["fed/whole"] == plain.fed_ms / plain.whole_ms
+    assert values["ratios"][0]["fed_to_whole"] == plain.fed_ms / plain.whole_ms
 
 
 def test_rounds_time_every_task_on_a_batch_of_its_own() -> None:

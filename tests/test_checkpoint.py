@@ -243,6 +243,40 @@ def test_pruning_keeps_what_is_whole_and_clears_the_rest(tmp_path: Path) -> None
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_0000006", "step_0000007"]
 
 
+def test_what_changed_without_changing_its_size_is_found_when_every_byte_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newer = save(tmp_path, 3), save(tmp_path, 6)
+    for name in ("model.safetensors", "optimizer.pt", "rng_0.pt", "state.json"):
+        file = newer / name
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        assert incomplete(newer) is None
+        assert latest_checkpoint(tmp_path, deep=True) == older
+        assert f"{newer} is ignored: {name} is damaged" in caplog.messages[-1]
+        data[-1] ^= 1
+        file.write_bytes(data)
+    assert latest_checkpoint(tmp_path, deep=True) == newer
+
+
+def test_a_newer_one_never_displaces_the_one_just_written(tmp_path: Path) -> None:
+    """The run went on from an earlier one, so the newer one is damaged."""
+    save(tmp_path, 9)
+    save(tmp_path, 4, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_0000004"]
+
+
+def test_an_optimizer_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    folder = save(tmp_path, 3)
+    model = make_model()
+    for content in (b"", b"no pickle", b"PK\x03\x04"):
+        (folder / "optimizer.pt").write_bytes(content)
+        with pytest.raises(InputError, match="cannot be resumed from") as caught:
+            load_training(folder, model, make_optimizer(model), 0)
+        assert "\n" not in str(caught.value)
+
+
 def test_a_step_is_saved_again_over_a_damaged_one(tmp_path: Path) -> None:
     damage(save(tmp_path, 3), "cut file")
     assert incomplete(save(tmp_path, 3)) is None

@@ -371,17 +371,44 @@ def test_tables_are_padded_with_rows_of_no_segment() -> None:
     assert batch.eds_scale.dtype == batch.centroid.dtype == torch.float32
 
 
-def test_colour_jitter() -> None:
-    photo = torch.from_numpy(noise((5, 6)).transpose(2, 0, 1)[None].repeat(2, 0).copy())
-    plain = jitter_colour(photo, torch.ones(2, 3))
-    torch.testing.assert_close(plain, photo.float() / 255)
-    factors = torch.tensor([[0.9, 1.2, 0.8], [1.0, 0.0, 1.0]])
-    found = jitter_colour(photo, factors)
-    scaled = photo[0].double() / 255 * 0.9
-    contrast = scaled.mean() + (scaled - scaled.mean()) * 1.2
-    wanted = contrast.mean(0) + (contrast - contrast.mean(0)) * 0.8
-    torch.testing.assert_close(found[0].double(), wanted.clamp(0, 1), atol=1e-5, rtol=0)
-    assert found[1].std() < 1e-6  # no contrast: the mean everywhere
+def literal_jitter(
+    photo: NDArray[np.uint8], factors: list[float], inside: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Brightness, then contrast about the picture's mean, then saturation; pixel by pixel."""
+    brightness, contrast, saturation = factors
+    scaled = photo / 255 * brightness
+    pixels = [scaled[:, y, x] for y, x in np.argwhere(inside)]
+    mean = np.mean(pixels) if pixels else 0.0
+    result = np.zeros(photo.shape)
+    for y, x in np.argwhere(inside):
+        colour = mean + (scaled[:, y, x] - mean) * contrast
+        colour = colour.mean() + (colour - colour.mean()) * saturation
+        result[:, y, x] = np.clip(colour, 0, 1)
+    return result
+
+
+def test_colour_jitter_equals_a_literal_one_and_padding_has_no_part_in_it() -> None:
+    photo = noise((5, 6)).transpose(2, 0, 1)[None].repeat(4, 0).copy()
+    void = np.zeros((4, 5, 6), np.uint8)
+    void[0, 0, 0], void[0, 1, 1] = 1, 2  # unlabelled and crowd are picture, too
+    void[1, :, 4:] = void[1, 3:] = PADDING
+    void[3] = PADDING
+    photo *= (void != PADDING)[:, None]
+    factors = [[0.9, 1.2, 0.8], [1.1, 0.7, 1.3], [1.0, 0.0, 1.0], [1.2, 0.5, 1.0]]
+    tensors = torch.from_numpy(photo), torch.tensor(factors)
+    found = jitter_colour(*tensors, torch.from_numpy(void))
+    for row, values in enumerate(factors):
+        wanted = literal_jitter(photo[row], values, void[row] != PADDING)
+        np.testing.assert_allclose(found[row], wanted, atol=1e-6)
+    assert found[2].std() < 1e-6  # no contrast: the mean everywhere
+    assert torch.equal(found, jitter_colour(*tensors, torch.from_numpy(void)))
+    alone = jitter_colour(tensors[0][1:2], tensors[1][1:2], torch.from_numpy(void[1:2]))
+    assert torch.equal(found[1:2], alone)  # whatever the batch
+
+
+def test_factors_of_one_change_nothing() -> None:
+    photo = torch.from_numpy(noise((5, 6)).transpose(2, 0, 1)[None].copy())
+    torch.testing.assert_close(jitter_colour(photo, torch.ones(1, 3)), photo.float() / 255)
 
 
 # The loader
@@ -463,7 +490,7 @@ def test_a_damaged_photo_is_one_line_that_names_it(cache: Path, workers: int) ->
     config = replace(SMALL, batch=1, micro_batch=1, workers=workers)
     with pytest.raises(InputError, match="photo damaged") as caught:
         load(cache, config, range(step, step + 1))
-    assert str(caught.value).startswith(f"{entry['key']}.jpg: ")
+    assert str(caught.value).startswith(f"{shard.name}: {entry['key']}.jpg: ")
     assert "\n" not in str(caught.value)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import signal
@@ -18,12 +17,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomli_w
 import torch
 from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from short_runs import (
+    PROCESSES,
+    ROOT,
+    STEPS,
+    TIMES,
+    TORCHRUN,
+    lines_of,
+    make_config,
+    same_run,
+    saved_steps,
+    start,
+    untimed,
+    wait_for_lines,
+    weights_of,
+    write_config,
+)
 
 from pipeline.coco import CocoPanoptic
 from pipeline.config import RenderConfig, load_config
@@ -35,9 +49,7 @@ from train.checkpoint import incomplete, latest_checkpoint, load_model, read_sta
 from train.config import (
     DataConfig,
     LossConfig,
-    ModelConfig,
     OptimConfig,
-    RandomBackbone,
     TrainConfig,
 )
 from train.guards import memory_advice, not_finite
@@ -48,11 +60,7 @@ from train.optim import learning_rate
 from train.watch import keep_lines
 
 SAMPLES = 12
-STEPS = 7
-TIMES = {"images_per_second", "waited"}
 FIELDS = {"step", "epoch", "task", "loss", "pixel", "tv", "dice", "norm", "lr", *TIMES}
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["train.loop"])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,51 +81,6 @@ def fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def make_config(cache: Path, out: Path, **settings: Any) -> TrainConfig:
-    """Seven steps of two micro-batches, checkpoints at 2, 4, 6 and 7, everything switched on."""
-    config = TrainConfig(
-        out=str(out),
-        steps=STEPS,
-        seed=1,
-        precision="fp32",
-        checkpoint_every=2,
-        keep=2,
-        trackers=(),
-        data=DataConfig(cache=str(cache), size=28, batch=4, micro_batch=2, workers=0),
-        model=ModelConfig(
-            backbone="random",
-            random=RandomBackbone(hidden_size=32, layers=3, heads=2, patch_size=7, grid=4),
-            taps=(1, 2, 3),
-            channels=16,
-            drop_path=0.2,
-        ),
-        loss=LossConfig(instance="squared_then_norm"),
-        optim=OptimConfig(lr=1e-3, warmup_epochs=1.0),
-    )
-    return replace(config, **settings)
-
-
-def lines_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def untimed(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines_of(run)]
-
-
-def weights_of(run: Path) -> dict[str, torch.Tensor]:
-    folder = latest_checkpoint(run / "checkpoints")
-    assert folder is not None
-    weights: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
-    return weights
-
-
-def same_run(one: Path, other: Path) -> bool:
-    a, b = weights_of(one), weights_of(other)
-    same = a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    return same and untimed(one) == untimed(other)
 
 
 @pytest.fixture(scope="module")
@@ -232,11 +195,6 @@ def die_at(config: TrainConfig, module: str, name: str, call: int) -> None:
 
     setattr(owner, name, deadly)
     train_run(config, resume=True)
-
-
-def saved_steps(run: Path) -> list[int]:
-    folders = sorted((run / "checkpoints").glob("step_*"))
-    return [read_state(folder).step for folder in folders if incomplete(folder) is None]
 
 
 DEATHS = {
@@ -385,7 +343,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_line(
         log_every=100,
         optim=OptimConfig(lr=1e30, warmup_epochs=0.0),
     )
-    file.write_bytes(tomli_w.dumps(config.to_dict()).encode())
+    write_config(config, file)
     with pytest.raises(SystemExit) as caught:
         main(file, ["checkpoint_every=3"], resume=False)
     assert caught.value.code == 1
@@ -432,14 +390,10 @@ def test_two_ranks_train_as_one_that_accumulates(tiny_cache: Path, tmp_path: Pat
     config = replace(config, model=replace(config.model, drop_path=0.0))
     train_run(config)
     two = replace(config, out=str(tmp_path / "two"))
-    file = tmp_path / "run.toml"
-    file.write_bytes(tomli_w.dumps(two.to_dict()).encode())
+    file = write_config(two, tmp_path / "run.toml")
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", "-m", "train", str(file)),
-        ],
-        cwd=Path(__file__).parents[1],
+        [sys.executable, *TORCHRUN, "2", "-m", "train", str(file)],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=120,
@@ -464,29 +418,6 @@ def test_two_ranks_train_as_one_that_accumulates(tiny_cache: Path, tmp_path: Pat
 # Asked to stop
 
 
-def start(config: TrainConfig, tmp_path: Path, ranks: int) -> subprocess.Popen[str]:
-    """The training as a process (group) of its own, with real loader processes."""
-    file = tmp_path / "run.toml"
-    file.write_bytes(tomli_w.dumps(config.to_dict()).encode())
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.Popen(
-        [sys.executable, *(launcher if ranks > 1 else []), "-m", "train", str(file), "--resume"],
-        cwd=Path(__file__).parents[1],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for_lines(run: Path, count: int, child: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    metrics = run / "metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < count:
-        assert child.poll() is None, child.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def long_config(cache: Path, out: Path) -> TrainConfig:
     config = make_config(cache, out, steps=120, checkpoint_every=1000, keep=1, ema=0.99)
     return replace(config, data=replace(config.data, workers=1))
@@ -507,7 +438,7 @@ def test_a_run_asked_to_stop_saves_and_goes_on_bit_for_bit(
 ) -> None:
     run = tmp_path / "run"
     config = long_config(tiny_cache, run)
-    child = start(config, tmp_path, 1)
+    child = start(config, tmp_path)
     wait_for_lines(run, 3, child)
     os.killpg(child.pid, number)  # loader processes get it too, as of a scheduler or a terminal
     _, said = child.communicate(timeout=60)
@@ -524,24 +455,10 @@ def test_a_run_asked_to_stop_saves_and_goes_on_bit_for_bit(
     assert all(torch.equal(value, others[name]) for name, value in ones.items())
 
 
-def test_two_ranks_asked_to_stop_save_together(tiny_cache: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    child = start(replace(long_config(tiny_cache, run), steps=2000), tmp_path, 2)
-    wait_for_lines(run, 3, child)
-    child.send_signal(signal.SIGTERM)  # to the launcher, which passes it on
-    _, said = child.communicate(timeout=60)
-    (step,) = saved_steps(run)
-    assert [line["step"] for line in lines_of(run)] == list(range(1, step + 1))
-    assert said.count("stopped by SIGTERM") == 1
-    folder = run / f"checkpoints/step_{step:07d}"
-    assert {path.name for path in folder.glob("rng_*")} == {"rng_0.pt", "rng_1.pt"}
-
-
 def test_before_the_first_step_there_is_nothing_to_finish(
     tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tmp_path / "run.toml"
-    file.write_bytes(tomli_w.dumps(make_config(tiny_cache, tmp_path / "run").to_dict()).encode())
+    file = write_config(make_config(tiny_cache, tmp_path / "run"), tmp_path / "run.toml")
 
     def opened(_: DataConfig) -> None:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +20,9 @@ from pipeline.config import load_config
 from pipeline.errors import InputError
 from pipeline.interrupt import Interrupted, interruptible
 from train.config import TrainConfig
+
+GRACE = 5.0
+"""Seconds in which a launcher ends the other ranks once one has failed."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -31,21 +36,34 @@ def main(
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
 ) -> None:
     """Trains a model from a cache."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    first = os.environ.get("RANK", "0") == "0"
+    level = logging.INFO if first else logging.ERROR  # what concerns all ranks is said once
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     log = logging.getLogger(__name__)
     try:
         # Its imports can fail with a clear line.
-        from train.guards import memory_advice  # noqa: PLC0415
+        from train.guards import alone, disk_advice, memory_advice, rank_advice  # noqa: PLC0415
         from train.loop import train  # noqa: PLC0415
+        from train.signals import stop_with_launcher  # noqa: PLC0415
 
         chosen = load_config(TrainConfig, config, settings or [])
-        with interruptible(), memory_advice(chosen):
+        stop_with_launcher()
+        with ExitStack() as guards:
+            guards.enter_context(interruptible())
+            guards.enter_context(disk_advice(Path(chosen.out)))
+            if first:
+                guards.enter_context(alone(Path(chosen.out)))
+            guards.enter_context(memory_advice(chosen))
+            guards.enter_context(rank_advice())
             train(chosen, resume=resume)
     except InputError as error:
+        # What all ranks met, the first one says; what one met, that one: the others are ended.
+        if not first or error.code == "rank-lost":
+            time.sleep(GRACE)
         log.error("%s", error)
         raise SystemExit(1) from None
     except Interrupted as stop:
-        if os.environ.get("RANK", "0") == "0":  # every rank stops, one says so
+        if first:  # every rank stops, one says so
             log.error("%s", stop)
         raise SystemExit(stop.exit_code) from None
 

@@ -18,11 +18,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +41,8 @@ from pipeline.errors import InputError
 from train.config import TrainConfig
 from train.encoding import make_encoding
 from train.model import PanopticModel
+
+log = logging.getLogger(__name__)
 
 _TEMPORARY = ".tmp-"
 ARCHITECTURE = "backbone.json"
@@ -110,18 +116,50 @@ def save_checkpoint(
     ema: PanopticModel | None,
     keep: int,
 ) -> Path:
-    """Writes a checkpoint, whole or not at all; call on every rank."""
-    if accelerator.is_main_process:
-        folder = begin_checkpoint(checkpoints, state.step)
-        write_checkpoint(folder, state, model, optimizer, ema)
-    accelerator.wait_for_everyone()
+    """Writes a checkpoint, whole or not at all; call on every rank.
+
+    Raises:
+        InputError: It cannot be written; what there is of it is removed, earlier ones stay.
+    """
     folder = begun_folder(checkpoints, state.step)
-    torch.save(rng_state(), folder / f"rng_{accelerator.process_index}.pt")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        finish_checkpoint(folder, keep)
+    with _writing(folder):
+        if accelerator.is_main_process:
+            begin_checkpoint(checkpoints, state.step)
+            write_checkpoint(folder, state, model, optimizer, ema)
+        accelerator.wait_for_everyone()
+        _save(rng_state(), folder / f"rng_{accelerator.process_index}.pt")
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            finish_checkpoint(folder, keep)
     accelerator.wait_for_everyone()
     return step_folder(checkpoints, state.step)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Makes one line of a full disk, and room on it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        shutil.rmtree(folder, ignore_errors=True)
+        before = latest_checkpoint(folder.parent)
+        raise InputError(
+            f"cannot write the checkpoint: {reason}",
+            where=folder.parent,
+            remedy=f"make room or rights, then --resume; {before.name if before else 'none'} is"
+            " the last complete one",
+            code="write",
+        ) from None
+
+
+def _save(values: Any, path: Path) -> None:
+    try:
+        torch.save(values, path)
+    except RuntimeError as error:  # of many kinds; the system's own reason is lost
+        if "CUDA" in str(error):
+            raise
+        raise OSError(f"{path.name} was cut short, as where a disk is full") from None
 
 
 def write_checkpoint(
@@ -138,7 +176,7 @@ def write_checkpoint(
             weights = {name: value.contiguous() for name, value in module.state_dict().items()}
             save_file(weights, weights_file(folder, kind))
     model.encoder.config.to_json_file(folder / ARCHITECTURE, use_diff=False)
-    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    _save(optimizer.state_dict(), folder / "optimizer.pt")
     (folder / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
 
 
@@ -158,28 +196,43 @@ def finish_checkpoint(folder: Path, keep: int) -> Path:
     folder.rename(final)
     _sync(final.parent)
     folders = sorted(final.parent.glob("step_*"))
-    kept = [folder for folder in folders if not incomplete(folder)][-keep:]
+    # What is newer is damaged: the run would have gone on from there.
+    kept = [folder for folder in folders if folder <= final and not incomplete(folder)][-keep:]
     # What goes is older, damaged, or was left half written by a kill.
     for old in {*folders, *final.parent.glob(f"{_TEMPORARY}*")} - {*kept}:
         shutil.rmtree(old)
     return final
 
 
-def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint, or None."""
+def latest_checkpoint(checkpoints: Path, *, deep: bool = False) -> Path | None:
+    """The newest complete checkpoint, or None; a line names newer ones that are not.
+
+    Args:
+        checkpoints: Folder of checkpoints.
+        deep: Read every byte, see `incomplete`.
+    """
     for folder in sorted(checkpoints.glob("step_*"), reverse=True):
-        if not incomplete(folder):
+        problem = incomplete(folder, deep=deep)
+        if not problem:
             return folder
+        log.warning("%s is ignored: %s", folder, problem)
     return None
 
 
-def incomplete(folder: Path) -> str | None:
-    """What makes a checkpoint unusable, judged by names and sizes; None where it is whole."""
+def incomplete(folder: Path, *, deep: bool = False) -> str | None:
+    """What makes a checkpoint unusable; None where it is whole.
+
+    Args:
+        folder: The checkpoint.
+        deep: Judge by SHA-256 too, not only by names and sizes.
+    """
     try:
         files = json.loads((folder / "complete.json").read_text())
         for name, facts in files.items():
             if (folder / name).stat().st_size != facts["size"]:
                 return f"{name} has another size than complete.json says"
+            if deep and _sha256(folder / name) != facts["sha256"]:
+                return f"{name} is damaged: its SHA-256 is not the one in complete.json"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -280,16 +333,24 @@ def load_training(
     """Puts a run back where a checkpoint was taken.
 
     Raises:
-        InputError: The weights do not fit the model.
+        InputError: The weights do not fit the model, or the rest cannot be read.
     """
     state = read_state(folder)
     load_weights(model, folder)
     if ema is not None:
         load_weights(ema, folder, "ema")
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu"))
-    generators = folder / f"rng_{rank}.pt"
-    if generators.exists():  # another number of ranks draws afresh
-        set_rng_state(torch.load(generators, weights_only=False))
+    try:
+        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu"))
+        generators = folder / f"rng_{rank}.pt"
+        if generators.exists():  # another number of ranks draws afresh
+            set_rng_state(torch.load(generators, weights_only=False))
+    except (OSError, EOFError, RuntimeError, LookupError, ValueError, UnpicklingError) as error:
+        reason = f"{type(error).__name__} {error}".splitlines()[0]
+        raise InputError(
+            f"cannot be resumed from: {reason[:160]}",
+            where=folder,
+            remedy="remove it to go on from an earlier one",
+        ) from None
     return state
 
 

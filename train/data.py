@@ -15,6 +15,7 @@ import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, cast
 
 import cv2
@@ -29,10 +30,18 @@ from pipeline.manifest import ShardIndex, read_index
 from pipeline.shards import ShardReader
 from pipeline.storage import Storage
 from train.config import DataConfig
-from train.items import Item, Place, draw_augmentation, make_item
+from train.items import PADDING, Item, Place, draw_augmentation, make_item
 from train.signals import stop_with_parent_only
 
 log = logging.getLogger(__name__)
+
+STARVED = ("DataLoader worker (pid", "shared memory", "unable to write to file </torch_")
+"""What torch says when a loader process was killed or had no memory to hand a batch over.
+
+Or the pipe to it breaks, an OSError or EOFError.
+"""
+
+_PREFIX = "pipeline.errors.InputError: "
 
 
 @dataclass(frozen=True)
@@ -116,8 +125,27 @@ class CachedItems(Dataset[Item]):
         self._reader, self._config, self._seed = reader, config, seed
 
     def __getitem__(self, place: Place) -> Item:
-        sample = self._reader.sample(place[1])
-        return make_item(sample, self._config, draw_augmentation(self._config, self._seed, place))
+        try:
+            sample = self._reader.sample(place[1])
+            augmentation = draw_augmentation(self._config, self._seed, place)
+            return make_item(sample, self._config, augmentation)
+        except InputError as error:
+            what, where, code = error.what, error.where, error.code
+        except OSError as error:
+            what, where, code = f"cannot be read: {error.strerror or error}", "", "shard-read"
+        shard = f"{shard_of(self._reader.index, place[1])}.tar"
+        raise InputError(
+            what,
+            where=f"{shard}: {where or self._reader.keys[place[1]]}",
+            remedy="run panoptic verify; remove the shard and preprocess again",
+            code=code,
+        )
+
+
+def shard_of(index: ShardIndex, position: int) -> str:
+    """The name of the shard that a position of a cache lies in."""
+    ends = accumulate(shard.samples for shard in index.shards)
+    return next(s.name for s, end in zip(index.shards, ends, strict=True) if position < end)
 
 
 @lru_cache(maxsize=2)
@@ -176,23 +204,30 @@ def accumulation(config: DataConfig, world: int) -> int:
     return count
 
 
-def jitter_colour(photo: Tensor, factors: Tensor) -> Tensor:
+def jitter_colour(photo: Tensor, factors: Tensor, void: Tensor | None = None) -> Tensor:
     """Brightness, contrast and saturation, on the device.
 
+    Contrast is about the mean of the picture. Padding has no part in it, else a picture that fills
+    less of the input would fade to black, and stays black, as at prediction.
+
     Args:
-        photo: (B, 3, S, S) uint8 RGB.
+        photo: (B, 3, S, S) uint8 RGB, 0 in the padding.
         factors: (B, 3) float32, 1 = unchanged.
+        void: (B, S, S) uint8 that says where padding is; None where there is none.
 
     Returns:
         (B, 3, S, S) float32 in [0, 1].
     """
     brightness, contrast, saturation = factors.T[..., None, None, None]  # (B, 1, 1, 1) each
-    scaled = photo.float() * (brightness / 255)
-    mean = scaled.mean((1, 2, 3), keepdim=True)
-    scaled = mean + (scaled - mean) * contrast
+    inside = torch.ones_like(photo[:, 0]).bool() if void is None else void != PADDING
+    pixels = inside.sum((1, 2)).clamp(min=1).view(-1, 1, 1, 1)
+    # A sum of whole numbers is the same in any order: on any device, however it is split.
+    mean = photo.sum((1, 2, 3), keepdim=True) / (3 * pixels) * (brightness / 255)
+    scaled = photo.float() * (brightness * contrast / 255)
     grey = scaled.mean(1, keepdim=True)
-    jittered: Tensor = grey + (scaled - grey) * saturation
-    return jittered.clamp(0, 1)
+    jittered = torch.lerp(grey, scaled, saturation) + mean * (1 - contrast)
+    result: Tensor = jittered.clamp(0, 1) * inside[:, None]
+    return result
 
 
 def open_index(config: DataConfig) -> ShardIndex:
@@ -270,13 +305,28 @@ def iterate(loader: DataLoader[Batch]) -> Generator[Batch, None, None]:
     """The loader's batches; close it, so that its processes end.
 
     An InputError of a loader process reads like one of this process.
+
+    Raises:
+        InputError: That, or a loader process died.
     """
     try:
         yield from loader
-    except InputError as error:
+    except (InputError, RuntimeError, OSError, EOFError) as error:
         # Its message has become a traceback, whose last line is the message.
-        line = str(error).splitlines()[-1]
-        raise InputError(line.removeprefix("pipeline.errors.InputError: ")) from None
+        line = f"{type(error).__name__}: {error}".splitlines()[-1]
+        if isinstance(error, InputError):
+            said = InputError(str(error).splitlines()[-1].removeprefix(_PREFIX))
+        elif not isinstance(error, RuntimeError) or any(sign in str(error) for sign in STARVED):
+            said = InputError(
+                f"a loader process failed: {line[:160]}",
+                where="data.workers",
+                remedy="memory or /dev/shm ran out, as a rule: lower data.workers",
+                code="loader",
+            )
+        else:
+            raise
+        error.__traceback__ = None  # its frames hold the loader, which is to end its processes
+        raise said from None
 
 
 def prepare_worker(_: int) -> None:

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import math
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 import torch
+from torch.distributed import DistError
 
 from pipeline.errors import InputError
+from pipeline.storage import Storage
 from train.config import TrainConfig
+from train.signals import StopRequest
+
+log = logging.getLogger(__name__)
 
 NAMED = 32
 """Samples that a message names."""
+
+PATIENCE = 60.0
+"""Seconds that a run waits for an earlier one to leave its folder: a step and a checkpoint."""
+
+_NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+"""The CPU's allocator and CUDA's libraries raise plain RuntimeErrors."""
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def not_finite(
@@ -22,7 +39,7 @@ def not_finite(
 
     Args:
         step: 0-based.
-        losses: Of this rank's micro-batches.
+        losses: Of the micro-batches of all ranks.
         keys: Of their samples.
         norm: Of the gradient over all ranks.
     """
@@ -30,7 +47,7 @@ def not_finite(
     what = (
         f"the loss is {losses[guilty[0]]} at step {step}"
         if guilty
-        else f"the gradient's norm is {norm} at step {step}, this rank's losses are finite"
+        else f"the gradient's norm is {norm} at step {step}, the losses are finite"
     )
     suspects = [key for number in guilty or range(len(keys)) for key in keys[number]]
     more = f" and {len(suspects) - NAMED} more" if len(suspects) > NAMED else ""
@@ -53,9 +70,8 @@ def memory_advice(config: TrainConfig) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         line = next(iter(str(error).splitlines()), "")
-        # The CPU's allocator raises a plain RuntimeError.
         plain = not isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if plain and "can't allocate memory" not in str(error):
+        if plain and not any(sign in str(error) for sign in _NO_MEMORY):
             raise
         data = config.data
         remedies = [f"lower data.micro_batch, now {data.micro_batch}; the batch stays {data.batch}"]
@@ -65,3 +81,83 @@ def memory_advice(config: TrainConfig) -> Iterator[None]:
         raise InputError(
             f"out of memory: {line[:120]}", remedy=", ".join(remedies), code="out-of-memory"
         ) from None
+
+
+@contextmanager
+def disk_advice(out: Path) -> Iterator[None]:
+    """Turns a disk that is full or closed to the run into one line.
+
+    Raises:
+        InputError: A file inside could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise InputError(
+            f"{error.strerror}",
+            where=error.filename or out,
+            remedy="make room or rights",
+            code="write",
+        ) from None
+
+
+@contextmanager
+def rank_advice(request: StopRequest | None = None) -> Iterator[None]:
+    """Turns what the libraries say of another rank's end into one line.
+
+    Args:
+        request: The launcher, which knows more, may have asked this rank to stop.
+
+    Raises:
+        InputError: Another rank was lost; this one knows no reason.
+        SystemExit: Likewise, and the launcher is ending the run.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, DistError) and "gloo" not in str(error):
+            raise
+        if request is not None and request.signal:
+            raise SystemExit(128 + request.signal) from None
+        raise InputError(
+            "another rank has gone, or cannot be reached",
+            remedy="its own last line or the launcher's says why; --resume goes on",
+            code="rank-lost",
+        ) from None
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Holds a run's folder, so that no other run writes into it; for the main rank.
+
+    The ranks of a launcher that was killed finish their step and save, see `stop_with_launcher`.
+    The run that goes on must not overtake them, so it waits for `PATIENCE`.
+
+    Raises:
+        InputError: Another run holds it for longer.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        began = time.monotonic()
+        while True:
+            try:
+                held.enter_context(Storage(str(out)).locked())
+                break
+            except InputError as error:
+                waited = time.monotonic() - began
+                if error.code != "locked" or waited > PATIENCE:
+                    raise
+                if waited < 1:
+                    log.warning("%s: another run is ending here, waiting for it", out)
+                time.sleep(1)
+            except OSError as error:
+                log.warning("%s: cannot be locked, start no second run here: %s", out, error)
+                break
+        try:
+            yield
+        finally:
+            held.close()
+            with suppress(OSError):
+                out.rmdir()  # nothing came of it

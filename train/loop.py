@@ -30,7 +30,7 @@ from train.config import LossConfig, TrainConfig
 from train.data import accumulation, iterate, jitter_colour, open_index, repeats
 from train.ema import Ema
 from train.encoding import make_encoding
-from train.guards import not_finite
+from train.guards import not_finite, rank_advice
 from train.losses import Distance, instance_loss, semantic_loss
 from train.model import PanopticModel, Task, check_size
 from train.optim import learning_rate, parameter_groups, set_learning_rate
@@ -76,8 +76,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
     # The run's folder.
     out = Path(config.out)
     checkpoints = out / "checkpoints"
-    begun = latest_checkpoint(checkpoints) if resume else None
-    if not resume and (out / "metrics.jsonl").exists():
+    begun = ranks.first(lambda: latest_checkpoint(checkpoints, deep=True)) if resume else None
+    if not resume and ((out / "metrics.jsonl").exists() or any(checkpoints.glob("step_*"))):
         raise InputError(
             "a run lies here already", where=out, remedy="add --resume, or --set out=ANOTHER"
         )
@@ -127,6 +127,15 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
             "the step to end at": steps,
         }
     )
+    loader = make_loader(
+        config.data,
+        index,
+        seed=config.seed,
+        steps=range(first, steps),
+        rank=rank,
+        world=world,
+        pin=device.type == "cuda",
+    )
     network, optimizer = accelerator.prepare(
         torch.compile(model) if config.compile else model,
         optimizer,
@@ -139,21 +148,13 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
     watch = Watch(accelerator, out, first)
 
     # The steps.
-    loader = make_loader(
-        config.data,
-        index,
-        seed=config.seed,
-        steps=range(first, steps),
-        rank=rank,
-        world=world,
-        pin=device.type == "cuda",
-    )
     warmup = round(config.optim.warmup_epochs * samples / config.data.batch)
     last, note, asked = begun, "", 0
     with (
         progress("train", steps, "steps", first) as advance,
-        closing(iterate(loader)) as batches,
         stop_request() as request,
+        rank_advice(request),
+        closing(iterate(loader)) as batches,
     ):
         for step in range(first, steps):
             started, waited = time.perf_counter(), 0.0
@@ -173,7 +174,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
                 # Gradients meet between ranks once a step, in its last backward pass.
                 final = number == micro_batches - 1
                 with nullcontext() if final else accelerator.no_sync(network):
-                    prediction = network(jitter_colour(batch.photo, batch.colour), task)
+                    prediction = network(jitter_colour(batch.photo, batch.colour, batch.void), task)
                     if task == "instance":
                         losses = instance_loss(
                             prediction.instance,
@@ -197,7 +198,13 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
             finite = all(map(math.isfinite, (*totals, length)))
             verdict = ranks.agree(step, TASKS.index(task), signal=request.signal, finite=finite)
             if not verdict.finite:
-                raise not_finite(step, totals, keys, length)
+                everyone = ranks.gather((totals, keys))
+                raise not_finite(
+                    step,
+                    [loss for losses, _ in everyone for loss in losses],
+                    [batch_keys for _, found in everyone for batch_keys in found],
+                    length,
+                )
             optimizer.step()
             optimizer.zero_grad()
             if ema is not None:
@@ -252,6 +259,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
                 shown = next(held_out.batches(config, 0, 1)).to(device) if held_out else batch
                 with accelerator.autocast():
                     watch.picture(done, draw_heads(watched, shown, encoding, categories))
+            if done % config.checkpoint_every == 0 or done == steps:
+                watch.curves()
     accelerator.end_training()
     if asked:
         raise Interrupted(asked, f"{last} is complete, --resume goes on from it")

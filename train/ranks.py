@@ -7,14 +7,16 @@ left.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from pipeline.errors import InputError
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Ranks:
 
     def check_same(self, facts: Mapping[str, object]) -> None:
         """Raises InputError on every rank where a fact differs between ranks."""
-        everyone = self._gather(dict(facts))
+        everyone = self.gather(dict(facts))
         for name, value in everyone[0].items():
             for rank, other in enumerate(everyone):
                 if other[name] != value:
@@ -57,7 +59,7 @@ class Ranks:
             repeats: The same sample may rightly come twice in a step; then only ranks with the
                 very same keys are refused.
         """
-        everyone = [frozenset(each) for each in self._gather(list(keys))]
+        everyone = [frozenset(each) for each in self.gather(list(keys))]
         for rank, theirs in enumerate(everyone):
             for earlier, others in enumerate(everyone[:rank]):
                 if theirs == others if repeats else theirs & others:
@@ -93,9 +95,18 @@ class Ranks:
             )
         return Verdict(asked, not broken)
 
-    def _gather(self, mine: Any) -> list[Any]:
+    def gather(self, mine: Value) -> list[Value]:
+        """The values of all ranks, by rank, on every rank."""
         if self._group is None:
             return [mine]
         everyone: list[Any] = [None] * self._world
         dist.all_gather_object(everyone, mine, group=self._group)
         return everyone
+
+    def first(self, look: Callable[[], Value]) -> Value:
+        """What rank 0 finds, on every rank: so that all go on from the same."""
+        found: list[Any] = [look() if self._group is None or dist.get_rank() == 0 else None]
+        if self._group is not None:
+            dist.broadcast_object_list(found, src=0, group=self._group)
+        value: Value = found[0]
+        return value

@@ -6,14 +6,22 @@ process of a job, terminals to the whole foreground group, launchers pass them o
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from pipeline.interrupt import SIGNALS
+
+LAUNCHERS = {"accelerate", "torchrun", "accelerate.commands.launch", "torch.distributed.run"}
+"""Programs and modules that start ranks and end them."""
+
+_PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
@@ -46,12 +54,32 @@ def stop_request() -> Iterator[StopRequest]:
             signal.signal(each, handler)
 
 
+def stop_with_launcher() -> None:
+    """Asks this process to stop once its launcher is gone, however it went; Linux only.
+
+    `accelerate launch` dies of a SIGTERM without passing it on, and any launcher can be killed. Its
+    ranks would train on, unseen, beside the run that goes on from their checkpoints.
+    """
+    parent = Path(f"/proc/{os.getppid()}/cmdline")
+    words = parent.read_bytes().decode(errors="replace").split("\0") if parent.exists() else []
+    if LAUNCHERS & {Path(word).name for word in words}:
+        _at_parents_death(signal.SIGTERM)
+
+
+def _at_parents_death(number: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
 def stop_with_parent_only() -> None:
     """Lets a loader process outlive the signals that a whole job gets; its parent still ends it.
 
     Else the step that has to be finished would wait for batches that nobody makes. Who sent a
     signal is known only to who waits for it, hence the thread.
+
+    It does not outlive its parent, whose sockets it has: other ranks would wait for a dead one.
     """
+    _at_parents_death(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 

@@ -8,6 +8,7 @@ resuming at the very sample.
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -100,12 +101,18 @@ class ShardStream(IterableDataset[Batch]):
                 data = stream.read()
         except OSError as error:
             raise InputError(f"cannot read the shard: {error}", where=url) from None
+        problem = ""
         if len(data) != shard.size:
+            problem = f"shard has {len(data)} bytes, the index says {shard.size}"
+        elif hashlib.sha256(data).hexdigest() != shard.sha256:
+            # A damaged header, for one, would end the tar early and without error.
+            problem = "shard damaged: its SHA-256 is not the one in the index"
+        if problem:
             raise InputError(
-                f"shard has {len(data)} bytes, the index says {shard.size}",
+                problem,
                 where=url,
-                remedy="run panoptic verify",
-                code="shard-size",
+                remedy="run panoptic verify, it names the samples; then preprocess again",
+                code="shard-damaged",
             )
         opened = [{"url": url, "stream": io.BytesIO(data)}]
         for sample in group_by_keys(tar_file_expander(opened)):

@@ -18,6 +18,7 @@ from pipeline.coco import Category
 from pipeline.draw import Picture, centroid_colours, save_picture, semantic_colours
 from pipeline.errors import InputError
 from pipeline.sheet import Tile, sheet
+from train.curves import draw_curves
 from train.data import Batch
 from train.encoding import Encoding, grid_cells, nearest_centroids
 from train.model import PanopticModel
@@ -58,6 +59,7 @@ class Watch:
     def __init__(self, accelerator: Accelerator, out: Path, first: int) -> None:
         self._accelerator = accelerator
         self._metrics, self._pictures = out / "metrics.jsonl", out / "pictures"
+        self._curves = out / "curves.svg"
         if accelerator.is_main_process:
             keep_lines(self._metrics, first)
         if accelerator.log_with:
@@ -79,6 +81,13 @@ class Watch:
         self._write({"step": step, "validation": dict(values)})
         numbers = {f"validation/{name}": value for name, value in values.items()}
         self._accelerator.log(numbers, step=step)
+
+    def curves(self) -> None:
+        """Draws all that was noted so far as `curves.svg`."""
+        if self._accelerator.is_main_process:
+            temporary = self._curves.with_suffix(".tmp")
+            temporary.write_text(draw_curves(self._metrics))
+            temporary.replace(self._curves)
 
     def picture(self, step: int, picture: Picture) -> None:
         """Keeps a picture as `pictures/step_%07d.png`, and shows it in trackers that can."""

@@ -1,0 +1,90 @@
+"""The picture of a run: well-formed, true to the numbers, and drawn while the run goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from train.curves import HEIGHT, POINTS, TOP, draw_curves
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def step(number: int, task: str, loss: float) -> dict[str, Any]:
+    parts = {"pixel": loss / 2, "tv": 0.1, "dice": 0.3 if task == "instance" else 0.0}
+    speed = {"lr": 1e-3, "images_per_second": 10.0, "waited": 0.01}
+    return {"step": number, "task": task, "loss": loss, **parts, **speed}
+
+
+def drawn(folder: Path, lines: list[dict[str, Any]], tail: str = "") -> ElementTree.Element:
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines) + tail)
+    return ElementTree.fromstring(draw_curves(metrics))
+
+
+def titles(picture: ElementTree.Element) -> list[str]:
+    return [text.text or "" for text in picture.iter(f"{SVG}text") if text.get("class") == "title"]
+
+
+def points(line: ElementTree.Element) -> list[tuple[float, float]]:
+    pairs = (point.split(",") for point in line.attrib["points"].split())
+    return [(float(x), float(y)) for x, y in pairs]
+
+
+def test_a_curve_goes_through_its_points(tmp_path: Path) -> None:
+    losses = [4.0, 3.0, 1.0]
+    picture = drawn(tmp_path, [step(n + 1, "instance", x) for n, x in enumerate(losses)])
+    panel = next(picture.iter(f"{SVG}g"))
+    loss, *others = [points(line) for line in panel.iter(f"{SVG}polyline")]
+    assert len(others) == 3  # pixel, tv, dice
+    axis = {
+        float(text.text or ""): float(text.attrib["y"]) - 4
+        for text in panel.iter(f"{SVG}text")
+        if text.get("class") == "y"
+    }
+    assert min(axis) == 0
+    assert min(axis.values()) == pytest.approx(TOP)
+    for value, (_, y) in zip(losses, loss, strict=True):
+        low, high = axis[min(axis)], axis[max(axis)]
+        assert y == pytest.approx(low + (high - low) * value / max(axis), abs=0.11)
+    assert [x for x, _ in loss] == sorted(x for x, _ in loss)
+
+
+def test_long_runs_are_thinned_to_means(tmp_path: Path) -> None:
+    lines = [step(n, "instance", 1.0 + n % 2) for n in range(1, POINTS * 8 + 1)]
+    loss = points(next(drawn(tmp_path, lines).iter(f"{SVG}polyline")))
+    assert len(loss) == POINTS
+    assert len({y for _, y in loss}) == 1
+
+
+def test_held_out_measures_get_panels_of_their_own(tmp_path: Path) -> None:
+    lines = [step(n, ("instance", "semantic")[n % 2], 1.0) for n in range(1, 5)]
+    assert "held out: measures" not in titles(drawn(tmp_path, lines))
+    look = {"step": 4, "validation": {"instance_loss": 1.0, "semantic_loss": 2.0, "pq": 0.5}}
+    found = titles(drawn(tmp_path, [*lines, look]))
+    assert found[:4] == ["instance task", "semantic task", "held out: losses", "held out: measures"]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        [step(1, "semantic", 0.0)],
+        [step(1, "instance", math.nan), step(2, "instance", 1.0)],
+        [step(1, "instance", -3.0), step(2, "instance", 1e9)],
+    ],
+    ids=["nothing", "one", "nan", "wide"],
+)
+def test_whatever_was_noted_is_drawn(tmp_path: Path, lines: list[dict[str, Any]]) -> None:
+    picture = drawn(tmp_path, lines, tail='{"step": 3, "ta')
+    for line in picture.iter(f"{SVG}polyline"):
+        assert all(math.isfinite(x) and 0 <= y <= HEIGHT for x, y in points(line))
+
+
+def test_a_run_leaves_its_picture(trained: Path) -> None:
+    assert "instance task" in titles(ElementTree.parse(trained / "curves.svg").getroot())

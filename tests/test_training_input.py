@@ -1,0 +1,315 @@
+"""Bad input to a training: one line, exit code 1, and no run that is half begun."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from short_runs import ROOT, make_config, same_run, saved_steps, write_config
+
+import train.checkpoint
+from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
+from pipeline.config import RenderConfig
+from pipeline.errors import InputError
+from pipeline.render import render
+from pipeline.storage import Storage
+from train.__main__ import main
+from train.data import iterate, open_index
+from train.guards import disk_advice, rank_advice
+from train.loop import train as train_run
+from train.signals import StopRequest
+from train.stream import make_loader
+
+Refuse = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def one_thread_without_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def refuse(tiny_cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Refuse:
+    """Runs the command with settings; the one line that it ends with."""
+
+    def call(*settings: str, resume: bool = False) -> str:
+        file = write_config(make_config(tiny_cache, tmp_path / "run"), tmp_path / "run.toml")
+        caplog.clear()
+        with pytest.raises(SystemExit) as caught:
+            main(file, list(settings), resume=resume)
+        assert caught.value.code == 1
+        (line,) = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+        assert "\n" not in line
+        return line
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run that nothing went wrong with. Read only."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    out = tmp_path_factory.mktemp("run") / "whole"
+    train_run(make_config(tiny_cache, out))
+    torch.set_num_threads(threads)
+    return out
+
+
+# Settings and caches
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["optim.wight_decay=1"], r"unknown key wight_decay \(did you mean weight_decay\?\)"),
+        (["data.size=30"], r"30 pixels are no multiple of the patch size 7 \(28 is\)"),
+        (["data.batch=5"], "a batch of 5 does not divide into micro-batches of 2 on 1 ranks"),
+        (["data.reader=stream", "data.workers=4"], "3 shards for 4 readers: 1 ranks with 4"),
+        (["data.cache=nowhere"], "no index: no cache, or one that is not finished"),
+        (["trackers=['tensorbord']"], "no such tracker: tensorbord"),
+    ],
+)
+def test_a_setting_that_does_not_work(
+    refuse: Refuse, tmp_path: Path, settings: list[str], message: str
+) -> None:
+    line = refuse(*settings)
+    assert re.search(message, line), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_of_another_format(refuse: Refuse, cache: Path) -> None:
+    index = json.loads((cache / "index.json").read_text())
+    (cache / "index.json").write_text(json.dumps({**index, "format_version": 99}))
+    line = refuse(f"data.cache={cache}")
+    assert "cache format 99, this program reads 1 (render it again)" in line
+
+
+def test_a_cache_of_another_size(
+    refuse: Refuse, tiny_dataset: CocoPanoptic, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    render(tiny_dataset, "train", Storage(str(cache)), RenderConfig("squash", 28), workers=0)
+    assert "rendered at 28 px, trained at 56 px" in refuse(f"data.cache={cache}", "data.size=56")
+
+
+def test_a_cache_without_samples(refuse: Refuse, tiny_root: Path, tmp_path: Path) -> None:
+    nothing = read_dataset(CocoLayout.of(tiny_root, "val")).head(0)
+    render(nothing, "val", Storage(str(tmp_path / "cache")), RenderConfig(), workers=0)
+    assert "the cache is empty" in refuse(f"data.cache={tmp_path / 'cache'}")
+
+
+def test_a_checkpoint_of_another_model(refuse: Refuse, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    line = refuse("model.channels=8", resume=True)
+    assert "the checkpoint is of another configuration: model.channels was 16, now 8" in line
+
+
+def test_a_run_of_which_only_checkpoints_are_left(
+    refuse: Refuse, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole / "checkpoints", tmp_path / "run/checkpoints")
+    assert "a run lies here already (add --resume" in refuse()
+    assert saved_steps(tmp_path / "run") == [6, 7]
+
+
+@pytest.mark.parametrize("launcher", [(), ("-m", "accelerate.commands.launch", "--quiet")])
+def test_the_line_is_all_that_standard_error_shows(
+    tiny_cache: Path, tmp_path: Path, launcher: tuple[str, ...]
+) -> None:
+    config = make_config(tiny_cache, tmp_path / "run")
+    config = replace(config, data=replace(config.data, size=30))
+    file = write_config(config, tmp_path / "run.toml")
+    options = ("--cpu", "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no")
+    done = subprocess.run(
+        [
+            *(sys.executable, *launcher, *(options if launcher else ())),
+            *(("--mixed_precision", "no") if launcher else ()),
+            *("-m", "train", str(file)),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line == "data.size: 30 pixels are no multiple of the patch size 7 (28 is)"
+
+
+# Damage that shows while it trains
+
+
+def damage(cache: Path, what: str) -> None:
+    for tar in cache.glob("*.tar"):
+        data = bytearray(tar.read_bytes())
+        if what == "header":
+            data[:512] = bytes(512)  # reads as the end of the tar
+        elif what == "bytes":
+            data[512:-1024] = os.urandom(len(data) - 1536)
+        tar.write_bytes(data)
+        if what == "gone":
+            tar.unlink()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_shards(refuse: Refuse, cache: Path, workers: int) -> None:
+    damage(cache, "bytes")
+    line = refuse(f"data.cache={cache}", f"data.workers={workers}")
+    assert line.startswith("train-0000")
+    assert ".tar: 0000000000" in line
+    assert "panoptic verify" in line
+
+
+@pytest.mark.parametrize("what", ["bytes", "header", "gone"])
+def test_damaged_shards_in_sequence(refuse: Refuse, cache: Path, what: str) -> None:
+    damage(cache, what)
+    line = refuse(f"data.cache={cache}", "data.reader=stream")
+    assert f"{cache}/train-0000" in line
+    assert ("cannot read the shard" if what == "gone" else "its SHA-256 is not") in line
+
+
+def test_a_shard_that_cannot_be_read(
+    refuse: Refuse, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("pipeline.shards.ShardReader.members", broken)
+    line = refuse(f"data.cache={cache}")
+    assert line.startswith("train-0000")
+    assert "cannot be read: Input/output error" in line
+
+
+def test_a_loader_process_that_is_killed(tiny_cache: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_cache, tmp_path)
+    data = replace(config.data, workers=1)
+    loader = make_loader(data, open_index(data), seed=0, steps=range(200))
+    batches: Any = iterate(loader)
+    next(batches)
+    batches.gi_yieldfrom._workers[0].kill()
+    with pytest.raises(InputError, match=r"a loader process failed: .*lower data\.workers"):
+        for _ in batches:
+            pass
+
+
+# Memory and disk
+
+
+def test_memory_that_does_not_suffice(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
+    def greedy(*_: object) -> None:
+        torch.empty(1 << 50)
+
+    monkeypatch.setattr("train.loop.jitter_colour", greedy)
+    line = refuse()
+    assert line.startswith("out of memory: ")
+    assert "lower data.micro_batch, now 2; the batch stays 4" in line
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
+def test_a_full_disk_keeps_the_checkpoint_before(
+    refuse: Refuse,
+    whole: Path,
+    tiny_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+) -> None:
+    """A limit on the size of files stands for the disk: writes fail within a file."""
+    newest = sorted((whole / "checkpoints").iterdir())[-1]
+    room = (newest / file).stat().st_size - 1000
+    begin = train.checkpoint.begin_checkpoint
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(checkpoints: Path, step: int) -> Path:
+        if step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        return begin(checkpoints, step)
+
+    monkeypatch.setattr("train.checkpoint.begin_checkpoint", fill)
+    try:
+        line = refuse()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    run = tmp_path / "run"
+    assert line.startswith(f"{run}/checkpoints: cannot write the checkpoint: ")
+    assert "step_0000002 is the last complete one" in line
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_0000002"]
+    monkeypatch.undo()
+    train_run(make_config(tiny_cache, run), resume=True)
+    assert same_run(whole, run)
+
+
+def test_other_files_that_cannot_be_written(tmp_path: Path) -> None:
+    full = r"metrics\.jsonl: No space left on device \(make room"
+    with pytest.raises(InputError, match=full), disk_advice(tmp_path):
+        raise OSError(28, "No space left on device", "metrics.jsonl")
+    with pytest.raises(FileNotFoundError), disk_advice(tmp_path):
+        (tmp_path / "none").read_text()
+
+
+def test_a_rank_that_has_gone() -> None:
+    error = RuntimeError("[third_party/gloo/pair.cc:553] Connection closed by peer")
+    with pytest.raises(InputError, match="another rank has gone"), rank_advice():
+        raise error
+    request = StopRequest()
+    request.signal = 15
+    with pytest.raises(SystemExit) as caught, rank_advice(request):
+        raise error  # its launcher is ending it
+    assert caught.value.code == 143
+    with pytest.raises(RuntimeError, match="another"), rank_advice():
+        raise RuntimeError("another")
+
+
+# Checkpoints that are not whole
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", "flipped"),
+        ("optimizer.pt", "flipped"),
+        ("rng_0.pt", "cut"),
+        ("state.json", "flipped"),
+        ("complete.json", "cut"),
+    ],
+)
+def test_a_damaged_checkpoint_is_ignored_with_a_line(
+    whole: Path,
+    tiny_cache: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    file: str,
+    content: str,
+) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    damaged = run / "checkpoints/step_0000007" / file
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data if content == "flipped" else data[: len(data) // 2])
+    train_run(make_config(tiny_cache, run), resume=True)
+    (line,) = [r.getMessage() for r in caplog.records if "is ignored" in r.getMessage()]
+    assert line.startswith(f"{damaged.parent} is ignored: {file} ")
+    assert same_run(whole, run)
+    assert saved_steps(run) == [6, 7]
