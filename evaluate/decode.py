@@ -9,6 +9,7 @@ codes hold beside the nearest grid point, and smoothing and suppression follow f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,7 +25,7 @@ from evaluate.instances import (
 )
 from evaluate.peaks import packed_argmax
 from evaluate.segments import DecodedSegment, PanopticMap, number, paint
-from evaluate.smoothing import find_regions
+from evaluate.smoothing import places
 from pipeline.errors import InputError
 from train.encoding import (
     ClassificationCode,
@@ -83,20 +84,19 @@ def decode_image(
     config: DecodeConfig,
 ) -> PanopticMap:
     """Decodes (channels, h, w) codes and (C, h, w) logits of one image; see `decode`."""
-    isthing = isthing.to(semantic.device)
     best, labels = packed_argmax(semantic.flatten(1).float())
     codes = to_positional(instance.flatten(1).float(), encoding)
-    if not bool(best.isfinite().all() & codes.sum().isfinite()):
+    strength = codes.square().sum(0)
+    if not math.isfinite(float(best.abs().max() + strength.max())):
         raise InputError(
             "the network's output holds NaN or infinite values",
             remedy="check the checkpoint, or run the network in float32",
             code="prediction-not-finite",
         )
-    thing = isthing[labels]
+    thing = isthing.to(labels.device).index_select(0, labels)
     height, width = instance.shape[-2:]
-    regions = find_regions(labels.view(height, width), thing.view(height, width))
-    pixels = Pixels(codes, labels, thing, regions, (height, width))
-    noise = measure_noise(codes.index_select(1, regions.pixels[::SAMPLING]), config)
+    pixels = Pixels(codes, labels, thing, places(thing), strength, (height, width))
+    noise = measure_noise(codes.index_select(1, pixels.inside[::SAMPLING]), config)
     radius = min(round(config.smooth_votes * noise), config.max_smooth)
     found = find_instances(pixels, noise, radius, config)
     member = assign(pixels, found, radius // 2, config)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from skimage.measure import label as connected
 from torch import Tensor
@@ -16,15 +18,18 @@ from evaluate.peaks import (
     choose,
     chunks,
     find_candidates,
+    measure_drift,
     nearest_cells,
     neighbour_distance,
     off_grid,
     packed_argmax,
     refine,
 )
-from evaluate.smoothing import Regions, smooth
+from evaluate.smoothing import find_regions, places, smooth
 from train.encoding import GRID_CELLS
 
+DRIFT_SAMPLING = 8
+"""One vote in so many is enough to measure the drift."""
 REFINEMENTS = 2
 """Moves of each prototype to the mean of its votes; a third changes nothing."""
 
@@ -47,6 +52,8 @@ class DecodeConfig:
             so that a clean prediction keeps its smallest objects.
         max_smooth: Largest radius, in pixels of the network's output.
         clean: Noise up to which the instances of neighbouring cells can be told apart.
+        drift: The same of what `measure_drift` tells: where codes sweep over cells, neighbouring
+            cells are one instance.
         gap: Least mean squared distance by which an instance must explain its pixels better than
             the others do, over that of neighbouring cells: they are two instances if clean.
         gap_noise: What noise 1 adds to it: the scatter of one instance must not look like two.
@@ -73,6 +80,7 @@ class DecodeConfig:
     smooth_votes: float = 45.0
     max_smooth: int = 10
     clean: float = 0.005
+    drift: float = 0.02
     gap: float = 0.8
     gap_noise: float = 10.0
     saved: float = 4.0
@@ -96,14 +104,16 @@ class Pixels:
         codes: (4L, P) float32 positional codes.
         labels: (P,) int64 semantic labels.
         thing: (P,) bool, whether the label is a thing class.
-        regions: The pixels of thing classes, to be smoothed.
+        inside: (N,) int64, the indices of those pixels.
+        strength: (P,) float32 squared lengths of the codes.
         size: (h, w).
     """
 
     codes: Tensor
     labels: Tensor
     thing: Tensor
-    regions: Regions
+    inside: Tensor
+    strength: Tensor
     size: tuple[int, int]
 
 
@@ -114,13 +124,17 @@ def measure_noise(code: Tensor, config: DecodeConfig) -> float:
         code: (4L, N) codes of pixels of thing classes; a sample will do.
         config: Settings.
     """
+    if code.shape[1] == 0:
+        return 0.0
     nearest = nearest_cells(code, config.cells)
-    clear = nearest.amplitude.amin(0) > 0.5
-    if not bool(clear.any()):
+    off = off_grid(code, nearest)
+    clear = torch.where(nearest.amplitude.amin(0) > 0.5, off, torch.nan)
+    median = float(clear.nanmedian())
+    if math.isnan(median):
         return 0.0
     # A coordinate is off by up to half a cell, its square by 1/12 on average, on either axis.
     rounding = neighbour_distance(code.shape[0] // 4, config.cells) / 6 / (code.shape[0] - 2)
-    return max(float(off_grid(code, nearest)[clear].median()) - rounding, 0.0)
+    return max(median - rounding, 0.0)
 
 
 def find_instances(pixels: Pixels, noise: float, radius: int, config: DecodeConfig) -> Instances:
@@ -135,25 +149,29 @@ def find_instances(pixels: Pixels, noise: float, radius: int, config: DecodeConf
     Returns:
         K instances, on the device of the codes.
     """
-    regions = pixels.regions
     clean = noise <= config.clean
     stride = 2 if clean else 4  # neighbours say much the same, smoothed ones more so
-    code = smooth(pixels.codes.index_select(1, regions.pixels), regions, radius)[:, ::stride]
-    code = code.contiguous()
-    labels = pixels.labels[regions.pixels[::stride]]
+    if radius:
+        regions = find_regions(pixels.labels.view(pixels.size), pixels.inside, stride)
+        code = smooth(pixels.codes.index_select(1, pixels.inside), regions, radius)
+        voters = regions.pixels
+    else:
+        voters = pixels.inside[::stride]
+        code = pixels.codes.index_select(1, voters)
+    labels = pixels.labels.index_select(0, voters)
     nearest = nearest_cells(code, config.cells)
     near = neighbour_distance(code.shape[0] // 4, config.cells)
     off = near / 2 / (code.shape[0] - 2) + config.vote_outlier * noise
     amplitude = nearest.amplitude.amin(0)
     votes = (amplitude > config.vote_amplitude) & (off_grid(code, nearest) < off)
-    votes = votes.nonzero()[:, 0]
-    bins = bin_votes(
-        code.index_select(1, votes),
-        labels[votes],
-        nearest.row[votes],
-        nearest.column[votes],
-        config.cells,
-    )
+    votes = places(votes)
+    rows, columns, labels = nearest.row[votes], nearest.column[votes], labels[votes]
+    code = code.index_select(1, votes)
+    bins = bin_votes(code, labels, rows, columns, config.cells)
+    if clean:
+        some = slice(None, None, DRIFT_SAMPLING)
+        drift = measure_drift(code[:, some], labels[some], rows[some], columns[some], config.cells)
+        clean = drift - 2 * noise / near <= config.drift  # noise scatters on two axes, too
     suppression = 0 if clean else 1
     peaks = find_candidates(bins, config.cells, radius=suppression)
     rules = Rules(
@@ -183,27 +201,41 @@ def assign(pixels: Pixels, found: Instances, radius: int, config: DecodeConfig) 
     Returns:
         (P,) int64: 0 = none, k = instance k - 1.
     """
-    labels, regions = pixels.labels, pixels.regions
-    member = torch.zeros_like(labels)
+    member = torch.zeros_like(pixels.labels)
     if len(found.labels) == 0:
         return member
-    codes = pixels.codes
+    channels = pixels.codes.shape[0]
+    scaled = found.prototypes / (channels / 2)
+    # No code is nearer to an instance than its length allows: most pixels of stuff are settled.
+    bar = 0.5 + config.trust
+    outside = places(~pixels.thing & (pixels.strength > bar**2 * channels / 2))
+    codes = pixels.codes.index_select(1, outside)
+    for part in chunks(len(outside), codes.device):
+        best, index = packed_argmax(scaled @ codes[:, part])
+        member[outside[part]] = torch.where(best > bar, index + 1, 0)
+
+    inside, values = pixels.inside, pixels.codes.index_select(1, pixels.inside)
+    project = len(scaled) > channels  # smoothing is linear: before or after, where it costs less
+    values = values if project else scaled @ values
     if radius:
-        inside = smooth(codes.index_select(1, regions.pixels), regions, radius)
-        codes = codes.index_copy(1, regions.pixels, inside)
-    bar = torch.where(pixels.thing, 0.5 - config.trust, 0.5 + config.trust)
-    scaled = found.prototypes / (codes.shape[0] / 2)
-    for part in chunks(len(labels), codes.device):
-        amplitude = scaled @ codes[:, part]  # (K, chunk)
-        differs = (found.labels[:, None] != labels[part]) & pixels.thing[part]
-        amplitude.sub_(differs.to(amplitude.dtype), alpha=config.label_amplitude)
-        best, index = packed_argmax(amplitude)
-        member[part] = torch.where(best > bar[part], index + 1, 0)
+        regions = find_regions(pixels.labels.view(pixels.size), inside)
+        inside, values = regions.pixels, smooth(values, regions, radius)
+    bar = 0.5 - config.trust + config.label_amplitude
+    kinds = found.labels.unique()
+    reward = config.label_amplitude * (found.labels[:, None] == kinds).to(values.dtype)
+    labels = pixels.labels.index_select(0, inside)
+    for part in chunks(len(inside), values.device):
+        amplitude = scaled @ values[:, part] if project else values[:, part]  # (K, chunk)
+        agrees = (kinds[:, None] == labels[part]).to(values.dtype)
+        best, index = packed_argmax(torch.addmm(amplitude, reward, agrees))
+        member[inside[part]] = torch.where(best > bar, index + 1, 0)
     return member
 
 
 def rescue(pixels: Pixels, member: Tensor, noise: float, config: DecodeConfig) -> Tensor:
     """Makes instances of connected regions of a thing class that hardly any instance claims.
+
+    Connected regions are found on the processor; few pictures need them.
 
     Args:
         pixels: The image.
@@ -214,19 +246,26 @@ def rescue(pixels: Pixels, member: Tensor, noise: float, config: DecodeConfig) -
     Returns:
         (P,) int64, `member` with further instances.
     """
-    classes = torch.where(pixels.thing, pixels.labels + 1, 0).view(pixels.size).cpu().numpy()
-    region = torch.from_numpy(connected(classes, background=0, connectivity=2))
-    region = region.flatten().to(member.device)
     free = pixels.thing & (member == 0)
-    area = torch.bincount(region)
-    unclaimed = torch.bincount(region[free], minlength=len(area))
+    if int(free.sum()) < config.rescue_area:
+        return member
+    classes = torch.where(pixels.thing, pixels.labels + 1, 0).view(pixels.size).int()
+    region = connected(classes.cpu().numpy(), background=0, connectivity=2).ravel()
+    inside = np.flatnonzero(free.cpu().numpy())
+    owner = region[inside]
+    area = np.bincount(region)
+    unclaimed = np.bincount(owner, minlength=len(area))
     lost = (2 * unclaimed > area) & (unclaimed >= config.rescue_area)
-    inside = (free & lost[region]).nonzero()[:, 0]
+    inside, owner = inside[lost[owner]], owner[lost[owner]]
     if len(inside) == 0:
         return member
+    device = member.device
+    lost_pixels, owners = torch.from_numpy(inside).to(device), torch.from_numpy(owner).to(device)
     total = pixels.codes.new_zeros(len(pixels.codes), len(area))
-    total.index_add_(1, region[inside], pixels.codes.index_select(1, inside))
-    amplitude = nearest_cells(total / unclaimed.clamp_min(1), config.cells).amplitude.amin(0)
-    lost &= amplitude > config.rescue_amplitude + config.rescue_noise * noise
-    numbers = torch.where(lost, lost.cumsum(0) + member.max(), 0)
-    return member.index_copy(0, inside, numbers[region[inside]])
+    total.index_add_(1, owners, pixels.codes.index_select(1, lost_pixels))
+    mean = total / torch.from_numpy(unclaimed.clip(1)).to(device)
+    amplitude = nearest_cells(mean, config.cells).amplitude.amin(0)
+    found = amplitude > config.rescue_amplitude + config.rescue_noise * noise
+    found &= torch.from_numpy(lost).to(device)
+    numbers = torch.where(found, found.cumsum(0) + member.max(), 0)
+    return member.index_copy(0, lost_pixels, numbers[owners])

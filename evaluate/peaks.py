@@ -23,6 +23,8 @@ MAX_BINS = 2048
 MAX_CANDIDATES = 512
 CHUNK = 8192
 """Pixels worked on at once: their scores stay in the processor's cache."""
+DEVICE_CHUNK = 1 << 18
+"""The same elsewhere, where only memory counts."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ class Rules:
 
 
 def chunks(size: int, device: torch.device) -> Iterator[slice]:
-    """Slices of `CHUNK` pixels on a processor, one of all pixels elsewhere."""
-    step = CHUNK if device.type == "cpu" else max(size, 1)
+    """Slices of `CHUNK` pixels on a processor, of `DEVICE_CHUNK` elsewhere."""
+    step = CHUNK if device.type == "cpu" else DEVICE_CHUNK
     for start in range(0, size, step):
         yield slice(start, start + step)
 
@@ -167,14 +169,46 @@ def bin_votes(code: Tensor, labels: Tensor, rows: Tensor, columns: Tensor, cells
     )
     total = code.new_zeros(len(keys), code.shape[0]).index_add_(0, inverse, code.T)
     order = counts.argsort(descending=True, stable=True)[:MAX_BINS]
-    keys, weight = keys[order], counts[order].to(code.dtype)
+    mean = (total[order] / counts[order, None]).cpu()
+    keys, counts = torch.stack([keys[order], counts[order]]).cpu()
     return Bins(
-        weight=weight.cpu(),
-        code=(total[order] / weight[:, None]).cpu(),
-        label=(keys // cells**2).cpu(),
-        row=(keys // cells % cells).cpu(),
-        column=(keys % cells).cpu(),
+        weight=counts.to(code.dtype),
+        code=mean,
+        label=keys // cells**2,
+        row=keys // cells % cells,
+        column=keys % cells,
     )
+
+
+def measure_drift(code: Tensor, labels: Tensor, rows: Tensor, columns: Tensor, cells: int) -> float:
+    """Variance of the centroids within a bin, over the squared distance of neighbouring cells.
+
+    Codes of an instance may change slowly across it without leaving the curve that gamma draws,
+    so that no distance to the grid shows it. Their scatter along the curve does: 0 where the code
+    of an instance is constant, 1/6 where it sweeps over whole cells of both axes.
+
+    Args:
+        code: (4L, P); a sample of the votes will do.
+        labels: (P,) int64.
+        rows: (P,) int64 cells.
+        columns: (P,) int64 cells.
+        cells: Cells an axis.
+    """
+    if len(labels) == 0:
+        return 0.0
+    harmonics = code.shape[0] // 4
+    step = 1e-3
+    centres = cell_centres(cells, device=code.device)
+    ahead = gamma(centres + step, harmonics) - gamma(centres - step, harmonics)
+    tangent = F.normalize(ahead, dim=1).T  # (2L, cells), orthogonal to gamma: mixing with void
+    u, v = code.view(2, 2 * harmonics, -1)  # only shortens what is measured
+    along = torch.stack([(u * tangent[:, columns]).sum(0), (v * tangent[:, rows]).sum(0)])
+    _, bin_of, counts = torch.unique(
+        (labels * cells + rows) * cells + columns, return_inverse=True, return_counts=True
+    )
+    mean = along.new_zeros(2, len(counts)).index_add_(1, bin_of, along) / counts
+    scatter = (along - mean[:, bin_of]).square().sum(0).mean()
+    return float(scatter) / neighbour_distance(harmonics, cells)
 
 
 def find_candidates(bins: Bins, cells: int, *, radius: int) -> Tensor:

@@ -1,4 +1,8 @@
-"""From the instance of each pixel to segments: classes, stuff, small areas, native size."""
+"""From the instance of each pixel to segments: classes, stuff, small areas, native size.
+
+All of it is on maps of integers, and on the processor: NumPy is several times faster at that than
+PyTorch, and the result is wanted there.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evaluate.peaks import packed_argmax
+Values = NDArray[np.int32]
+
+STRIP = 1 << 19
+"""Native pixels worked on at once: an upper bound on temporary memory."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Painting:
     """What each pixel shows, before ids are given.
 
     Attributes:
-        values: (h, w) int64: 0 = void, v = row v - 1 of the tables below.
+        values: (h, w) integers: 0 = void, v = row v - 1 of the tables below.
         labels: (R,) contiguous category of each row: all C categories as stuff, then instances.
         scores: (R,) share of pixels whose semantic label agrees.
         categories: C.
@@ -67,59 +74,113 @@ def paint(member: Tensor, labels: Tensor, isthing: Tensor, *, min_instance_area:
     Pixels of a thing class that no instance claims are void.
 
     Args:
-        member: (h, w) int64, 0 = no instance, k = instance k - 1.
-        labels: (h, w) int64 semantic labels.
+        member: (h, w) integers, 0 = no instance, k = instance k - 1.
+        labels: (h, w) integers, semantic labels.
         isthing: (C,) bool.
         min_instance_area: Pixels below which an instance is dropped.
     """
     categories = len(isthing)
-    count = int(member.max()) + 1
-    ballots = torch.bincount((member * categories + labels).flatten(), minlength=count * categories)
-    ballots = ballots.view(count, categories)
-    winning, winner = (ballots * isthing).max(1)
-    area = ballots.sum(1)
+    things = isthing.cpu().numpy()
+    owner, classes = (map_.cpu().numpy().astype(np.int32, copy=False) for map_ in (member, labels))
+    count = int(owner.max()) + 1
+    ballots = np.bincount((owner * categories + classes).ravel(), minlength=count * categories)
+    ballots = ballots.reshape(count, categories)
+    votes = ballots * things
+    winning, area = votes.max(1), ballots.sum(1)
     valid = (area >= min_instance_area) & (winning > 0)
     valid[0] = False
-    stuff = torch.where(isthing[labels], 0, labels + 1)
+    shown = np.where(valid, np.arange(count) + categories, 0).astype(np.int32)[owner]
+    stuff = np.where(things, 0, np.arange(categories) + 1).astype(np.int32)[classes]
+    values = np.where(shown > 0, shown, stuff)
+    scores = np.concatenate([np.ones(categories), winning[1:] / area[1:].clip(1)])
     return Painting(
-        values=torch.where(valid[member], member + categories, stuff),
-        labels=torch.cat([torch.arange(categories, device=labels.device), winner[1:]]),
-        scores=torch.cat([torch.ones(categories, device=labels.device), (winning / area)[1:]]),
+        values=torch.from_numpy(values),
+        labels=torch.from_numpy(np.concatenate([np.arange(categories), votes.argmax(1)[1:]])),
+        scores=torch.from_numpy(scores),
         categories=categories,
     )
 
 
-def resize_values(values: Tensor, size: tuple[int, int]) -> Tensor:
+@dataclass(frozen=True)
+class Axis:
+    """Where the target pixels of one axis lie between source pixels.
+
+    Attributes:
+        near: (n,) the nearest source pixel of each.
+        far: (n,) its neighbour on the other side; itself at the borders.
+        weight: (n,) float32 bilinear weight of the far one, at most 1/2.
+        pair: (n,) the pair they form: p is pixels p - 1 and p.
+    """
+
+    near: NDArray[np.intp]
+    far: NDArray[np.intp]
+    weight: NDArray[np.float32]
+    pair: NDArray[np.intp]
+
+
+def locate(source: int, target: int) -> Axis:
+    """Places `target` pixels over `source` pixels of the same extent."""
+    place = (np.arange(target) + 0.5) * (source / target)
+    near = place.astype(np.intp).clip(max=source - 1)
+    offset = place - 0.5 - near
+    far = (near + np.sign(offset).astype(np.intp)).clip(0, source - 1)
+    return Axis(near, far, np.abs(offset).astype(np.float32), np.maximum(near, far))
+
+
+def resize_values(values: Values, size: tuple[int, int]) -> Values:
     """Resizes a map of values to (H, W) by bilinear vote; by nearest pixel where it shrinks.
 
     A pixel takes the value with the largest bilinear weight among its four neighbours, which is
-    the bilinear resize of each segment's mask. Only pixels at edges need it.
+    the bilinear resize of each segment's mask.
 
     Args:
-        values: (h, w) int64.
+        values: (h, w) int32.
         size: (H, W).
     """
-    rows, row_shift = _nearest(values.shape[0], size[0], values.device)
-    columns, column_shift = _nearest(values.shape[1], size[1], values.device)
-    result = values[rows][:, columns]
+    rows, columns = locate(values.shape[0], size[0]), locate(values.shape[1], size[1])
+    # Rows last: that copies whole rows, the quicker half.
+    result = values.take(columns.near, 1).take(rows.near, 0)
     if size[0] <= values.shape[0] or size[1] <= values.shape[1]:
         return result
-    mixed = _edges(values)[rows][:, columns].flatten().nonzero()[:, 0]
-    y, x = mixed // size[1], mixed % size[1]
-    row, column = rows[y], columns[x]
-    below = (row + row_shift[y].sign().long()).clamp(0, values.shape[0] - 1)
-    beside = (column + column_shift[x].sign().long()).clamp(0, values.shape[1] - 1)
-    corners = torch.stack(
-        [values[row, column], values[row, beside], values[below, column], values[below, beside]]
-    )  # (4, N)
-    far_row, far_column = row_shift.abs()[y], column_shift.abs()[x]
-    row_weights = torch.stack([1 - far_row, far_row])  # (2, N)
-    column_weights = torch.stack([1 - far_column, far_column])
-    weights = (row_weights[:, None] * column_weights).flatten(0, 1)
-    votes = ((corners[:, None] == corners) * weights).sum(1)
-    _, winner = packed_argmax(votes)
-    result.view(-1)[mixed] = corners.gather(0, winner[None])[0]
+    doubtful = _corners(values).take(columns.pair, 1)
+    for start in range(0, size[0], step := max(1, STRIP // size[1])):
+        strip = result[start : start + step]
+        mixed = np.flatnonzero(doubtful.take(rows.pair[start : start + step], 0))
+        y, x = np.divmod(mixed, size[1])
+        strip.ravel()[mixed] = _vote(values, rows, columns, y + start, x)
     return result
+
+
+def _corners(values: Values) -> NDArray[np.bool_]:
+    """(h + 1, w + 1) bool, blocks of 2 x 2 pixels where the nearest is not always the winner.
+
+    It always is where it equals a neighbour along a row or a column, for their weights sum to one
+    half or more. So only blocks matter that have a border across and one down.
+    """
+    padded = np.pad(values, 1, mode="edge")
+    across = padded[:, 1:] != padded[:, :-1]
+    down = padded[1:] != padded[:-1]
+    corners: NDArray[np.bool_] = (across[1:] | across[:-1]) & (down[:, 1:] | down[:, :-1])
+    return corners
+
+
+def _vote(
+    values: Values, rows: Axis, columns: Axis, y: NDArray[np.intp], x: NDArray[np.intp]
+) -> Values:
+    """The bilinear vote at N target pixels."""
+    flat, width = values.ravel(), values.shape[1]
+    row, below = (rows.near * width).take(y), (rows.far * width).take(y)
+    column, beside = columns.near.take(x), columns.far.take(x)
+    near, side = flat.take(row + column), flat.take(row + beside)
+    under, across = flat.take(below + column), flat.take(below + beside)
+    fx, fy = columns.weight[x], rows.weight[y]
+    pair, diagonal = side == under, fx * fy
+    for_near = (1 - fx) * (1 - fy) + diagonal * (across == near)
+    for_side = fx * (1 - fy) + diagonal * (across == side) + pair * (1 - fx) * fy
+    for_under = (1 - fx) * fy + diagonal * (across == under) + pair * fx * (1 - fy)
+    lost = (near != side) & (near != under) & (np.maximum(for_side, for_under) > for_near)
+    winner: Values = np.where(lost, np.where(for_side >= for_under, side, under), near)
+    return winner
 
 
 def number(painting: Painting, size: tuple[int, int], *, min_stuff_area: int) -> PanopticMap:
@@ -130,40 +191,23 @@ def number(painting: Painting, size: tuple[int, int], *, min_stuff_area: int) ->
         size: Native (H, W).
         min_stuff_area: Native pixels below which a stuff segment becomes void.
     """
-    values = resize_values(painting.values, size)
-    area = torch.bincount(values.flatten(), minlength=len(painting.labels) + 1)
-    stuff = torch.arange(len(area), device=area.device) <= painting.categories
+    native = resize_values(painting.values.cpu().numpy().astype(np.int32, copy=False), size)
+    rows = len(painting.labels) + 1
+    strips = np.array_split(native.ravel(), max(1, native.size // STRIP))
+    area = np.sum([np.bincount(strip, minlength=rows) for strip in strips], axis=0)
+    stuff = np.arange(rows) <= painting.categories
     kept = (area > 0) & ~(stuff & (area < min_stuff_area))
     kept[0] = False
-    ids = torch.where(kept, kept.cumsum(0), 0)
-    rows = kept.nonzero()[:, 0]
+    ids = np.where(kept, kept.cumsum(), 0).astype(np.int32)
+    for strip in strips:
+        ids.take(strip, out=strip, mode="clip")  # in place, which `raise` would copy for
+    found = np.flatnonzero(kept)
     table = zip(
-        ids[rows].tolist(),
-        painting.labels[rows - 1].tolist(),
-        (~stuff[rows]).tolist(),
-        painting.scores[rows - 1].tolist(),
-        area[rows].tolist(),
+        ids[found].tolist(),
+        painting.labels[found - 1].tolist(),
+        (~stuff[found]).tolist(),
+        painting.scores[found - 1].tolist(),
+        area[found].tolist(),
         strict=True,
     )
-    segments = tuple(DecodedSegment(*row) for row in table)
-    return PanopticMap(ids=ids.int()[values].cpu().numpy(), segments=segments)
-
-
-def _edges(values: Tensor) -> Tensor:
-    """(h, w) bool, pixels that differ from one of their eight neighbours."""
-    edges = torch.zeros_like(values, dtype=torch.bool)
-    across = values[:, 1:] != values[:, :-1]
-    edges[:, 1:] |= across
-    edges[:, :-1] |= across
-    across = values[1:] != values[:-1]
-    down = edges.clone()
-    for one, other in ((slice(1, None), slice(None, -1)), (slice(None, -1), slice(1, None))):
-        down[one] |= across | edges[other]
-    return down
-
-
-def _nearest(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Nearest source index of each target pixel, and the signed offset from its centre."""
-    place = (torch.arange(target, device=device) + 0.5) * (source / target)
-    index = place.long().clamp_max(source - 1)
-    return index, place - 0.5 - index
+    return PanopticMap(ids=native, segments=tuple(DecodedSegment(*row) for row in table))

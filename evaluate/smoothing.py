@@ -11,8 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+CHANNELS = 8
+"""Smoothed at once: it halves the memory, at no cost."""
 
 
 @dataclass(frozen=True)
@@ -30,83 +34,89 @@ class Lines:
 
 @dataclass(frozen=True)
 class Regions:
-    """N pixels to be smoothed, and how they hang together.
+    """N pixels to be averaged, row by row, and M of them whose means are wanted.
 
     Attributes:
-        pixels: (N,) flat indices, row by row.
-        rows: Runs along the rows, in the order of `pixels`.
-        columns: Runs along the columns, in column order.
-        to_columns: (N,) position in `pixels` of each pixel in column order.
-        to_rows: (N,) the inverse.
+        rows: Runs along the rows, of the N pixels.
+        columns: Runs along the columns, of the M pixels, column by column.
+        source: (M,) which of the N they are.
+        pixels: (M,) their flat indices.
     """
 
-    pixels: Tensor
     rows: Lines
     columns: Lines
-    to_columns: Tensor
-    to_rows: Tensor
+    source: Tensor
+    pixels: Tensor
 
 
-def find_regions(labels: Tensor, member: Tensor) -> Regions:
-    """Runs of equal labels among the member pixels.
+def places(mask: Tensor) -> Tensor:
+    """(N,) int64 flat indices of what is true; a tenth of the time of `nonzero` on a processor."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.flatten().nonzero()[:, 0]
+
+
+def find_regions(labels: Tensor, pixels: Tensor, stride: int = 1) -> Regions:
+    """Runs of equal labels.
 
     Args:
         labels: (h, w) int64.
-        member: (h, w) bool, the pixels that take part.
+        pixels: (N,) the flat indices, ascending, of all pixels of some of the labels.
+        stride: Means are wanted in every so manieth column.
     """
-    height, width = labels.shape
-    pixels = member.flatten().nonzero()[:, 0]
-    upright = member.T.flatten().nonzero()[:, 0]  # x * h + y
-    x, y = upright // height, upright % height
-    rank = torch.zeros(height * width, dtype=torch.int64, device=labels.device)
-    rank[pixels] = torch.arange(len(pixels), device=labels.device)
-    to_columns = rank[y * width + x]
-    to_rows = torch.empty_like(to_columns)
-    to_rows[to_columns] = torch.arange(len(pixels), device=labels.device)
+    rank = torch.full(labels.shape, -1, dtype=torch.int32, device=labels.device)
+    rank.view(-1)[pixels] = torch.arange(len(pixels), dtype=torch.int32, device=labels.device)
+    columns, sparse = rank.T[::stride].contiguous(), labels.T[::stride].contiguous()
+    upright = places(columns >= 0)
+    source = columns.flatten().index_select(0, upright)
     return Regions(
-        pixels=pixels,
-        rows=_lines(labels.flatten()[pixels], pixels, width),
-        columns=_lines(labels.flatten()[pixels][to_columns], upright, height),
-        to_columns=to_columns,
-        to_rows=to_rows,
+        rows=_lines(labels, pixels),
+        columns=_lines(sparse, upright),
+        source=source,
+        pixels=pixels.index_select(0, source),
     )
 
 
 def smooth(values: Tensor, regions: Regions, radius: int) -> Tensor:
-    """Mean over each pixel's cross-shaped window.
+    """Means over cross-shaped windows.
 
     Args:
-        values: (channels, N) float32, in the order of `regions.pixels`.
+        values: (channels, N) float32.
         regions: See `find_regions`.
-        radius: Pixels to each side; 0 returns the values.
+        radius: Pixels to each side.
 
     Returns:
-        (channels, N) float32.
+        (channels, M) float32.
     """
-    if radius == 0:
-        return values
-    along_rows = _line_mean(values, regions.rows, radius)
-    upright = _line_mean(along_rows.index_select(1, regions.to_columns), regions.columns, radius)
-    return upright.index_select(1, regions.to_rows)
+    means = []
+    for few in values.split(CHANNELS):
+        along_rows = _line_mean(few, regions.rows, radius, regions.source)
+        means.append(_line_mean(along_rows, regions.columns, radius))
+    return torch.cat(means)
 
 
-def _lines(labels: Tensor, places: Tensor, length: int) -> Lines:
-    """Runs of adjacent pixels of one label; `places` index lines of `length` pixels."""
-    count = len(places)
-    breaks = torch.ones(count, dtype=torch.bool, device=places.device)
-    breaks[1:] = (
-        (labels[1:] != labels[:-1]) | (places[1:] != places[:-1] + 1) | (places[1:] % length == 0)
-    )
-    starts = breaks.nonzero()[:, 0]
-    ends = torch.cat([starts[1:], starts.new_tensor([count])]) - 1
-    run = breaks.cumsum(0) - 1
-    return Lines(starts[run], ends[run])
+def _lines(labels: Tensor, pixels: Tensor) -> Lines:
+    """Runs of adjacent pixels of one label along the rows of (h, w) labels."""
+    breaks = torch.ones(labels.shape, dtype=torch.bool, device=labels.device)
+    torch.ne(labels[:, 1:], labels[:, :-1], out=breaks[:, 1:])
+    breaks = breaks.flatten().index_select(0, pixels)
+    starts = places(breaks)
+    ends = torch.empty_like(starts)
+    ends[:-1] = starts[1:] - 1
+    ends[-1:] = len(pixels) - 1
+    run = breaks.cumsum(0).sub_(1)
+    return Lines(starts.index_select(0, run), ends.index_select(0, run))
 
 
-def _line_mean(values: Tensor, lines: Lines, radius: int) -> Tensor:
-    here = torch.arange(values.shape[1], device=values.device)
-    low = torch.maximum(here - radius, lines.first)
-    high = torch.minimum(here + radius, lines.last) + 1
+def _line_mean(values: Tensor, lines: Lines, radius: int, at: Tensor | None = None) -> Tensor:
+    """Means of (channels, N) values along lines, at the M positions `at` or at all."""
+    first, last = lines.first, lines.last
+    if at is None:
+        at = torch.arange(values.shape[1], device=values.device)
+    else:
+        first, last = first.index_select(0, at), last.index_select(0, at)
+    low = torch.maximum(at - radius, first)
+    high = torch.minimum(at + radius, last).add_(1)
     total = values.new_zeros(values.shape[0], values.shape[1] + 1)
     torch.cumsum(values, 1, out=total[:, 1:])
     mean = total.index_select(1, high).sub_(total.index_select(1, low))

@@ -16,13 +16,14 @@ from evaluate.peaks import (
     bin_votes,
     choose,
     find_candidates,
+    measure_drift,
     nearest_cells,
     neighbour_distance,
     off_grid,
     packed_argmax,
 )
-from evaluate.segments import resize_values
-from evaluate.smoothing import find_regions, smooth
+from evaluate.segments import Painting, number, resize_values
+from evaluate.smoothing import find_regions, places, smooth
 from pipeline.errors import InputError
 from pipeline.targets import geometry
 from train.encoding import (
@@ -81,14 +82,14 @@ def assert_recovers(
     check(result)
     things = [segment for segment in result.segments if segment.isthing]
     assert len(things) == len(labels)
-    for number, label in enumerate(labels, start=1):
-        mask = index == number
+    for row, label in enumerate(labels, start=1):
+        mask = index == row
         best = max(
             ((result.ids == s.id) & mask).sum() / ((result.ids == s.id) | mask).sum()
             for s in things
             if s.label == label
         )
-        assert best >= iou, (number, best)
+        assert best >= iou, (row, best)
 
 
 def check(result: PanopticMap) -> None:
@@ -288,25 +289,56 @@ def test_smoothing_is_the_mean_along_rows_then_columns_within_a_label() -> None:
                 result[:, y, x] = values[:, y, low : high + 1].mean(1)
         return result
 
-    regions = find_regions(labels, member)
-    for radius in (0, 1, 3):
-        expected = literal(values, labels, radius)
-        expected = literal(expected.transpose(1, 2), labels.T, radius).transpose(1, 2)
-        found = smooth(values.flatten(1)[:, regions.pixels], regions, radius)
-        assert torch.allclose(found, expected.flatten(1)[:, regions.pixels], atol=1e-5)
+    inside = places(member)
+    for stride in (1, 3):
+        regions = find_regions(labels, inside, stride)
+        wanted = member & (torch.arange(12) % stride == 0)
+        assert sorted(regions.pixels.tolist()) == places(wanted).tolist()
+        for radius in (0, 1, 3):
+            expected = literal(values, labels, radius)
+            expected = literal(expected.transpose(1, 2), labels.T, radius).transpose(1, 2)
+            found = smooth(values.flatten(1)[:, inside], regions, radius)
+            assert torch.allclose(found, expected.flatten(1)[:, regions.pixels], atol=1e-5)
 
 
-def test_enlarging_takes_the_largest_bilinear_weight() -> None:
-    values = torch.from_numpy(np.random.default_rng(1).integers(0, 4, (7, 9)))
-    masks = torch.nn.functional.one_hot(values, 4).permute(2, 0, 1)[None].float()
-    size = (17, 25)
+@pytest.mark.parametrize("source", [(7, 9), (1, 4), (30, 1), (20, 20)])
+@pytest.mark.parametrize("target", [(31, 40), (60, 60), (35, 45)])
+@pytest.mark.parametrize("kinds", [2, 5, 50])
+@pytest.mark.parametrize("strip", [1, 1 << 20])
+def test_enlarging_takes_the_largest_bilinear_weight(
+    source: tuple[int, int],
+    target: tuple[int, int],
+    kinds: int,
+    strip: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("evaluate.segments.STRIP", strip)
+    values = np.random.default_rng(1).integers(0, kinds, source, dtype=np.int32)
+    masks = torch.nn.functional.one_hot(torch.from_numpy(values).long(), kinds).permute(2, 0, 1)
     weights = torch.nn.functional.interpolate(
-        masks, size=size, mode="bilinear", align_corners=False
+        masks[None].double(), size=target, mode="bilinear", align_corners=False
     )[0]
-    found = resize_values(values, size)
-    chosen = weights.gather(0, found[None])[0]
-    assert torch.allclose(chosen, weights.max(0).values, atol=1e-4)
-    assert torch.equal(resize_values(values, (7, 9)), values)
+    found = resize_values(values, target)
+    chosen = weights.gather(0, torch.from_numpy(found).long()[None])[0]
+    assert torch.allclose(chosen, weights.max(0).values, rtol=0, atol=1e-6)
+
+
+def test_shrinking_takes_the_nearest_pixel() -> None:
+    values = np.arange(12, dtype=np.int32).reshape(3, 4)
+    assert np.array_equal(resize_values(values, (3, 4)), values)
+    assert resize_values(values, (1, 2)).tolist() == [[5, 7]]
+
+
+def test_native_areas_do_not_depend_on_the_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = np.array([0, 3, 4, 5, 6, 7, 8])  # void, two kinds of stuff, four instances
+    values = torch.from_numpy(np.random.default_rng(0).choice(shown, (20, 30)))
+    painting = Painting(values, torch.tensor([0, 1, 2, 3, 0, 1, 0, 1]), torch.ones(8), 4)
+    whole = number(painting, (61, 77), min_stuff_area=400)
+    check(whole)
+    monkeypatch.setattr("evaluate.segments.STRIP", 100)
+    strips = number(painting, (61, 77), min_stuff_area=400)
+    assert np.array_equal(whole.ids, strips.ids)
+    assert whole.segments == strips.segments
 
 
 # Pictures.
@@ -348,10 +380,41 @@ def test_rings_and_centroids_outside_their_instance() -> None:
 
 def test_more_than_a_hundred_instances() -> None:
     index = np.zeros((240, 240), np.int64)
-    for number in range(144):
-        y, x = divmod(number, 12)
-        index[20 * y + 3 : 20 * y + 17, 20 * x + 3 : 20 * x + 17] = number + 1
+    for cell in range(144):
+        y, x = divmod(cell, 12)
+        index[20 * y + 3 : 20 * y + 17, 20 * x + 3 : 20 * x + 17] = cell + 1
     assert_recovers(run(index, [0] * 144), index, [0] * 144)
+
+
+@pytest.mark.parametrize("cells", [1.5, 3, 5])
+def test_a_drifting_code_stays_one_instance(cells: float) -> None:
+    """Two touching discs whose centroids move by so many of 80 cells from end to end."""
+    index = np.zeros((160, 240), np.int64)
+    code, logits = heads(index, [])
+    columns = torch.arange(240.0).expand(160, 240)
+    for row, (x, y, radius) in enumerate([(80, 80, 60), (181, 90, 41)], start=1):
+        disc(index, row, x, y, radius)
+        mask = torch.from_numpy(index == row)
+        along = (columns[mask] - x) / radius * cells / 80
+        uv = torch.stack([x / 120 - 1 + along, y / 80 - 1 - along / 2], dim=1)
+        code[:, mask] = CODE.encode(uv, torch.ones(len(uv), dtype=torch.bool)).T
+        logits[:, mask] = torch.tensor([8.0, 0.0, 0.0, 0.0])[:, None]
+    result = decode(code[None], logits[None], encoding=CODE, isthing=ISTHING, sizes=[(160, 240)])[0]
+    assert_recovers(result, index, [0, 0], iou=0.98)
+
+
+def test_drift_is_the_scatter_within_cells() -> None:
+    uv = torch.rand(20_000, 2, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.3
+    everywhere = torch.ones(len(uv), dtype=torch.bool)
+    columns, rows = nearest_cell(uv, 80).T
+    one_label = torch.zeros(len(uv), dtype=torch.int64)
+    swept = CODE.encode(uv, everywhere).T
+    assert measure_drift(swept, one_label, rows, columns, 80) == pytest.approx(1 / 6, rel=0.05)
+    still = CODE.encode(cell_centres(80)[nearest_cell(uv, 80)] + 0.004, everywhere).T
+    assert measure_drift(still, one_label, rows, columns, 80) < 1e-6
+    faint = still * torch.linspace(0.6, 1, len(uv))  # mixed with void
+    assert measure_drift(faint, one_label, rows, columns, 80) < 1e-2
+    assert measure_drift(swept[:, :0], one_label[:0], rows[:0], columns[:0], 80) == 0
 
 
 @pytest.mark.parametrize("noise", [0.05, 0.2, 0.4])
@@ -458,6 +521,46 @@ def test_native_size_is_what_was_asked_for() -> None:
         (thing,) = [s for s in result.segments if s.isthing]
         share = (index == 1).mean() * height * width
         assert thing.area == pytest.approx(share, rel=0.03)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.5])
+def test_a_picture_of_48_megapixels(noise: float) -> None:
+    """By strips: a few bytes a pixel, whatever the prediction."""
+    index = np.zeros((60, 80), np.int64)
+    disc(index, 1, 30, 30, 16)
+    code, logits = heads(index, [0])
+    generator = torch.Generator().manual_seed(0)
+    code = code + noise * torch.randn(code.shape, generator=generator)
+    logits = logits + 4 * noise * torch.randn(logits.shape, generator=generator)
+    size = (6000, 8000)
+    result = decode(code[None], logits[None], encoding=CODE, isthing=ISTHING, sizes=[size])[0]
+    assert result.ids.shape == size
+    assert sum(s.area for s in result.segments) + (result.ids == 0).sum() == result.ids.size
+    if not noise:
+        (thing,) = [s for s in result.segments if s.isthing]
+        assert thing.area == pytest.approx((index == 1).mean() * result.ids.size, rel=0.02)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_a_gpu_decodes_as_the_processor_does(noise: float) -> None:
+    index = np.zeros((120, 160), np.int64)
+    disc(index, 1, 50, 60, 35)
+    disc(index, 2, 110, 60, 30)
+    code, logits = heads(index, [0, 1])
+    code = code + noise * torch.randn(code.shape, generator=torch.Generator().manual_seed(0))
+    one, other = (
+        decode(
+            code[None].to(device),
+            logits[None].to(device),
+            encoding=CODE,
+            isthing=ISTHING,
+            sizes=[(240, 320)],
+        )[0]
+        for device in ("cpu", "cuda")
+    )
+    assert (one.ids == other.ids).mean() > 0.999
+    assert len(one.segments) == len(other.segments)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
