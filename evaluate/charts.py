@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from evaluate.report import measure_table, size_name
+from evaluate.tables import measure_table, size_name
 from pipeline.coco import Category
 
 WIDTH, HEIGHT = 640, 250

@@ -160,7 +160,7 @@ def finish(
         "images": str(outcome.images),
         "step": str(predictor.state.step),
         "input": f"{predictor.size} px",
-        "network": f"{predictor.cost:.3g}x",
+        "network runs": f"{predictor.cost:.3g} an image",
         "seconds an image": f"{sum(outcome.seconds_per_image.values()):.3f}",
     }
     write_report(

@@ -1,11 +1,13 @@
 """A trained model as files for others: a folder that `Predictor` loads, and ONNX.
 
     model.safetensors, backbone.json, state.json, complete.json    a checkpoint without its training
-    model.onnx                                                     photo -> codes, logits
+    model.onnx                                                     photo -> panoptic map
     model.json                                                     what a user of it must know
 
-In Python, `Predictor("DIR")` loads the folder. The network of `model.onnx` takes `photo`, (B, 3, S,
-S) uint8 RGB, and gives `codes`, (B, channels, S, S), and `logits`, (B, C, S, S), float32.
+In Python, `Predictor("DIR")` loads the folder. `model.onnx` takes `photo`, (B, 3, S, S) uint8 RGB,
+and gives the map and the classes of its instances of `GridDecoder`, `panoptic` and
+`instance_labels`, and what they were made of: `codes`, (B, channels, S, S), and `logits`, (B, C, S,
+S), float32, for a consumer with a decoder of its own.
 """
 
 from __future__ import annotations
@@ -21,29 +23,46 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from evaluate.grid_decoder import GridDecoder
 from pipeline.errors import InputError
 from pipeline.storage import Storage
 from train.checkpoint import ARCHITECTURE, TrainState
+from train.encoding import make_encoding
 from train.model import PanopticModel
 
 OPSET = 18
 NEEDED = ("onnx", "onnxscript")
+OUTPUTS = ("codes", "logits", "panoptic", "instance_labels")
+MEANING = {
+    "panoptic": "(B, S, S): 0 void, 1 to C stuff of label value - 1, above instance value - C - 1",
+    "instance_labels": "(B, K): label of each instance, -1 where there is none",
+    "codes": "(B, channels, S, S): instance head",
+    "logits": "(B, C, S, S): semantic head",
+}
 
 
-class HeadsOnly(nn.Module):
-    """The network as a plain function, for tracing."""
+class ModelAndDecoder(nn.Module):
+    """The network and the decoder as one plain function, for tracing."""
 
-    def __init__(self, model: PanopticModel) -> None:
+    def __init__(self, model: PanopticModel, state: TrainState, cells: int) -> None:
         super().__init__()
         self.model = model
+        encoding = make_encoding(state.config.loss.encoding, state.config.loss.harmonics)
+        isthing = torch.tensor([category.isthing for category in state.categories])
+        self.decoder = GridDecoder(encoding, isthing, cells)
 
-    def forward(self, photo: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, S, S) uint8 -> (B, channels, S, S) codes, (B, C, S, S) logits."""
+    def forward(self, photo: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(B, 3, S, S) uint8 -> the outputs `OUTPUTS`."""
         prediction = self.model(photo, "both").resized(photo.shape[-2:])
-        return prediction.instance, prediction.semantic
+        return (
+            prediction.instance,
+            prediction.semantic,
+            *self.decoder(prediction.instance, prediction.semantic),
+        )
 
 
 def export_model(model: PanopticModel, state: TrainState, out: Path) -> Path:
@@ -83,7 +102,7 @@ def export_onnx(model: PanopticModel, state: TrainState, out: Path, cells: int) 
         model: In evaluation mode; moved to the processor.
         state: Of its training.
         out: The folder.
-        cells: Of the decoding grid, for `model.json`.
+        cells: Of the decoding grid, an axis.
 
     Raises:
         InputError: ONNX is not installed.
@@ -97,7 +116,7 @@ def export_onnx(model: PanopticModel, state: TrainState, out: Path, cells: int) 
     storage = Storage(str(out))
     storage.create()
     size = state.config.data.size
-    network = HeadsOnly(model.cpu().eval())
+    network = ModelAndDecoder(model.cpu().eval(), state, cells)
     # Two pictures: a batch of one would be taken for a constant.
     photo = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     noisy = logging.getLogger("torch.onnx"), logging.getLogger("onnxscript")
@@ -111,7 +130,7 @@ def export_onnx(model: PanopticModel, state: TrainState, out: Path, cells: int) 
                 network,
                 (photo,),
                 input_names=["photo"],
-                output_names=["codes", "logits"],
+                output_names=list(OUTPUTS),
                 dynamic_shapes={"photo": {0: torch.export.Dim("batch", min=1)}},
                 opset_version=OPSET,
                 dynamo=True,
@@ -125,6 +144,7 @@ def export_onnx(model: PanopticModel, state: TrainState, out: Path, cells: int) 
     program.save(str(out / "model.onnx"))
     facts = {
         "input": {"photo": ["batch", 3, size, size], "dtype": "uint8", "colours": "RGB"},
+        "outputs": MEANING,
         "fit": state.config.data.fit,
         "encoding": {"name": state.config.loss.encoding, "harmonics": state.config.loss.harmonics},
         "cells": cells,
@@ -134,23 +154,33 @@ def export_onnx(model: PanopticModel, state: TrainState, out: Path, cells: int) 
     return out / "model.onnx"
 
 
-def onnx_difference(model: PanopticModel, path: Path, size: int) -> float | None:
-    """Largest difference of `model.onnx` from PyTorch, over the largest output, on noise.
+def onnx_difference(
+    model: PanopticModel, state: TrainState, path: Path, cells: int
+) -> dict[str, float] | None:
+    """How far `model.onnx` is from PyTorch, on noise.
 
     Returns:
-        None where onnxruntime is not installed.
+        Of `codes` and `logits` the largest difference over the largest value, of `panoptic` and
+        `instance_labels` the share that differs. None where onnxruntime is not installed.
     """
     if find_spec("onnxruntime") is None:
         return None
     import onnxruntime  # noqa: PLC0415 - optional
 
+    size = state.config.data.size
     generator = torch.Generator().manual_seed(0)
     photo = torch.randint(0, 256, (1, 3, size, size), generator=generator, dtype=torch.uint8)
     session: Any = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    found = session.run(None, {"photo": photo.numpy()})
+    found = session.run(list(OUTPUTS), {"photo": photo.numpy()})
     with torch.no_grad():
-        expected = HeadsOnly(model.cpu().eval())(photo)
-    return max(
-        float(np.abs(one - other.numpy()).max() / np.abs(other.numpy()).max())
-        for one, other in zip(found, expected, strict=True)
-    )
+        expected = ModelAndDecoder(model.cpu().eval(), state, cells)(photo)
+    return {
+        name: _difference(one, other.numpy())
+        for name, one, other in zip(OUTPUTS, found, expected, strict=True)
+    }
+
+
+def _difference(one: NDArray[Any], other: NDArray[Any]) -> float:
+    if other.dtype.kind == "i":
+        return float((one != other).mean())
+    return float(np.abs(one - other).max() / np.abs(other).max())

@@ -1,15 +1,18 @@
-"""Mask AP of the predicted instances, by pycocotools, without making a single mask again.
+"""Mask AP of the predicted instances: COCO's matching without masks, pycocotools' curves.
 
-COCO's evaluation needs of an image only the areas, the scores and the IoUs. Segments of a panoptic
-map do not overlap, so the pixels that they share tell all of it.
+    overlap of one image -> ImageInstances, one an image -> `mask_ap`
+
+COCO's matching needs of an image only the areas, the scores and the IoUs. Segments of a panoptic
+map do not overlap, so the pixels that they share tell all of it, and an instance has hardly ever
+more than one partner: a fraction of what `COCOeval.evaluate` costs in time and memory, which asks
+about every pair of image and category.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,22 +25,32 @@ from pipeline.coco import Category, SegmentInfo
 
 NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 """The first six numbers of pycocotools' summary, in its order."""
+THRESHOLDS = tuple(np.linspace(0.5, 0.95, 10).tolist())
+AREAS = ((0, 10**10), (0, 32**2), (32**2, 96**2), (96**2, 10**10))
+"""All, small, medium and large: pixels, both ends included, as in pycocotools."""
+MOST = 100
+"""Instances of a category that count in an image, those of the highest scores."""
+
+Truth = tuple[int, int, bool]
+"""Id, area, whether it is a crowd."""
+Outcome = tuple[int, int]
+"""Two sets of thresholds as bits, lowest first: matched at, and ignored at."""
+Found = tuple[int, float, tuple[Outcome, ...]]
+"""Category, score, and outcome for each of `AREAS`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageInstances:
-    """The instances of one image; areas in pixels of the maps.
+    """The instances of one image after matching, for each of `AREAS`.
 
     Attributes:
-        true: (id, category id, area, crowd) of each true one.
-        found: (id, category id, area, score) of each predicted one.
-        shared: Pixels of (true id, predicted id), of those that share any.
+        true: By category, how many true ones count.
+        found: The predicted ones, those of a category by descending score.
         scored: Whether every predicted one has a score.
     """
 
-    true: tuple[tuple[int, int, int, bool], ...]
-    found: tuple[tuple[int, int, int, float], ...]
-    shared: Mapping[tuple[int, int], int]
+    true: Mapping[int, tuple[int, ...]]
+    found: tuple[Found, ...]
     scored: bool
 
 
@@ -48,33 +61,41 @@ def instances_of(
     scores: Mapping[int, float],
     things: frozenset[int],
 ) -> ImageInstances:
-    """The instances of one image from what its segments share.
+    """Matches the instances of one image as `COCOeval.evaluateImg` does.
 
     Args:
-        overlap: See `overlap.count_pairs`.
-        gt_segments: As annotated.
+        overlap: See `count_pairs`.
+        gt_segments: As annotated; areas are counted.
         pred_segments: Category id by segment id.
         scores: Confidence by segment id.
         things: Ids of the thing categories.
     """
     gt_area, pred_area = segment_areas(overlap, side=0), segment_areas(overlap, side=1)
-    true = tuple(
-        (segment.id, segment.category_id, gt_area[segment.id], segment.iscrowd)
-        for segment in gt_segments
-        if segment.category_id in things and segment.id in gt_area
+    truths: dict[int, list[Truth]] = {}
+    for segment in gt_segments:
+        if segment.category_id in things and segment.id in gt_area:
+            row = segment.id, gt_area[segment.id], segment.iscrowd
+            truths.setdefault(segment.category_id, []).append(row)
+    founds: dict[int, list[int]] = {}
+    for id_, category in pred_segments.items():
+        if category in things:
+            founds.setdefault(category, []).append(id_)
+    ious = _ious(overlap, truths, pred_segments, pred_area)
+    found = []
+    for category, ids in founds.items():
+        ordered = sorted(ids, key=lambda id_: -scores.get(id_, 0.0))[:MOST]
+        members = truths.get(category, [])
+        columns = [_outcomes(ordered, pred_area, members, ious, area) for area in AREAS]
+        rows = zip(ordered, zip(*columns, strict=True), strict=True)
+        found += [(category, scores.get(id_, 0.0), outcomes) for id_, outcomes in rows]
+    return ImageInstances(
+        {
+            category: tuple(sum(not _ignored(row, area) for row in rows) for area in AREAS)
+            for category, rows in truths.items()
+        },
+        tuple(found),
+        all(id_ in scores for ids in founds.values() for id_ in ids),
     )
-    found = tuple(
-        (id_, category, pred_area[id_], scores.get(id_, 0.0))
-        for id_, category in pred_segments.items()
-        if category in things
-    )
-    gt_ids, pred_ids = {row[0] for row in true}, {row[0] for row in found}
-    shared = {
-        pair: pixels
-        for pair, pixels in overlap.items()
-        if pair[0] in gt_ids and pair[1] in pred_ids
-    }
-    return ImageInstances(true, found, shared, all(row[0] in scores for row in found))
 
 
 def mask_ap(
@@ -96,47 +117,120 @@ def mask_ap(
     if not catalogue or not all(image.scored for image in images):
         return None
     evaluator = COCOeval(iouType="segm")
-    evaluator.params.imgIds = list(range(len(images)))
-    evaluator.params.catIds = catalogue
-    truth: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
-    found: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
-    for number, image in enumerate(images):
-        for id_, category, area, crowd in image.true:
-            row = {"id": id_, "area": area, "iscrowd": int(crowd), "ignore": int(crowd)}
-            truth[number, category].append(row)
-        for id_, category, area, score in image.found:
-            found[number, category].append({"id": id_, "area": area, "score": score})
-
-    def prepare() -> None:
-        evaluator._gts, evaluator._dts = truth, found
-
-    def ious(number: int, category: int) -> NDArray[np.float64] | list[float]:
-        return _ious(truth[number, category], found[number, category], images[number].shared)
-
-    evaluator._prepare, evaluator.computeIoU = prepare, ious
+    # All images as one: only `evaluateImg` and the cut at `MOST` look at images, and are done.
+    evaluator.params.imgIds, evaluator.params.catIds = [0], catalogue
+    evaluator.params.maxDets = [max(1, sum(len(image.found) for image in images))]
+    evaluator._paramsEval = evaluator.params
+    found: dict[int, list[Found]] = {category: [] for category in catalogue}
+    for row in (row for image in images for row in image.found):
+        found[row[0]].append(row)
+    evaluator.evalImgs = [
+        entry
+        for category in catalogue
+        for entry in _evaluated(found[category], [image.true.get(category) for image in images])
+    ]
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluator.evaluate()
         evaluator.accumulate()
-        evaluator.summarize()
+    precision = evaluator.eval["precision"][..., 0]  # (thresholds, recalls, categories, areas)
+    halves, quarters = THRESHOLDS.index(0.5), THRESHOLDS.index(0.75)
+    parts = (
+        *(precision[..., 0], precision[halves, ..., 0], precision[quarters, ..., 0]),
+        *(precision[..., area] for area in (1, 2, 3)),
+    )
     # pycocotools says -1 where there is nothing to average.
-    values = [float(value) for value in evaluator.stats[: len(NAMES)]]
-    return {name: None if value < 0 else value for name, value in zip(NAMES, values, strict=True)}
+    defined = [part[part > -1] for part in parts]
+    return {
+        name: float(part.mean()) if part.size else None
+        for name, part in zip(NAMES, defined, strict=True)
+    }
 
 
 def _ious(
-    truth: list[dict[str, Any]],
-    found: list[dict[str, Any]],
-    shared: Mapping[tuple[int, int], int],
-) -> NDArray[np.float64] | list[float]:
-    """(predictions by descending score, truths), as `COCOeval.computeIoU` returns them."""
-    if not truth or not found:
-        return []
-    order = np.argsort([-row["score"] for row in found], kind="stable")[:100]
-    table = np.zeros((len(order), len(truth)))
-    for i, place in enumerate(order):
-        row = found[place]
-        for j, true in enumerate(truth):
-            both = shared.get((true["id"], row["id"]), 0)
-            union = row["area"] + (0 if true["iscrowd"] else true["area"] - both)
-            table[i, j] = both / union
-    return table
+    overlap: Mapping[tuple[int, int], int],
+    truths: Mapping[int, Iterable[Truth]],
+    pred_segments: Mapping[int, int],
+    pred_area: Mapping[int, int],
+) -> dict[tuple[int, int], float]:
+    """IoU of (true id, predicted id) of one category, of those that the lowest threshold takes."""
+    known = {row[0]: (category, row) for category, rows in truths.items() for row in rows}
+    ious = {}
+    for (gt_id, pred_id), both in overlap.items():
+        category, (_, area, crowd) = known.get(gt_id, (None, (0, 0, False)))
+        if category is None or pred_segments.get(pred_id) != category:
+            continue
+        iou = both / (pred_area[pred_id] + (0 if crowd else area - both))
+        if iou >= THRESHOLDS[0]:
+            ious[gt_id, pred_id] = iou
+    return ious
+
+
+def _outcomes(
+    found: Sequence[int],
+    pred_area: Mapping[int, int],
+    truths: Sequence[Truth],
+    ious: Mapping[tuple[int, int], float],
+    area: tuple[int, int],
+) -> list[Outcome]:
+    """Greedy matching at each threshold: by descending score, to the best that is free.
+
+    Args:
+        found: Ids of one category by descending score.
+        pred_area: Pixels by id.
+        truths: Of the category.
+        ious: See `_ious`.
+        area: One of `AREAS`; a truth outside of it may be matched, but then counts for nothing.
+    """
+    order = sorted(truths, key=lambda row: _ignored(row, area))
+    taken: set[tuple[int, int]] = set()
+    outcomes = []
+    for pred_id in found:
+        partners = [
+            (gt_id, ious[gt_id, pred_id], crowd, _ignored((gt_id, size, crowd), area))
+            for gt_id, size, crowd in order
+            if (gt_id, pred_id) in ious
+        ]
+        hits = ignored = 0
+        for bit, threshold in enumerate(THRESHOLDS):
+            best, best_iou, best_ignored = None, threshold, True
+            for gt_id, iou, crowd, ignores in partners:
+                if (bit, gt_id) in taken and not crowd:
+                    continue
+                if best is not None and not best_ignored and ignores:
+                    break  # one that counts goes first, at any IoU
+                if iou >= best_iou:
+                    best, best_iou, best_ignored = gt_id, iou, ignores
+            if best is not None:
+                taken.add((bit, best))
+                hits |= 1 << bit
+                ignored |= best_ignored << bit
+        if not area[0] <= pred_area[pred_id] <= area[1]:
+            ignored |= ~hits & (1 << len(THRESHOLDS)) - 1
+        outcomes.append((hits, ignored))
+    return outcomes
+
+
+def _ignored(truth: Truth, area: tuple[int, int]) -> bool:
+    _, size, crowd = truth
+    return crowd or not area[0] <= size <= area[1]
+
+
+def _evaluated(
+    found: Sequence[Found], true: Sequence[tuple[int, ...] | None]
+) -> list[dict[str, Any]]:
+    """What `COCOeval.accumulate` needs of one category, for each of `AREAS`."""
+    outcomes = np.array([row[2] for row in found], np.int64).reshape(len(found), len(AREAS), 2)
+    counts = np.sum([row for row in true if row] or [(0,) * len(AREAS)], axis=0)
+    return [
+        {
+            "dtScores": [row[1] for row in found],
+            "dtMatches": _bits(outcomes[:, number, 0]),
+            "dtIgnore": _bits(outcomes[:, number, 1]),
+            "gtIgnore": np.zeros(count),
+        }
+        for number, count in enumerate(counts.tolist())
+    ]
+
+
+def _bits(sets: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """(N,) sets of thresholds -> (thresholds, N)."""
+    return (sets >> np.arange(len(THRESHOLDS))[:, None] & 1).astype(bool)

@@ -12,12 +12,17 @@ from evaluate.charts import confusion_table, measure_list, size_chart
 from evaluate.gallery import Figure, Gallery
 from evaluate.page_assets import SCRIPT, STYLE
 from evaluate.pq import GroupPQ, PQResult
-from evaluate.report import BOTH, CATEGORY_COLUMNS, FALSE, MISSED, category_table
+from evaluate.report import BOTH, FALSE, MISSED
+from evaluate.tables import CATEGORY_COLUMNS, category_table
 from pipeline.coco import Category
 from pipeline.draw import segment_colours
 from pipeline.storage import Storage
 
 PAGE_NAME = "report.html"
+HEADS = """By the PQ of the image alone. The heads are shown raw, before decoding: the semantic
+head in the colours of the categories; the instance head in those of the centroids that it points
+to, red growing to the right, green downwards, and black where it sees no instance. Click to
+enlarge."""
 
 
 def write_report(
@@ -98,7 +103,7 @@ style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 no mean. Click a heading to sort.</p>
 {_table(result, categories)}
 {_measures(values, categories) if values else ""}
-{_figures("Best images", best)}
+{_figures("Best images", best, HEADS)}
 {_figures("Worst images", worst)}
 </main>
 <dialog></dialog>
@@ -161,21 +166,22 @@ def _row(cells: Sequence[str], colour: str) -> str:
     )
 
 
-def _figures(title: str, figures: Iterable[Figure]) -> str:
+def _figures(title: str, figures: Iterable[Figure], note: str = "") -> str:
     articles = "".join(_article(figure) for figure in figures)
-    return f"<h2>{title}</h2>{articles}" if articles else ""
+    note = note and f'<p class="soft">{note}</p>'
+    return f"<h2>{title}</h2>{note}{articles}" if articles else ""
 
 
 def _article(figure: Figure) -> str:
     keys = {"missed": MISSED, "false": FALSE, "both": BOTH}
     legend = " ".join(
-        f'<i class="dot" style="background:rgb{colour};margin:0 3px 0 8px"></i>{name}'
+        f'<span class="key"><i class="dot" style="background:rgb{colour}"></i>{name}</span>'
         for name, colour in keys.items()
     )
     pictures = "".join(
         f'<figure><img loading="lazy" alt="{escape(f"{figure.title}: {name}")}" '
         f'src="data:image/jpeg;base64,{b64encode(data).decode()}">'
-        f"<figcaption>{name}{legend if name == 'errors' else ''}</figcaption></figure>"
+        f"<figcaption>{name} {legend if name == 'errors' else ''}</figcaption></figure>"
         for name, data in figure.pictures
     )
     return (

@@ -50,6 +50,7 @@ article { margin-top: 28px; padding: 18px; background: var(--card);
 .head { display: flex; gap: 6px 20px; align-items: baseline; flex-wrap: wrap }
 .pictures { display: grid; grid-template-columns: repeat(3, 1fr); gap: 14px; margin-top: 14px }
 figure { margin: 0 } figcaption { font-size: 13px; color: var(--soft); margin-top: 2px }
+.key { white-space: nowrap; margin-left: 8px } .key .dot { margin-right: 4px }
 img { display: block; width: 100%; height: auto; border-radius: 4px; cursor: zoom-in }
 dialog { border: 0; padding: 0; background: none; max-width: 96vw; max-height: 96vh }
 dialog img { width: auto; min-width: min(92vw, 120vh); max-height: 94vh; object-fit: contain;

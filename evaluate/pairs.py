@@ -66,20 +66,22 @@ def read_pairs(
         raise _shape_error(what, str(gt_json)) from None
     gt_rows, pred_rows = _by_image(gt_file, gt_json), _by_image(pred_file, pred_json)
     if missing := gt_rows.keys() - pred_rows.keys():
+        remedy = "predict every image of the ground truth; segments_info may be empty"
+        if {str(image) for image in missing} & {str(image) for image in pred_rows}:
+            remedy = "image ids are numbers in one of the files, strings in the other"
         raise InputError(
             f"no prediction for {len(missing)} of {len(gt_rows)} images: image {listing(missing)}",
             where=pred_json,
-            remedy="predict every image of the ground truth; segments_info may be empty",
+            remedy=remedy,
             code="prediction-missing",
         )
     if extra := pred_rows.keys() - gt_rows.keys():
         logger.warning(
-            "%d predictions have no ground truth and are ignored: %s", len(extra), listing(extra)
+            "predictions of images without ground truth are ignored: image %s", listing(extra)
         )
-    gt_pngs = _find_pngs(gt_dir or _folder(gt_json), gt_rows)
-    pred_pngs = _find_pngs(
-        pred_dir or _folder(pred_json), {image: pred_rows[image] for image in gt_rows}
-    )
+    gt_pngs = _find_pngs(gt_dir or png_folder(gt_json), gt_json, gt_rows)
+    asked = {image: pred_rows[image] for image in gt_rows}
+    pred_pngs = _find_pngs(pred_dir or png_folder(pred_json), pred_json, asked)
     known = {category.id for category in categories}
     pairs = []
     for image_id, row in gt_rows.items():
@@ -115,7 +117,7 @@ def _read_json(path: Path) -> Any:
             remedy="check the path",
             code="json-missing",
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _shape_error(f"is no JSON: {error}", str(path)) from None
 
 
@@ -142,11 +144,12 @@ def _by_image(content: Any, path: Path) -> dict[ImageId, Any]:
     return rows
 
 
-def _folder(path: Path) -> Path:
+def png_folder(path: Path) -> Path:
+    """Where the PNGs of an annotation file lie: its path without `.json`."""
     return path.with_name(path.name.removesuffix(".json"))
 
 
-def _find_pngs(folder: Path, rows: Mapping[ImageId, Any]) -> dict[ImageId, Path]:
+def _find_pngs(folder: Path, annotations: Path, rows: Mapping[ImageId, Any]) -> dict[ImageId, Path]:
     """Paths by image id. An unpacking cut short shows here, not after an hour."""
     try:
         # One listing: a stat for every image takes minutes on a network disk.
@@ -159,7 +162,10 @@ def _find_pngs(folder: Path, rows: Mapping[ImageId, Any]) -> dict[ImageId, Path]
             remedy="unpack it there, or name it with --gt-dir or --pred-dir",
             code="folder-missing",
         ) from None
-    names = {image: _get(row, "file_name", str, f"image {image}") for image, row in rows.items()}
+    names = {
+        image: _get(row, "file_name", str, f"{annotations}: image {image}")
+        for image, row in rows.items()
+    }
     missing = [
         image
         for image, name in names.items()

@@ -8,7 +8,8 @@ from typing import Any
 
 from evaluate.decode import DecodedSegment, PanopticMap
 from evaluate.gallery import Gallery
-from evaluate.predict import Predictor, read_picture
+from evaluate.photos import read_picture
+from evaluate.predict import Predictor
 from evaluate.report import ImageView, comparison_sheet, predicted_map, true_map, write_overlay
 from pipeline.coco import Category, PanopticRecord
 from pipeline.draw import save_picture

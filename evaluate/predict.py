@@ -11,22 +11,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from itertools import islice
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from evaluate.decode import DecodeConfig, PanopticMap, decode
 from evaluate.heads import Heads, average, mirrored, network_cost
+from evaluate.photos import read_ahead, read_picture
 from evaluate.report import predicted_map, write_overlay
 from pipeline.coco import Category, ImageId
 from pipeline.draw import Picture, centroid_colours, encode_picture, semantic_colours
@@ -39,7 +37,9 @@ from train.encoding import Encoding, grid_cells, make_encoding, nearest_centroid
 from train.items import fitted_size
 from train.model import PanopticModel, check_size
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
+__all__ = ["PredictionWriter", "Predictor", "predict_pictures", "read_picture"]
+
+logger = logging.getLogger(__name__)
 
 
 class Predictor:
@@ -56,7 +56,7 @@ class Predictor:
             where there is one.
 
     Raises:
-        InputError: No complete checkpoint, or a side that patches do not tile.
+        InputError: No complete checkpoint, no such device, or a side that patches do not tile.
 
     Attributes:
         categories: By label.
@@ -78,7 +78,7 @@ class Predictor:
         sizes: Sequence[int] = (),
         weights: Weights | None = None,
     ) -> None:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        chosen = find_device(device)
         folder = find_checkpoint(Path(checkpoint))  # once: a running training adds newer ones
         model, state = load_model(folder, chosen, weights=weights)
         self._set_up(model, state, decoding, flip=flip, sizes=sizes)
@@ -188,62 +188,29 @@ class Predictor:
         return centroid_colours(uv), semantic_colours(labels, isthing)
 
 
+def find_device(name: str | None = None) -> torch.device:
+    """The device of this name; by default the GPU where there is one.
+
+    Raises:
+        InputError: This machine, or this build of torch, has no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
+    # A name of no device, a torch without CUDA, a number that is too high.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(
+            f"cannot be used: {str(error).partition('. ')[0].splitlines()[0]}",
+            where=f"device {name}",
+            remedy="use cpu, or leave --device out",
+            code="device",
+        ) from None
+    return device
+
+
 def checkpoint_digest(folder: Path) -> str:
     """SHA-256 of `complete.json`, which holds those of all files of a checkpoint."""
     return hashlib.sha256((folder / "complete.json").read_bytes()).hexdigest()
-
-
-def read_picture(path: Path | str, *, upright: bool = True) -> Picture:
-    """Any JPEG or PNG as (H, W, 3) uint8 RGB.
-
-    Args:
-        path: Of the picture.
-        upright: Turn it as its EXIF tag says. Annotated photos must not be: annotations lie on
-            the pixels as they are stored.
-
-    Raises:
-        InputError: Missing, damaged, or no picture.
-    """
-    try:
-        with Image.open(path) as image:
-            turned = ImageOps.exif_transpose(image) if upright else image
-            return np.asarray(turned.convert("RGB"))
-    except FileNotFoundError:
-        raise InputError("no such picture", where=path) from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"not a readable picture: {error}", where=path) from None
-
-
-def list_pictures(paths: Sequence[Path]) -> list[Path]:
-    """The pictures named, and those in the folders named, in order.
-
-    Raises:
-        InputError: Nothing there.
-    """
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
-            if not inside:
-                raise InputError("no JPEG or PNG in this folder", where=path)
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            raise InputError("no such picture or folder", where=path)
-    return found
-
-
-def read_ahead(paths: Sequence[Path], ahead: int, *, upright: bool = True) -> Iterator[Picture]:
-    """Reads pictures in order with a few threads, at most `ahead` of them early."""
-    read = partial(read_picture, upright=upright)
-    with ThreadPoolExecutor(2) as pool:
-        waiting: list[Future[Picture]] = []
-        rest = iter(paths)
-        waiting.extend(pool.submit(read, path) for path in islice(rest, ahead))
-        while waiting:
-            yield waiting.pop(0).result()
-            waiting.extend(pool.submit(read, path) for path in islice(rest, 1))
 
 
 @dataclass
@@ -293,32 +260,65 @@ class PredictionWriter:
         return self.folder / "panoptic.json"
 
 
-def predict_pictures(predictor: Predictor, paths: Sequence[Path], out: Path) -> Path:
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What `predict_pictures` did.
+
+    Attributes:
+        json: The prediction's JSON.
+        pictures: How many are in it.
+        left_out: How many could not be read.
+    """
+
+    json: Path
+    pictures: int
+    left_out: int
+
+
+def predict_pictures(predictor: Predictor, paths: Sequence[Path], out: Path) -> Written:
     """Segments pictures: `overlays/*.jpg` with labels, `panoptic/*.png`, `panoptic.json`.
 
-    Pictures with one stem in different folders get a number behind it.
+    Pictures with one stem get a number behind it. One that cannot be read is left out, with a
+    warning: it costs only itself.
 
     Args:
         predictor: The trained model.
         paths: Of the pictures.
         out: Where to write.
 
-    Returns:
-        The JSON's path.
-
     Raises:
-        InputError: A picture is missing or damaged.
+        InputError: No picture can be read.
     """
     writer = PredictionWriter(out, predictor.categories)
     Storage(str(out / "overlays")).create()
-    taken: Counter[str] = Counter()
+    names = unique_names(path.stem for path in paths)
+    bad: list[InputError] = []
     with progress("predict", len(paths), "pictures") as advance:
-        for path, photo in zip(paths, read_ahead(paths, 4), strict=True):
-            taken[path.stem] += 1
-            name = path.stem if taken[path.stem] == 1 else f"{path.stem}_{taken[path.stem]}"
+        for path, name, reading in zip(paths, names, read_ahead(paths, 4), strict=True):
+            try:
+                photo = reading.result()
+            except InputError as error:
+                if len(paths) > 1:
+                    logger.warning("left out: %s", error)
+                bad.append(error)
+                advance()
+                continue
             result = predictor([photo])[0]
-            writer.add(path.name, name, result)
+            writer.add(f"{name}{path.suffix}", name, result)
             overlay = out / "overlays" / f"{name}.jpg"
             write_overlay(overlay, photo, predicted_map(result), predictor.categories)
             advance()
-    return writer.finish()
+    if len(bad) == len(paths):
+        raise bad[0] if len(bad) == 1 else InputError(f"none of {len(bad)} pictures can be read")
+    return Written(writer.finish(), len(paths) - len(bad), len(bad))
+
+
+def unique_names(stems: Iterable[str]) -> list[str]:
+    """The stems, with `_2`, `_3` behind those that were there before."""
+    taken: set[str] = set()
+    names = []
+    for stem in stems:
+        choices = chain([stem], (f"{stem}_{number}" for number in count(2)))
+        names.append(next(name for name in choices if name not in taken))
+        taken.add(names[-1])
+    return names

@@ -1,20 +1,19 @@
-"""Results to look at: tables, overlays, and truth beside prediction, as plain values and arrays.
+"""Results to look at: overlays, and truth beside prediction, as plain arrays.
 
 The HTML page is `evaluate/page.py`. Nothing here needs a network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evaluate.compare import Comparison, compare, matched_numbers
-from evaluate.pq import CategoryStat, GroupPQ, PQResult
 from pipeline.coco import Category, SegmentInfo
 from pipeline.draw import (
     LabelledMap,
@@ -32,11 +31,12 @@ from pipeline.targets import index_map
 if TYPE_CHECKING:
     from evaluate.decode import PanopticMap
 
-GROUP_COLUMNS = ("group", "PQ", "SQ", "RQ", "categories")
-CATEGORY_COLUMNS = ("category", "kind", "PQ", "SQ", "RQ", "TP", "FP", "FN")
-SIZE_COLUMNS = ("things by size", "instances", "IoU")
 PANEL = 480
 """Longer side of a picture in a figure, pixels."""
+SMALLEST, LARGEST = 640, 1600
+"""Longer side of an overlay, pixels: names are to be readable, and nothing is measured on it."""
+LETTERS = 13
+"""Size of the names on a picture of `SMALLEST` pixels, pixels."""
 MISSED, FALSE, BOTH = (213, 94, 0), (0, 114, 178), (196, 105, 160)
 
 
@@ -91,78 +91,43 @@ def true_map(
     )
 
 
-def pq_table(result: PQResult) -> list[tuple[str, ...]]:
-    """A row for All, Things and Stuff, in percent; see `GROUP_COLUMNS`."""
-    return [
-        (name, *_percent(group), str(group.n if group else 0))
-        for name, group in (("All", result.all), ("Things", result.things), ("Stuff", result.stuff))
-    ]
-
-
-def category_table(result: PQResult, categories: Sequence[Category]) -> list[tuple[str, ...]]:
-    """A row for each category, in percent; see `CATEGORY_COLUMNS`."""
-    rows: list[tuple[str, ...]] = []
-    for category in categories:
-        stat = result.per_class[category.id]
-        kind = "thing" if category.isthing else "stuff"
-        counts = (str(stat.tp), str(stat.fp), str(stat.fn))
-        rows.append((category.name, kind, *_percent(None if stat.empty else stat), *counts))
-    return rows
-
-
-def size_table(sizes: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """A row for each size that has instances; see `SIZE_COLUMNS` and `Measures.to_json`."""
-    return [(size_name(row), str(row["n"]), f"{100 * row['iou']:.1f}") for row in sizes if row["n"]]
-
-
-def size_name(row: Mapping[str, Any]) -> str:
-    """`32-64 px`, `512+ px`."""
-    return f"{row['from']}+ px" if row["to"] is None else f"{row['from']}-{row['to']} px"
-
-
-def measure_table(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What stands beside PQ, by name, in percent.
-
-    Args:
-        values: See `Scores.to_json`.
-    """
-    ap, agnostic = values["mask_ap"] or {}, values["things_agnostic"] or {}
-    numbers = {
-        "class-agnostic PQ of things": agnostic.get("pq"),
-        "semantic mIoU": values["semantic"]["miou"],
-        "mask AP": ap.get("ap"),
-        "AP50": ap.get("ap50"),
-        "AP75": ap.get("ap75"),
-    }
-    return [(k, "-" if v is None else f"{100 * v:.1f}") for k, v in numbers.items()]
-
-
-def _percent(score: GroupPQ | CategoryStat | None) -> tuple[str, str, str]:
-    if score is None:
-        return "-", "-", "-"
-    return f"{score.pq:.1%}"[:-1], f"{score.sq:.1%}"[:-1], f"{score.rq:.1%}"[:-1]
-
-
 def named_overlay(
     photo: Picture,
     segments: LabelledMap,
     categories: Sequence[Category],
     numbers: Sequence[int] | None = None,
+    *,
+    letters: int = LETTERS,
 ) -> Picture:
-    """A photo with its segments in colour and named; `categories` lie by label."""
+    """A photo with its segments in colour and named.
+
+    Args:
+        photo: (H, W, 3) uint8.
+        segments: Of the same size.
+        categories: By label.
+        numbers: See `segment_colours`.
+        letters: Size of the names, pixels.
+    """
     colours = segment_colours(segments.labels, segments.isthing, numbers)
     names = [
         categories[label].name + (" (crowd)" if row in segments.crowd else "")
         for row, label in enumerate(segments.labels)
     ]
-    return label_segments(overlay(photo, segments.index, colours), segments.index, names)
+    return label_segments(overlay(photo, segments.index, colours), segments.index, names, letters)
 
 
 def write_overlay(
     path: Path, photo: Picture, segments: LabelledMap, categories: Sequence[Category]
 ) -> None:
-    """Writes `named_overlay` as PNG or JPEG, by suffix."""
-    save_picture(path, named_overlay(photo, segments, categories))
+    """Writes `named_overlay` as PNG or JPEG, by suffix; `SMALLEST` to `LARGEST` pixels long."""
+    size = (photo.shape[0], photo.shape[1])
+    longest = min(max(*size, SMALLEST), LARGEST)
+    size = size if longest == max(size) else fitted(size, longest)
+    letters = round(LETTERS * longest / SMALLEST)
+    picture = named_overlay(
+        resized(photo, size), segments.resized(size), categories, letters=letters
+    )
+    save_picture(path, picture)
 
 
 def error_picture(

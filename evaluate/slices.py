@@ -15,7 +15,8 @@ from evaluate.decode import PanopticMap
 from evaluate.heads import Heads
 from evaluate.journal import Journal, Row
 from evaluate.measures import thing_ids
-from evaluate.predict import PredictionWriter, Predictor, read_ahead
+from evaluate.photos import read_ahead
+from evaluate.predict import PredictionWriter, Predictor
 from evaluate.ranks import Ranks
 from evaluate.scoring import ImageScore, score_image
 from pipeline.coco import CocoPanoptic, ImageId, PanopticRecord
@@ -75,7 +76,7 @@ def predict_slice(
     ):
         for places in chunks(rest, batch):
             clock.start()
-            pictures = [next(photos) for _ in places]
+            pictures = [next(photos).result() for _ in places]
             clock.lap("read")
             # Always of one size: rounding of a network depends on its batch's.
             heads = predictor.heads([*pictures, *pictures[:1] * (batch - len(pictures))])

@@ -89,4 +89,5 @@ def check_png(data: bytes, where: Path | str) -> None:
 
 def ids_to_rgb(ids: NDArray[np.int32]) -> NDArray[np.uint8]:
     """(H, W) int32 ids -> (H, W, 3) uint8 RGB, the inverse of `read_ids`."""
-    return np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], axis=-1).astype(np.uint8)
+    rgba = np.ascontiguousarray(ids, "<i4").view(np.uint8).reshape(*ids.shape, 4)
+    return np.ascontiguousarray(rgba[..., :3])

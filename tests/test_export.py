@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import Run
 
 from evaluate import export
-from evaluate.export import export_model, export_onnx, onnx_difference
+from evaluate.export import ModelAndDecoder, export_model, export_onnx, onnx_difference
+from evaluate.grid_decoder import GridDecoder
 from evaluate.predict import Predictor
 from pipeline.errors import InputError
+from train.encoding import make_encoding
 
 
 def test_a_saved_folder_predicts_the_same(trained: Path, tmp_path: Path) -> None:
@@ -60,7 +63,16 @@ def test_onnx_equals_pytorch(run: Run, trained: Path, tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(
         str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"]
     )
-    codes, logits = session.run(["codes", "logits"], {"photo": photos.transpose(0, 3, 1, 2)})
+    codes, logits, maps, labels = session.run(
+        list(export.OUTPUTS), {"photo": photos.transpose(0, 3, 1, 2)}
+    )
+    assert facts["outputs"].keys() == set(export.OUTPUTS)
+    expected = ModelAndDecoder(one.model, one.state, one.cells)(
+        torch.from_numpy(photos).permute(0, 3, 1, 2)
+    )
+    assert (maps == expected[2].numpy()).mean() > 0.99  # but for ties, up to rounding
+    assert maps.shape == (3, 56, 56)
+    assert labels.shape == expected[3].shape
     for heads, code_, logit in zip(one.heads(list(photos)), codes, logits, strict=True):
         assert np.allclose(heads.instance.numpy(), code_, atol=1e-4)
         assert np.allclose(heads.semantic.numpy(), logit, atol=1e-4)
@@ -73,4 +85,45 @@ def test_without_onnx_one_line_says_so(
     one = Predictor(trained, "cpu")
     with pytest.raises(InputError, match=r"pip install 'panoptic-target-cache\[export\]'"):
         export_onnx(one.model, one.state, tmp_path, one.cells)
-    assert onnx_difference(one.model, tmp_path / "model.onnx", one.size) is None
+    assert onnx_difference(one.model, one.state, tmp_path / "model.onnx", one.cells) is None
+
+
+@pytest.mark.parametrize("name", ["positional", "direct", "classification"])
+def test_the_decoder_of_the_graph_finds_what_was_encoded(name: str) -> None:
+    encoding = make_encoding(name, 4)
+    isthing = torch.tensor([True, False, True])
+    segments = torch.zeros(2, 60, 80, dtype=torch.int64)  # 0 = stuff of label 1
+    segments[0, 5:20, 5:30], segments[0, 30:50, 40:60] = 1, 2
+    segments[1, 5:45, 20:60] = 1
+    segments[1, 50:52, 70:73] = 2  # below the least size of an instance
+    table = torch.tensor([1, 0, 2])  # label of each segment
+    found = []
+    for index in segments:
+        ys, xs = (
+            torch.stack([(index == k).nonzero()[:, axis].float().mean() for k in (1, 2)])
+            for axis in (0, 1)
+        )
+        centroids = torch.zeros(3, 2)
+        centroids[1:] = torch.stack([(xs + 0.5) / 80, (ys + 0.5) / 60], -1) * 2 - 1
+        found.append(encoding.encode(centroids, torch.tensor([False, True, True]))[index])
+    target = torch.stack(found).permute(0, 3, 1, 2)
+    codes = confident(target, encoding.channels) if name == "classification" else target
+    logits = torch.nn.functional.one_hot(table[segments], 3).permute(0, 3, 1, 2).float()
+    maps, labels = GridDecoder(encoding, isthing, 20)(codes.float(), logits)
+    assert maps.shape == segments.shape
+    for index, values, names in zip(segments, maps, labels.tolist(), strict=True):
+        assert set(values[index == 0].tolist()) == {2}, "stuff of label 1"
+        for k in (1, 2):
+            (value,) = set(values[index == k].tolist())
+            if (index == k).sum() < 9:
+                assert value == 0
+            else:
+                assert value > 3
+                assert names[value - 4] == table[k]
+        assert sum(label >= 0 for label in names) == len(set(values[values > 3].tolist()))
+
+
+def confident(classes: torch.Tensor, channels: int) -> torch.Tensor:
+    """(B, K, H, W) class indices -> (B, channels, H, W) logits, the halves one after the other."""
+    halves = torch.nn.functional.one_hot(classes, channels // 2).permute(0, 1, 4, 2, 3)
+    return 20.0 * halves.flatten(1, 2)

@@ -205,7 +205,10 @@ def reference_ap(
     with contextlib.redirect_stdout(io.StringIO()):
         gt = COCO()
         gt.dataset = {
-            "images": [{"id": i, "height": 60, "width": 60} for i in range(len(pictures))],
+            "images": [
+                {"id": i, "height": one[0].shape[0], "width": one[0].shape[1]}
+                for i, one in enumerate(pictures)
+            ],
             "annotations": truths,
             "categories": [{"id": c} for c in sorted(THINGS)],
         }
@@ -239,6 +242,29 @@ def test_mask_ap_equals_pycocotools_on_masks(seed: int) -> None:
         }
         scores = {i: float(rng.integers(1, 6)) / 5 for i in categories}  # with ties
         pictures.append((truth, segments, found, categories, scores))
+    assert_ap_equal(pictures)
+
+
+def test_mask_ap_of_crowded_and_of_large_instances() -> None:
+    """More than the hundred instances that count, and all three sizes."""
+    rng = np.random.default_rng(0)
+    pictures = []
+    for side, step in ((130, 10), (300, 100), (240, 60)):
+        cells = side // step
+        blocks = np.arange(1, cells**2 + 1, dtype=np.int32).reshape(cells, cells)
+        truth = blocks.repeat(step, 0).repeat(step, 1)
+        found = np.roll(truth, (1, step // 6), (0, 1))
+        ids = np.unique(truth).tolist()
+        segments = [SegmentInfo(i, 1, i == 5) for i in ids]
+        scores = {i: float(rng.random()) for i in ids}
+        pictures.append((truth, segments, found, dict.fromkeys(ids, 1), scores))
+    assert len(pictures[0][1]) > 100
+    assert_ap_equal(pictures)
+
+
+def assert_ap_equal(
+    pictures: list[tuple[Ids, list[SegmentInfo], Ids, dict[int, int], dict[int, float]]],
+) -> None:
     expected = reference_ap(pictures)
     images = [
         instances_of(count_pairs(truth, found), segments, categories, scores, THINGS)
@@ -253,7 +279,7 @@ def test_mask_ap_equals_pycocotools_on_masks(seed: int) -> None:
 
 
 def test_mask_ap_needs_scores_and_things() -> None:
-    unscored = ImageInstances((), ((1, 1, 5, 0.0),), {}, scored=False)
+    unscored = ImageInstances({}, ((1, 0.0, ((0, 0),) * 4),), scored=False)
     assert mask_ap([unscored], CATEGORIES) is None
     assert mask_ap([], CATEGORIES[2:]) is None
 

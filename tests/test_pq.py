@@ -328,7 +328,7 @@ def test_other_folders_and_extra_predictions(
         (tmp_path / side).rename(tmp_path / f"{side}_elsewhere")
     after = folder.score(gt_dir=tmp_path / "gt_elsewhere", pred_dir=tmp_path / "pred_elsewhere")
     assert after == before
-    assert "1 predictions have no ground truth and are ignored: 99" in caplog.text
+    assert "predictions of images without ground truth are ignored: image 99" in caplog.text
 
 
 def test_wrong_area_is_trusted_but_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

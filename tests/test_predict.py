@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run
+from PIL import Image
 
 from evaluate.heads import Heads
-from evaluate.predict import Predictor
+from evaluate.photos import read_picture
+from evaluate.predict import Predictor, unique_names
+from pipeline.errors import InputError
 from pipeline.ids import read_ids
 
 
@@ -48,6 +51,92 @@ def test_a_picture_of_48_megapixels(predictor: Predictor) -> None:
     thing = next(segment for segment in result.segments if segment.isthing)
     assert thing.label == label
     assert thing.area == pytest.approx(6000 * 8000 * (14 * 21) / 56**2, rel=5e-3)
+
+
+GRAY = np.linspace(0, 255, 64, dtype=np.uint8)[None].repeat(48, 0)
+"""Dark on the left."""
+
+
+def saved(path: Path, picture: Image.Image, **settings: Any) -> Path:
+    picture.save(path, **settings)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "CMYK", "P", "I;16", "animated"])
+def test_pictures_of_any_kind_become_rgb(tmp_path: Path, mode: str) -> None:
+    gray = Image.fromarray(GRAY)
+    if mode == "I;16":
+        path = saved(tmp_path / "a.png", Image.fromarray(GRAY.astype(np.uint16) * 257))
+    elif mode == "animated":
+        others = [gray.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+        path = saved(tmp_path / "a.gif", gray, save_all=True, append_images=others)
+    else:
+        suffix = "jpg" if mode == "CMYK" else "png"
+        colours = gray.convert("RGB" if mode in {"CMYK", "P"} else mode)
+        path = saved(tmp_path / f"a.{suffix}", colours.convert(mode))
+    found = read_picture(path)
+    assert found.shape == (48, 64, 3)
+    assert found.dtype == np.uint8
+    tolerance = 40 if mode == "P" else 6  # of a palette that is not this picture's own
+    assert np.abs(found.astype(int) - GRAY[..., None]).mean() < tolerance
+
+
+def test_exif_turns_photos_but_not_annotated_ones(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    lying = Image.fromarray(GRAY).transpose(Image.Transpose.ROTATE_90)
+    path = saved(tmp_path / "a.png", lying, exif=exif)
+    assert (read_picture(path) == GRAY[..., None]).all()
+    assert read_picture(path, upright=False).shape == (64, 48, 3)
+
+
+def test_unreadable_pictures_are_said(tmp_path: Path) -> None:
+    (tmp_path / "text.jpg").write_text("hello")
+    (tmp_path / "empty.jpg").touch()
+    saved(tmp_path / "cut.jpg", Image.fromarray(GRAY))
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:400])
+    saved(tmp_path / "bomb.png", Image.new("1", (15000, 15000)))
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.raises(InputError, match=rf"{path.name}: not a readable picture: \S") as caught:
+            read_picture(path)
+        assert str(caught.value).count(str(path)) == 1
+    with pytest.raises(InputError, match="no such picture"):
+        read_picture(tmp_path / "none.jpg")
+
+
+def test_a_bad_picture_costs_only_itself(run: Run, trained: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    (folder / "more").mkdir(parents=True)
+    for path in (folder / "a.jpg", folder / "a.png", folder / "more" / "a.jpg"):
+        saved(path, Image.fromarray(GRAY))
+    (folder / "b.jpg").write_text("hello")
+    command = ("predict", "--checkpoint", trained, "--out", out, "--json")
+    code, said, err = run(*command, folder, folder / "more")
+    assert code == 3
+    assert err.count("left out") == 1
+    assert "b.jpg: not a readable picture" in err
+    shown = json.loads(said)
+    assert (shown["pictures"], shown["left_out"]) == (3, 1)
+    rows = json.loads((out / "panoptic.json").read_text())["annotations"]
+    assert [row["image_id"] for row in rows] == ["a.jpg", "a_2.png", "a_3.jpg"]
+    assert {path.stem for path in (out / "panoptic").iterdir()} == {"a", "a_2", "a_3"}
+    code, said, err = run(*command, folder / "b.jpg")
+    assert (code, said) == (1, "")
+    assert len([line for line in err.splitlines() if "b.jpg" in line]) == 1
+
+
+def test_names_are_unique() -> None:
+    assert unique_names(["a", "a_2", "a", "a", "b"]) == ["a", "a_2", "a_3", "a_4", "b"]
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:77"])
+def test_devices_that_are_not_there(run: Run, trained: Path, tmp_path: Path, device: str) -> None:
+    command = ("predict", tmp_path, "--checkpoint", trained, "--out", tmp_path, "--device", device)
+    saved(tmp_path / "a.png", Image.fromarray(GRAY))
+    code, out, err = run(*command)
+    assert (code, out) == (1, "")
+    assert f"device {device}: cannot be used" in err
+    assert len(err.splitlines()) == 1
 
 
 @pytest.fixture
@@ -125,6 +214,13 @@ def test_bad_predictions_are_one_line(
     fails("PNGs missing for 1 of 4 images")
     content["annotations"].pop(0)
     fails("no prediction for 1 of 4 images")
+    for row in content["annotations"]:
+        row["image_id"] = str(row["image_id"])
+    fails("image ids are numbers in one of the files, strings in the other")
+    (tmp_path / "pred.json").write_text("[" * 100_000)
+    code, out, err = run(*command)
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert "is no JSON" in err
 
 
 def test_other_categories_are_refused(run: Run, trained: Path, root: Path, tmp_path: Path) -> None:

@@ -19,20 +19,17 @@ from evaluate.page import write_report
 from evaluate.pq import PQResult, PQStat, match_image, summarize
 from evaluate.report import (
     BOTH,
-    CATEGORY_COLUMNS,
     FALSE,
-    GROUP_COLUMNS,
     MISSED,
     ImageView,
-    category_table,
     comparison_sheet,
     error_picture,
     panels,
-    pq_table,
     predicted_map,
     true_map,
     write_overlay,
 )
+from evaluate.tables import CATEGORY_COLUMNS, GROUP_COLUMNS, category_table, pq_table
 from pipeline.coco import Category, SegmentInfo
 from pipeline.draw import LabelledMap, segment_colours
 
@@ -165,8 +162,23 @@ def test_sheet_has_a_row_for_each_image(tmp_path: Path) -> None:
     one, two = (comparison_sheet([view()] * n, CATEGORIES) for n in (1, 2))
     assert one.shape[1] == two.shape[1] > 1200
     assert two.shape[0] > one.shape[0] + 200
-    write_overlay(tmp_path / "a.png", view().photo, view().prediction, CATEGORIES)
-    assert np.asarray(cv2.imread(str(tmp_path / "a.png"))).shape == (80, 160, 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [((80, 160), (320, 640)), ((700, 900), (700, 900)), ((4000, 8000), (800, 1600)),
+     ((1, 1), (640, 640)), ((1, 3000), (1, 1600))],
+)  # fmt: skip
+def test_overlays_are_of_a_size_to_look_at(
+    tmp_path: Path, size: tuple[int, int], shown: tuple[int, int]
+) -> None:
+    photo = np.full((*size, 3), 99, np.uint8)
+    whole = LabelledMap(np.ones(size, np.uint8), (0,), (True,))
+    write_overlay(tmp_path / "a.png", photo, whole, CATEGORIES)
+    picture = np.asarray(cv2.imread(str(tmp_path / "a.png")))
+    assert picture.shape == (*shown, 3)
+    named = (picture == 255).any(2).any(1).sum()
+    assert named == 0 or named >= 8 * max(shown) / 640, "names grow with the picture"
 
 
 @given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), max_size=9), st.integers(0, 3))
