@@ -19,7 +19,7 @@ from pipeline.interrupt import Interrupted, interruptible
 
 if TYPE_CHECKING:
     from evaluate.pq import PQResult
-    from pipeline.bench import Bench
+    from pipeline.bench import BenchResult
     from pipeline.coco import Category, CocoLayout
 
 app = typer.Typer(
@@ -251,7 +251,7 @@ def evaluate(
         out,
         batch=batch,
         overlays=overlays,
-        title=name,
+        title=f"Panoptic quality, {name}",
         ranks=ranks,
     )
     ranks.leave()
@@ -273,26 +273,28 @@ def score(
     as_json: Json = False,
 ) -> None:
     """Score one COCO panoptic JSON against another, to the official evaluator's last digit."""
+    from evaluate.official import compare_results, import_official, run_official
     from evaluate.pairs import read_pairs
     from evaluate.scoring import score_all
     from pipeline.progress import progress
 
+    reference = import_official() if official else None
     categories, pairs = read_pairs(truth, prediction, gt_dir, pred_dir)
     with progress("score", len(pairs), "images") as advance:
         scores = score_all(categories, pairs, workers=workers, advance=advance)
     values = scores.to_json()
-    if not official:
+    if reference is None:
         _show_scores(scores.pq, categories, values, as_json)
         return
-    from evaluate.official import compare_official
-
-    found = compare_official(scores.pq, truth, prediction, gt_dir, pred_dir)
+    with progress("panopticapi", len(pairs), "images") as advance:
+        theirs = run_official(reference, truth, prediction, gt_dir, pred_dir, advance=advance)
+    found = compare_results(scores.pq, theirs)
     _show_scores(scores.pq, categories, {**values, "official": found.to_json()}, as_json)
     line = f"largest difference from panopticapi: {found.difference:.1e}, {found.at}"
     if not found.agrees:
         log.error("%s: more than rounding", line)
         raise typer.Exit(1)
-    log.info("%s: the two agree", line)
+    log.info("%s", line if found.difference else "panopticapi finds exactly the same")
 
 
 @app.command()
@@ -306,13 +308,20 @@ def predict(
     weights: WeightsOption = None,
     as_json: Json = False,
 ) -> None:
-    """Segment any pictures: overlays with labels, panoptic PNGs and their JSON."""
-    from evaluate.predict import Predictor, list_pictures, predict_pictures
+    """Segment any pictures: overlays with labels, panoptic PNGs and their JSON.
+
+    What cannot be read is left out, and the exit code is 3.
+    """
+    from evaluate.photos import list_pictures
+    from evaluate.predict import Predictor, predict_pictures
 
     paths = list_pictures(pictures)
     predictor = Predictor(checkpoint, device, flip=flip, sizes=_sides(sizes), weights=weights)
     written = predict_pictures(predictor, paths, out)
-    _show({"pictures": len(paths), "json": str(written)}, as_json)
+    shown = {"pictures": written.pictures, "left_out": written.left_out, "json": str(written.json)}
+    _show(shown, as_json)
+    if written.left_out:
+        raise typer.Exit(3)
 
 
 @app.command()
@@ -320,7 +329,7 @@ def export(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     onnx: Annotated[
-        bool, typer.Option("--onnx", help="Also model.onnx: photo -> codes, logits.")
+        bool, typer.Option("--onnx", help="Also model.onnx: photo -> panoptic map.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -332,8 +341,9 @@ def export(
     shown: dict[str, Any] = {"folder": str(export_model(predictor.model, predictor.state, out))}
     if onnx:
         path = export_onnx(predictor.model, predictor.state, out, predictor.cells)
-        difference = onnx_difference(predictor.model, path, predictor.size)
-        shown |= {"onnx": str(path), "difference_from_pytorch": difference}
+        difference = onnx_difference(predictor.model, predictor.state, path, predictor.cells)
+        largest = None if difference is None else max(difference.values())
+        shown |= {"onnx": str(path), "difference_from_pytorch": largest}
     _show(shown, as_json)
 
 
@@ -386,29 +396,47 @@ def bench_load(
 
 @bench.command("step")
 def bench_step(
-    config: Annotated[Path, typer.Argument(help="A file of configs/.")] = Path("configs/demo.toml"),
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A file of configs/; else the paper's on a GPU, a small model elsewhere."
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Override a setting, as data.size=616.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps to average over.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of three steps; the best counts.")] = 3,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile", help="Try torch.compile too; by default on a GPU only."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """One training step on this machine's device."""
+    """Training steps on this machine's device: the encoder, the whole step, fed by the loader."""
     from pipeline.config import load_config
-    from train.bench import bench_step as measure
+    from train.bench_step import bench_step as measure
     from train.config import TrainConfig
 
-    _show_bench(measure(load_config(TrainConfig, config, settings or []), steps=steps), as_json)
+    if config is None and settings:
+        raise typer.BadParameter("--set needs a configuration to change")
+    run = load_config(TrainConfig, config, settings or []) if config else None
+    _show_bench(measure(run, rounds=rounds, compiled=compiled), as_json)
 
 
 @bench.command("decode")
 def bench_decode(
-    coco: Root = None, split: Split = None, count: Count = 8, as_json: Json = False
+    coco: Root = None,
+    split: Split = None,
+    count: Count = 4,
+    size: Annotated[int, typer.Option(min=14, help="Side of the network's output.")] = 420,
+    as_json: Json = False,
 ) -> None:
-    """Decoding one prediction."""
+    """Decoding by ours and by other decoders: PQ by level of noise, and time."""
     from evaluate.bench import bench_decode as measure
 
-    _show_bench(measure(_bench_layout(coco, split), count), as_json)
+    _show_bench(measure(_bench_layout(coco, split), count, size), as_json)
 
 
 @bench.command("score")
@@ -425,12 +453,12 @@ def _bench_layout(coco: Path | None, split: str | None) -> CocoLayout | None:
     return None if coco is None else _layout(coco, split, None, None, None)[0]
 
 
-def _show_bench(result: Bench, as_json: bool) -> None:
+def _show_bench(result: BenchResult, as_json: bool) -> None:
     if as_json:
         _print_json(result.to_json())
         return
     _out.print(result.title, highlight=False)
-    _print_table(result.COLUMNS, result.rows(), left=1)
+    _print_table(result.columns, result.rows(), left=1)
 
 
 def _layout(
@@ -480,7 +508,7 @@ def _show_scores(
     *,
     by_category: bool = True,
 ) -> None:
-    from evaluate.report import (
+    from evaluate.tables import (
         CATEGORY_COLUMNS,
         GROUP_COLUMNS,
         SIZE_COLUMNS,

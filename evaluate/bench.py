@@ -1,85 +1,122 @@
-"""How fast decoding and scoring are, against the obvious way and the floor."""
+"""How well and how fast decoding is beside others' ways, and scoring beside the floor."""
 
 from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import cv2
 import torch
-from torch import Tensor
 
-from evaluate.decode import decode
+from evaluate.ceiling import Decoder, compare_decoders, ours
 from evaluate.pairs import read_pairs
-from evaluate.pq import score_pairs
+from evaluate.pq import GroupPQ, score_pairs
+from evaluate.rivals import full_search, painter, soft_votes, soft_votes_squared
 from pipeline.bench import Bench, Timing, bench_dataset, best_ms
-from pipeline.coco import CocoLayout, CocoPanoptic, PanopticRecord
-from pipeline.ids import read_ids
-from pipeline.targets import geometry, index_map, resize_index
-from train.encoding import GRID_CELLS, PositionalCode, cell_centres, gamma
-from train.losses import gather_rows
+from pipeline.coco import CocoLayout, CocoPanoptic
+
+LEVELS = (0, 1, 2, 3)
+"""Of corruption, see `ceiling.corrupt`."""
+OURS = "ours"
+RIVALS: dict[str, Decoder] = {
+    "full search, every cell an instance": full_search,
+    "soft votes exp(-d), strict maxima": soft_votes,
+    "soft votes exp(-2 d^2), strict maxima": soft_votes_squared,
+    "masks of all cells, matrix NMS (Painter)": painter,
+}
 
 
-def bench_decode(layout: CocoLayout | None = None, images: int = 8, size: int = 420) -> Bench:
-    """Decodes the ground truth's codes: ours, and a search through all cells for each pixel.
+@dataclass(frozen=True, slots=True)
+class DecoderTiming:
+    """One decoder, with one setting for all levels.
+
+    Attributes:
+        name: Which.
+        ms: Wall milliseconds an image, from heads to the native panoptic map, mean over levels.
+        pq: All PQ in percent, by level of corruption; None where it is not defined.
+        things: The same of Things.
+    """
+
+    name: str
+    ms: float
+    pq: tuple[float | None, ...]
+    things: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBench:
+    """Decoders on the same corrupted codes.
+
+    Attributes:
+        title: What was measured, on what.
+        timings: Ours first.
+    """
+
+    title: str
+    timings: tuple[DecoderTiming, ...]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of `rows`."""
+        return ("All / Things PQ", *(f"level {level}" for level in LEVELS), "ms/image", "of ours")
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """A line for each decoder."""
+        own = self.timings[0].ms
+        return [
+            (
+                t.name,
+                *(f"{_percent(a)} / {_percent(b)}" for a, b in zip(t.pq, t.things, strict=True)),
+                f"{t.ms:.1f}",
+                f"{t.ms / own:.1f}",
+            )
+            for t in self.timings
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as `bench decode --json` prints them."""
+        own = self.timings[0].ms
+        return asdict(self) | {
+            "ratios": {f"{t.name} against ours": t.ms / own for t in self.timings[1:]}
+        }
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def bench_decode(layout: CocoLayout | None = None, images: int = 4, size: int = 420) -> DecodeBench:
+    """Corrupts the ground truth's codes, and decodes them by ours and by other decoders.
 
     Args:
         layout: A real dataset; made-up scenes where None.
-        images: How many.
+        images: How many; the full search takes seconds for each.
         size: Side of the network's output.
     """
+    decoders: dict[str, Decoder] = {OURS: ours(), **RIVALS}
     with bench_dataset(layout, images) as dataset:
-        heads = [true_heads(record, dataset, size) for record in dataset.records]
-        count = len(heads)
-        isthing = torch.tensor([category.isthing for category in dataset.categories])
-        sizes = [(record.height, record.width) for record in dataset.records]
-
-        def ours() -> None:
-            for (code, logits), native in zip(heads, sizes, strict=True):
-                decode(code, logits, encoding=PositionalCode(), isthing=isthing, sizes=[native])
-
-        timings = (
-            Timing(
-                f"the obvious way: the nearest of {GRID_CELLS**2} cells, only that",
-                best_ms(lambda: [full_search(code[0]) for code, _ in heads], count, repeats=1),
-            ),
-            Timing("ours, from the heads to the native panoptic map", best_ms(ours, count)),
+        compare_decoders(dataset.head(1), {OURS: decoders[OURS]}, size=size, noise=0)  # warms up
+        found = [compare_decoders(dataset, decoders, size=size, noise=level) for level in LEVELS]
+        count = len(dataset.records)
+    timings = tuple(
+        DecoderTiming(
+            name,
+            ms=fmean(1e3 * level[name].seconds_per_image["decode"] for level in found),
+            pq=tuple(_pq(level[name].pq.all) for level in found),
+            things=tuple(_pq(level[name].pq.things) for level in found),
         )
-    return Bench(
-        f"decoding {count} images at {size} px, {torch.get_num_threads()} threads",
-        timings,
-        {"ours against the obvious way": timings[0].ms / timings[1].ms},
+        for name in decoders
     )
+    threads = torch.get_num_threads()
+    return DecodeBench(f"decoding {count} images at {size} px, {threads} threads", timings)
 
 
-def true_heads(record: PanopticRecord, dataset: CocoPanoptic, size: int) -> tuple[Tensor, Tensor]:
-    """What a perfect network says: codes (1, 4L, S, S) and one-hot logits (1, C, S, S)."""
-    by_id = {category.id: category for category in dataset.categories}
-    index = index_map(read_ids(record.png), [segment.id for segment in record.segments])
-    index = resize_index(index, (size, size))
-    found = geometry(index, len(record.segments))
-    rows = [by_id[segment.category_id] for segment in record.segments]
-    instance = [
-        bool(category.isthing and not segment.iscrowd and area)
-        for category, segment, area in zip(rows, record.segments, found.area, strict=True)
-    ]
-    centroid = torch.zeros(1, len(rows) + 1, 2)
-    centroid[0, 1:] = torch.from_numpy(found.centroid).nan_to_num()
-    codes = PositionalCode().encode(centroid, torch.tensor([[False, *instance]]))
-    label = torch.zeros(1, len(rows) + 1, len(by_id))
-    label[0, torch.arange(1, len(rows) + 1), [category.label for category in rows]] = 10.0
-    map_ = torch.from_numpy(index.astype("int32"))[None]
-    return gather_rows(codes, map_), gather_rows(label, map_)
-
-
-def full_search(code: Tensor, chunk: int = 8192) -> Tensor:
-    """The nearest cell of each pixel by the distance to every cell's whole code, (P,) int64."""
-    axis = gamma(cell_centres(GRID_CELLS), code.shape[0] // 4)
-    u, v = torch.meshgrid(torch.arange(GRID_CELLS), torch.arange(GRID_CELLS), indexing="xy")
-    cells = torch.cat([axis[u.flatten()], axis[v.flatten()]], dim=1)  # (6400, 4L)
-    pixels = code.flatten(1).T
-    return torch.cat([torch.cdist(part, cells).argmin(1) for part in pixels.split(chunk)])
+def _pq(group: GroupPQ | None) -> float | None:
+    return None if group is None else 100 * group.pq
 
 
 def bench_score(layout: CocoLayout | None = None, images: int = 64) -> Bench:

@@ -7,6 +7,7 @@ scored. What is missing to 100 is the code's, the resize's and the decoder's, no
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluate.clock import Clock
-from evaluate.decode import DecodeConfig, decode
-from evaluate.pq import PQResult, PQStat, match_image, summarize
+from evaluate.decode import DecodeConfig, PanopticMap, decode
+from evaluate.measures import thing_ids
+from evaluate.pq import PQResult
+from evaluate.scoring import ImageScore, Scores, score_image, total_scores
 from pipeline.coco import Category, CocoPanoptic, PanopticRecord
 from pipeline.errors import InputError
 from pipeline.ids import read_ids
@@ -31,26 +34,51 @@ LOGIT = 10.0
 NOISE_GRID = 8
 """Pixels between the values that smooth noise interpolates."""
 
+Decoder = Callable[[Tensor, Tensor, Tensor, tuple[int, int]], PanopticMap]
+"""Of (4L, h, w) codes, (C, h, w) logits, (C,) bool things and native (H, W); see `ours`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Corrupted:
+    """One image of a split, and what a network of some quality says of it.
+
+    Attributes:
+        record: The annotated image.
+        ids: (H, W) int32 segment ids.
+        code: (channels, size, size) float32.
+        logits: (C, size, size) float32.
+    """
+
+    record: PanopticRecord
+    ids: np.ndarray[Any, np.dtype[np.int32]]
+    code: Tensor
+    logits: Tensor
+
 
 @dataclass(frozen=True, slots=True)
 class Ceiling:
     """The outcome.
 
     Attributes:
-        pq: The metric.
+        scores: PQ and what stands beside it.
         images: How many were scored.
         seconds_per_image: Mean wall time of `encode` (with reading and corrupting), `decode` and
             `score`.
     """
 
-    pq: PQResult
+    scores: Scores
     images: int
     seconds_per_image: dict[str, float]
 
+    @property
+    def pq(self) -> PQResult:
+        """The metric."""
+        return self.scores.pq
+
     def to_json(self) -> dict[str, Any]:
-        """The object that `ceiling --json` prints."""
+        """The object that `ceiling --json` prints: that of `score --json`, and two more."""
         return {
-            **self.pq.to_json(),
+            **self.scores.to_json(),
             "images": self.images,
             "seconds_per_image": self.seconds_per_image,
         }
@@ -76,6 +104,80 @@ def ceiling(
     Raises:
         InputError: The split is empty, or one of its images cannot be used.
     """
+    decoders = {"ours": ours(config)}
+    return compare_decoders(dataset, decoders, size=size, noise=noise, seed=seed)["ours"]
+
+
+def ours(config: DecodeConfig | None = None) -> Decoder:
+    """The decoder of `evaluate/decode.py`, for one image."""
+
+    def run(code: Tensor, logits: Tensor, isthing: Tensor, size: tuple[int, int]) -> PanopticMap:
+        return decode(
+            code[None],
+            logits[None],
+            encoding=PositionalCode(),
+            isthing=isthing,
+            sizes=[size],
+            config=config,
+        )[0]
+
+    return run
+
+
+def compare_decoders(
+    dataset: CocoPanoptic,
+    decoders: Mapping[str, Decoder],
+    *,
+    size: int,
+    noise: float,
+    seed: int = 0,
+) -> dict[str, Ceiling]:
+    """Gives several decoders the same codes; arguments and errors as of `ceiling`.
+
+    Returns:
+        What each of the decoders scores.
+    """
+    isthing = torch.tensor([category.isthing for category in dataset.categories])
+    things, count = thing_ids(dataset.categories), len(dataset.records)
+    found: dict[str, list[ImageScore]] = {name: [] for name in decoders}
+    encoding, clocks = Clock(), {name: Clock() for name in decoders}
+    with progress(f"noise {noise:g}", count, "images") as advance:
+        encoding.start()
+        for image in corrupted_images(dataset, size=size, noise=noise, seed=seed):
+            encoding.lap("encode")
+            native = (image.ids.shape[0], image.ids.shape[1])
+            for name, decoder in decoders.items():
+                clocks[name].start()
+                result = decoder(image.code, image.logits, isthing, native)
+                clocks[name].lap("decode")
+                found[name].append(
+                    score_image(
+                        image.record.image_id,
+                        image.ids,
+                        image.record.segments,
+                        result.ids,
+                        {s.id: dataset.categories[s.label].id for s in result.segments},
+                        scores={s.id: s.score for s in result.segments},
+                        things=things,
+                    )
+                )
+                clocks[name].lap("score")
+            advance(1)
+            encoding.start()
+    return {
+        name: Ceiling(
+            total_scores(images, dataset.categories),
+            count,
+            {**encoding.per_unit(count), **clocks[name].per_unit(count)},
+        )
+        for name, images in found.items()
+    }
+
+
+def corrupted_images(
+    dataset: CocoPanoptic, *, size: int, noise: float, seed: int
+) -> Iterator[Corrupted]:
+    """The images of a split with their corrupted heads; arguments and errors as of `ceiling`."""
     if dataset.rejections or not dataset.records:
         first = dataset.rejections[0] if dataset.rejections else None
         raise InputError(
@@ -83,32 +185,11 @@ def ceiling(
             where=first.file if first else "the split",
             remedy="evaluation never repairs ground truth: mend or remove it",
         )
-    encoding = PositionalCode()
-    isthing = torch.tensor([category.isthing for category in dataset.categories])
-    total, clock = PQStat(), Clock()
-    with progress("ceiling", len(dataset.records), "images") as advance:
-        for number, record in enumerate(dataset.records):
-            clock.start()
-            truth = read_ids(record.png)
-            code, logits = perfect_heads(record, truth, dataset.categories, encoding, size)
-            generator = torch.Generator().manual_seed(seed * len(dataset.records) + number)
-            code = corrupt(code, noise, generator)
-            clock.lap("encode")
-            result = decode(
-                code[None],
-                logits[None],
-                encoding=encoding,
-                isthing=isthing,
-                sizes=[(truth.shape[0], truth.shape[1])],
-                config=config,
-            )[0]
-            clock.lap("decode")
-            classes = {s.id: dataset.categories[s.label].id for s in result.segments}
-            total += match_image(record.image_id, truth, record.segments, result.ids, classes).stat
-            clock.lap("score")
-            advance(1)
-    count = len(dataset.records)
-    return Ceiling(summarize(total, dataset.categories), count, clock.per_unit(count))
+    for number, record in enumerate(dataset.records):
+        ids = read_ids(record.png)
+        code, logits = perfect_heads(record, ids, dataset.categories, PositionalCode(), size)
+        generator = torch.Generator().manual_seed(seed * len(dataset.records) + number)
+        yield Corrupted(record, ids, corrupt(code, noise, generator), logits)
 
 
 def perfect_heads(

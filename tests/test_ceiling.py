@@ -64,7 +64,8 @@ def test_made_up_scenes_score_high_and_noise_costs(tiny_dataset: CocoPanoptic) -
     found = clean.to_json()
     assert found["images"] == 12
     assert set(found["seconds_per_image"]) == {"encode", "decode", "score"}
-    assert set(found) == {"All", "Things", "Stuff", "per_class", "images", "seconds_per_image"}
+    assert set(found) == {*clean.scores.to_json(), "images", "seconds_per_image"}
+    assert {"All", "Things", "Stuff", "per_class", "sizes", "mask_ap"} < set(found)
 
 
 def test_an_empty_split_is_an_error(tiny_dataset: CocoPanoptic) -> None:

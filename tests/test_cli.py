@@ -154,9 +154,15 @@ def test_ceiling_on_real_photos(run: Run, coco_sample: Path) -> None:
     assert json.loads(out)["All"]["pq"] > 0.94
 
 
-@pytest.mark.parametrize("part", ["render", "load", "decode", "score"])
-def test_bench_prints_ratios(run: Run, tiny_root: Path, part: str) -> None:
-    code, out, _ = run("bench", part, "--coco", tiny_root, "--split", "val", "--count", 2, "--json")
+@pytest.mark.parametrize(
+    ("part", "more"),
+    [("render", ()), ("load", ()), ("decode", ("--size", 84)), ("score", ())],
+)
+def test_bench_prints_ratios(
+    run: Run, tiny_root: Path, part: str, more: tuple[object, ...]
+) -> None:
+    source = ("--coco", tiny_root, "--split", "val", "--count", 2)
+    code, out, _ = run("bench", part, *source, *more, "--json")
     result = json.loads(out)
     assert code == 0
     assert all(timing["ms"] > 0 for timing in result["timings"])
