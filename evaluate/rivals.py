@@ -107,7 +107,7 @@ def painter(
     isthing: Tensor,
     size: tuple[int, int],
     *,
-    reach: float = 1.0,
+    reach: float = 1.6,
     kept: int = 2000,
     final: int = 100,
     least_score: float = 0.55,

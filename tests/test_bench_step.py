@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from train.batch import Batch
 from train.bench_step import SMALL, bench_step, matrix_rate, round_ms
 from train.config import DataConfig, ModelConfig, RandomBackbone, TrainConfig
-from train.data import Batch
 from train.loop import train
 from train.model import Task
 from train.summary import summarize_model

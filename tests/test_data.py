@@ -22,16 +22,14 @@ from pipeline.image import encode_jpeg
 from pipeline.sample import Sample, decode_distance, encode_distance
 from pipeline.shards import ShardReader
 from pipeline.targets import IndexMap, boundary, edge_distance, resize_index
+from train.batch import Batch, collate, jitter_colour
 from train.config import DataConfig
 from train.data import (
-    Batch,
     MicroBatches,
     accumulation,
     check_rendered_size,
-    collate,
     indexed_loader,
     iterate,
-    jitter_colour,
     open_index,
     step_places,
 )

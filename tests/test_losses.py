@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from train.batch import Batch
 from train.config import LossConfig
-from train.data import Batch
 from train.encoding import (
     ClassificationCode,
     DirectCode,

@@ -15,8 +15,9 @@ import pytest
 from torch import Tensor
 
 from pipeline.errors import InputError
+from train.batch import Batch
 from train.config import DataConfig
-from train.data import Batch, iterate, open_index
+from train.data import iterate, open_index
 from train.stream import make_loader
 
 SMALL = DataConfig(reader="stream", size=56, batch=4, micro_batch=4, workers=0)

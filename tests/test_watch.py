@@ -22,6 +22,7 @@ from pipeline.render import render
 from pipeline.sample import Sample
 from pipeline.shards import ShardReader
 from pipeline.storage import Storage
+from train.batch import collate
 from train.checkpoint import TrainState, latest_checkpoint, load_model
 from train.config import (
     DataConfig,
@@ -31,7 +32,6 @@ from train.config import (
     TrainConfig,
     ValidationConfig,
 )
-from train.data import collate
 from train.encoding import PositionalCode, grid_cells
 from train.items import Augmentation, make_item
 from train.loop import train

@@ -24,8 +24,9 @@ from pipeline.progress import progress
 from pipeline.render import render
 from pipeline.shards import ShardReader
 from pipeline.storage import Storage
+from train.batch import Batch, collate, jitter_colour
 from train.config import DataConfig, ModelConfig, RandomBackbone, TrainConfig
-from train.data import Batch, collate, indexed_loader, jitter_colour
+from train.data import indexed_loader
 from train.encoding import make_encoding
 from train.guards import memory_advice
 from train.items import Augmentation, make_item

@@ -18,6 +18,7 @@ from pipeline.config import fingerprint
 from pipeline.errors import InputError
 from pipeline.interrupt import Interrupted
 from pipeline.progress import progress
+from train.batch import jitter_colour
 from train.checkpoint import (
     ARCHITECTURE,
     TrainState,
@@ -27,7 +28,7 @@ from train.checkpoint import (
     save_checkpoint,
 )
 from train.config import LossConfig, TrainConfig
-from train.data import accumulation, iterate, jitter_colour, open_index, repeats
+from train.data import accumulation, iterate, open_index, repeats
 from train.ema import Ema
 from train.encoding import make_encoding
 from train.guards import not_finite, rank_advice

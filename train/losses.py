@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.sample import EDS_FAR, EDS_STEP
 from pipeline.targets import CROWD, UNLABELLED
+from train.batch import Batch
 from train.config import LossConfig
-from train.data import Batch
 from train.encoding import ClassificationCode, Encoding, PositionalCode
 from train.items import PADDING
 from train.model import resize_maps

@@ -23,8 +23,9 @@ from pipeline.manifest import ShardEntry, ShardIndex
 from pipeline.sample import MEMBERS, decode_sample
 from pipeline.shards import ShardReader
 from pipeline.storage import Storage
+from train.batch import Batch, collate
 from train.config import DataConfig
-from train.data import Batch, collate, indexed_loader, prepare_worker
+from train.data import indexed_loader, prepare_worker
 from train.items import Item, draw_augmentation, make_item
 
 BUFFER = 256

@@ -16,9 +16,9 @@ from pipeline.errors import InputError
 from pipeline.sample import Sample
 from pipeline.shards import ShardReader
 from pipeline.storage import Storage
+from train.batch import Batch, collate
 from train.checkpoint import TrainState
 from train.config import LossConfig, TrainConfig
-from train.data import Batch, collate
 from train.encoding import Encoding, grid_cells, nearest_cell, nearest_cells
 from train.items import Augmentation, make_item
 from train.losses import Distance, gather_rows, instance_loss, instance_weight, semantic_loss

@@ -18,8 +18,8 @@ from pipeline.coco import Category
 from pipeline.draw import Picture, centroid_colours, save_picture, semantic_colours
 from pipeline.errors import InputError
 from pipeline.sheet import Tile, sheet
+from train.batch import Batch
 from train.curves import draw_curves
-from train.data import Batch
 from train.encoding import Encoding, grid_cells, nearest_centroids
 from train.model import PanopticModel
 
