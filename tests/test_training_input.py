@@ -140,11 +140,11 @@ def test_the_line_is_all_that_standard_error_shows(
     config = replace(config, data=replace(config.data, size=30))
     file = write_config(config, tmp_path / "run.toml")
     # What is not given, the launcher says that it has chosen.
-    options = ("--cpu", "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no")
-    options = (*options, "--mixed_precision", "no", "--num_cpu_threads_per_process", "1")
+    options = ["--cpu", "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"]
+    options += ["--mixed_precision", "no", "--num_cpu_threads_per_process", "1"]
     done = subprocess.run(
         [
-            *(sys.executable, *launcher, *(options if launcher else ())),
+            *(sys.executable, *launcher, *(options if launcher else [])),
             *("-m", "train", str(file)),
         ],
         cwd=ROOT,
