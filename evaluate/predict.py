@@ -267,7 +267,7 @@ class Written:
     Attributes:
         json: The prediction's JSON.
         pictures: How many are in it.
-        left_out: How many could not be read.
+        left_out: How many are not.
     """
 
     json: Path
@@ -278,8 +278,8 @@ class Written:
 def predict_pictures(predictor: Predictor, paths: Sequence[Path], out: Path) -> Written:
     """Segments pictures: `overlays/*.jpg` with labels, `panoptic/*.png`, `panoptic.json`.
 
-    Pictures with one stem get a number behind it. One that cannot be read is left out, with a
-    warning: it costs only itself.
+    Pictures with one stem get a number behind it. One that cannot be read, or of which the network
+    says nothing finite, is left out with a warning: it costs only itself.
 
     Args:
         predictor: The trained model.
@@ -287,7 +287,7 @@ def predict_pictures(predictor: Predictor, paths: Sequence[Path], out: Path) -> 
         out: Where to write.
 
     Raises:
-        InputError: No picture can be read.
+        InputError: All pictures are left out.
     """
     writer = PredictionWriter(out, predictor.categories)
     Storage(str(out / "overlays")).create()
@@ -297,19 +297,20 @@ def predict_pictures(predictor: Predictor, paths: Sequence[Path], out: Path) -> 
         for path, name, reading in zip(paths, names, read_ahead(paths, 4), strict=True):
             try:
                 photo = reading.result()
+                result = predictor([photo])[0]
             except InputError as error:
+                error.where = error.where or str(path)
                 if len(paths) > 1:
                     logger.warning("left out: %s", error)
                 bad.append(error)
                 advance()
                 continue
-            result = predictor([photo])[0]
             writer.add(f"{name}{path.suffix}", name, result)
             overlay = out / "overlays" / f"{name}.jpg"
             write_overlay(overlay, photo, predicted_map(result), predictor.categories)
             advance()
     if len(bad) == len(paths):
-        raise bad[0] if len(bad) == 1 else InputError(f"none of {len(bad)} pictures can be read")
+        raise bad[0] if len(bad) == 1 else InputError(f"none of {len(bad)} pictures can be used")
     return Written(writer.finish(), len(paths) - len(bad), len(bad))
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from evaluate.heads import Heads
 from evaluate.photos import read_picture
-from evaluate.predict import Predictor, unique_names
+from evaluate.predict import Predictor, predict_pictures, unique_names
 from pipeline.errors import InputError
 from pipeline.ids import read_ids
 
@@ -123,6 +123,17 @@ def test_a_bad_picture_costs_only_itself(run: Run, trained: Path, tmp_path: Path
     code, said, err = run(*command, folder / "b.jpg")
     assert (code, said) == (1, "")
     assert len([line for line in err.splitlines() if "b.jpg" in line]) == 1
+
+
+def test_a_network_that_says_nan_names_the_picture(
+    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (20, 30), "red").save(photo)
+    for weight in predictor.model.parameters():
+        monkeypatch.setattr(weight, "data", torch.full_like(weight, torch.nan))
+    with pytest.raises(InputError, match=r"photo\.png: the network's output holds NaN"):
+        predict_pictures(predictor, [photo], tmp_path / "out")
 
 
 def test_names_are_unique() -> None:
