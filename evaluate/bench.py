@@ -23,10 +23,10 @@ LEVELS = (0, 1, 2, 3)
 """Of corruption, see `ceiling.corrupt`."""
 OURS = "ours"
 RIVALS: dict[str, Decoder] = {
-    "full search, every cell an instance": full_search,
-    "soft votes exp(-d), strict maxima": soft_votes,
-    "soft votes exp(-2 d^2), strict maxima": soft_votes_squared,
-    "masks of all cells, matrix NMS (Painter)": painter,
+    "full search": full_search,
+    "soft votes": soft_votes,
+    "soft votes, sharper": soft_votes_squared,
+    "Painter's masks": painter,
 }
 
 
@@ -62,7 +62,7 @@ class DecodeBench:
     @property
     def columns(self) -> tuple[str, ...]:
         """Of `rows`."""
-        return ("All / Things PQ", *(f"level {level}" for level in LEVELS), "ms/image", "of ours")
+        return ("All/Things PQ", *(f"level {level}" for level in LEVELS), "ms/image", "of ours")
 
     def rows(self) -> list[tuple[str, ...]]:
         """A line for each decoder."""
@@ -70,7 +70,7 @@ class DecodeBench:
         return [
             (
                 t.name,
-                *(f"{_percent(a)} / {_percent(b)}" for a, b in zip(t.pq, t.things, strict=True)),
+                *(f"{_percent(a)}/{_percent(b)}" for a, b in zip(t.pq, t.things, strict=True)),
                 f"{t.ms:.1f}",
                 f"{t.ms / own:.1f}",
             )
