@@ -152,7 +152,8 @@ def verify(
         for problem in report.problems:
             place = f"{problem.shard} {problem.sample}" if problem.sample else problem.shard
             _out.print(f"{place}: {problem.problem}", highlight=False, markup=False, soft_wrap=True)
-        state = "sound" if report.ok else f"{len(report.problems)} problems"
+        sound = "sound" if deep else "sound by names and sizes, --deep reads the bytes"
+        state = sound if report.ok else f"{len(report.problems)} problems"
         _out.print(f"{report.shards} shards, {report.samples} samples: {state}")
     if not report.ok:
         raise typer.Exit(1)

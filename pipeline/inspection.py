@@ -261,7 +261,9 @@ def _read_cache(
                 continue
             if problem := size_problem(shard, sizes):
                 raise InputError(
-                    problem, where=storage.path(f"{shard.name}.tar"), remedy="run panoptic verify"
+                    problem,
+                    where=storage.path(f"{shard.name}.tar"),
+                    remedy="run panoptic verify --deep",
                 )
             data = data or storage.read(f"{shard.name}.tar")
             yield entry.key, members_of(data, entry)

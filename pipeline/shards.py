@@ -146,7 +146,7 @@ class ShardReader:
                 raise InputError(
                     problem,
                     where=folder / f"{shard.name}.tar",
-                    remedy="run panoptic verify; remove the shard and preprocess again",
+                    remedy="run panoptic verify --deep; remove the shard and preprocess again",
                     code="shard-size",
                 )
             sidecar = read_sidecar(storage, shard)

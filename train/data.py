@@ -59,7 +59,7 @@ class CachedItems(Dataset[Item]):
         raise InputError(
             what,
             where=f"{shard}: {where or self._reader.keys[place[1]]}",
-            remedy="run panoptic verify; remove the shard and preprocess again",
+            remedy="run panoptic verify --deep; remove the shard and preprocess again",
             code=code,
         )
 

@@ -133,7 +133,9 @@ def decode_photo(sample: Sample, size: tuple[int, int]) -> NDArray[np.uint8]:
         photo = simplejpeg.decode_jpeg(sample.photo, "RGB", min_height=height, min_width=width)
     except ValueError as error:
         raise InputError(
-            f"photo damaged: {error}", where=f"{sample.key}.jpg", remedy="run panoptic verify"
+            f"photo damaged: {error}",
+            where=f"{sample.key}.jpg",
+            remedy="run panoptic verify --deep",
         ) from None
     if photo.shape[:2] == size:
         return np.asarray(photo)

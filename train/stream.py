@@ -112,7 +112,7 @@ class ShardStream(IterableDataset[Batch]):
             raise InputError(
                 problem,
                 where=url,
-                remedy="run panoptic verify, it names the samples; then preprocess again",
+                remedy="run panoptic verify --deep, it names the samples; then preprocess again",
                 code="shard-damaged",
             )
         opened = [{"url": url, "stream": io.BytesIO(data)}]
