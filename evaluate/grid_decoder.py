@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluate.decode import to_positional
+from evaluate.pixels import to_positional
 from train.encoding import Encoding, cell_centres, gamma
 
 MOST = 100

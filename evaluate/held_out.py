@@ -7,10 +7,12 @@ Training finds it by that name and does not depend on this package.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import numpy as np
 
+from evaluate.decode import PanopticMap
 from evaluate.pq import PQStat, match_image, summarize
 from evaluate.predict import Predictor
 from pipeline.coco import SegmentInfo
@@ -18,6 +20,9 @@ from pipeline.sample import Sample
 from train.checkpoint import TrainState
 from train.items import decode_photo
 from train.model import PanopticModel
+
+BATCH = 8
+"""Samples at once."""
 
 
 def panoptic_quality(
@@ -42,9 +47,7 @@ def panoptic_quality(
     """
     predictor = Predictor.of_model(model, state)
     total = PQStat()
-    for sample in samples:
-        height, width = sample.index.shape
-        result = predictor([decode_photo(sample, (height, width))])[0]
+    for sample, result in _predicted(predictor, iter(samples)):
         ids = np.array([0, *(segment.id for segment in sample.segments)], np.int32)
         truth = [SegmentInfo(s.id, s.category_id, s.iscrowd) for s in sample.segments]
         classes = {s.id: predictor.categories[s.label].id for s in result.segments}
@@ -52,3 +55,12 @@ def panoptic_quality(
     found = summarize(total, predictor.categories)
     groups = {"pq": found.all, "pq_things": found.things, "pq_stuff": found.stuff}
     return {name: group.pq for name, group in groups.items() if group is not None}
+
+
+def _predicted(
+    predictor: Predictor, samples: Iterator[Sample]
+) -> Iterator[tuple[Sample, PanopticMap]]:
+    while batch := list(islice(samples, BATCH)):
+        sizes = [(sample.index.shape[0], sample.index.shape[1]) for sample in batch]
+        photos = [decode_photo(one, size) for one, size in zip(batch, sizes, strict=True)]
+        yield from zip(batch, predictor(photos), strict=True)

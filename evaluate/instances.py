@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from skimage.measure import label as connected
 from torch import Tensor
 
-from evaluate.peaks import (
-    Instances,
-    Rules,
-    bin_votes,
-    candidates_of,
-    choose,
-    chunks,
-    find_candidates,
-    measure_drift,
-    nearest_cells,
-    neighbour_distance,
-    off_grid,
-    packed_argmax,
-    refine,
-)
-from evaluate.smoothing import find_regions, places, smooth
+from evaluate.cells import chunks, nearest_cells, neighbour_distance, off_grid, packed_argmax
+from evaluate.peaks import Instances, Rules, candidates_of, choose, find_candidates, refine
+from evaluate.pixels import Pixels, places, spans_of
+from evaluate.smoothing import Regions, find_regions, smooth
+from evaluate.votes import Bins, Votes, bin_votes
 from train.encoding import GRID_CELLS
 
-DRIFT_SAMPLING = 8
-"""One vote in so many is enough to measure the drift."""
+SAMPLING = 16
+"""One pixel in so many is enough to measure the noise."""
 REFINEMENTS = 2
 """Moves of each prototype to the mean of its votes; a third changes nothing."""
 
@@ -96,86 +84,100 @@ class DecodeConfig:
     min_stuff_area: int = 64
 
 
-@dataclass(frozen=True)
-class Pixels:
-    """An image as the decoder sees it; P = h w pixels.
-
-    Attributes:
-        codes: (4L, P) float32 positional codes.
-        labels: (P,) int64 semantic labels.
-        thing: (P,) bool, whether the label is a thing class.
-        inside: (N,) int64, the indices of those pixels.
-        strength: (P,) float32 squared lengths of the codes.
-        size: (h, w).
-    """
-
-    codes: Tensor
-    labels: Tensor
-    thing: Tensor
-    inside: Tensor
-    strength: Tensor
-    size: tuple[int, int]
-
-
-def measure_noise(code: Tensor, config: DecodeConfig) -> float:
-    """Median variance a channel of the codes, less that of rounding to the grid.
+def measure_noise(pixels: Pixels, config: DecodeConfig) -> list[float]:
+    """Median variance a channel of the codes, less that of rounding to the grid, of each image.
 
     Args:
-        code: (4L, N) codes of pixels of thing classes; a sample will do.
-        config: Settings.
-    """
-    if code.shape[1] == 0:
-        return 0.0
-    nearest = nearest_cells(code, config.cells)
-    off = off_grid(code, nearest)
-    clear = torch.where(nearest.amplitude.amin(0) > 0.5, off, torch.nan)
-    median = float(clear.nanmedian())
-    if math.isnan(median):
-        return 0.0
-    # A coordinate is off by up to half a cell, its square by 1/12 on average, on either axis.
-    rounding = neighbour_distance(code.shape[0] // 4, config.cells) / 6 / (code.shape[0] - 2)
-    return max(median - rounding, 0.0)
-
-
-def find_instances(pixels: Pixels, noise: float, radius: int, config: DecodeConfig) -> Instances:
-    """The instances of an image.
-
-    Args:
-        pixels: The image.
-        noise: See `measure_noise`.
-        radius: Of the smoothing before the vote, in pixels.
+        pixels: B images; those of thing classes are measured.
         config: Settings.
 
     Returns:
-        K instances, on the device of the codes.
+        B variances, 0 where no code is long enough.
     """
-    clean = noise <= config.clean
-    stride = 2 if clean else 4  # neighbours say much the same, smoothed ones more so
-    if radius:
-        regions = find_regions(pixels.labels.view(pixels.size), pixels.inside, stride)
-        code = smooth(pixels.codes.index_select(1, pixels.inside), regions, radius)
+    samples = [pixels.inside[span][::SAMPLING] for span in pixels.spans]
+    code = pixels.codes.index_select(1, torch.cat(samples))
+    nearest = nearest_cells(code, config.cells)
+    clear = torch.where(nearest.amplitude.amin(0) > 0.5, off_grid(code, nearest), torch.nan)
+    parts = clear.split([len(sample) for sample in samples])
+    medians = torch.stack([part.nanmedian() for part in parts]).tolist()
+    # A coordinate is off by up to half a cell, its square by 1/12 on average, on either axis.
+    rounding = neighbour_distance(code.shape[0] // 4, config.cells) / 6 / (code.shape[0] - 2)
+    return [0.0 if math.isnan(median) else max(median - rounding, 0.0) for median in medians]
+
+
+def find_instances(
+    pixels: Pixels, noise: Sequence[float], radii: Sequence[int], config: DecodeConfig
+) -> list[Instances]:
+    """The instances of each image.
+
+    Args:
+        pixels: B images; those of one batch are alike, see `stride_of`.
+        noise: Of each, see `measure_noise`.
+        radii: Of the smoothing before the vote, pixels, for each; all 0 or none.
+        config: Settings.
+
+    Returns:
+        B times K instances, on the processor.
+    """
+    votes = find_votes(pixels, noise, radii, config)
+    return [
+        explain(bins, variance, stride_of(variance, config), config)
+        for bins, variance in zip(
+            bin_votes(votes, pixels.shape[0], config.cells), noise, strict=True
+        )
+    ]
+
+
+def stride_of(noise: float, config: DecodeConfig) -> int:
+    """One pixel in so many votes: neighbours say much the same, smoothed ones more so."""
+    return 2 if noise <= config.clean else 4
+
+
+def find_votes(
+    pixels: Pixels, noise: Sequence[float], radii: Sequence[int], config: DecodeConfig
+) -> Votes:
+    """Pixels with a clear code and the cells nearest to them; arguments as of `find_instances`."""
+    stride = stride_of(noise[0], config)
+    if any(radii):
+        regions = find_regions(pixels.labels.view(pixels.shape), pixels.inside, stride)
+        code = pixels.codes.index_select(1, pixels.inside)
+        code = smooth(code, regions, _radius(pixels, regions, radii))
         voters = regions.pixels
     else:
-        voters = pixels.inside[::stride]
+        voters = torch.cat([pixels.inside[span][::stride] for span in pixels.spans])
         code = pixels.codes.index_select(1, voters)
-    labels = pixels.labels.index_select(0, voters)
+    image = voters // pixels.area
     nearest = nearest_cells(code, config.cells)
     near = neighbour_distance(code.shape[0] // 4, config.cells)
-    off = near / 2 / (code.shape[0] - 2) + config.vote_outlier * noise
-    amplitude = nearest.amplitude.amin(0)
-    votes = (amplitude > config.vote_amplitude) & (off_grid(code, nearest) < off)
-    votes = places(votes)
-    rows, columns, labels = nearest.row[votes], nearest.column[votes], labels[votes]
-    code = code.index_select(1, votes)
-    bins = bin_votes(code, labels, rows, columns, config.cells)
-    if clean:
-        some = slice(None, None, DRIFT_SAMPLING)
-        drift = measure_drift(code[:, some], labels[some], rows[some], columns[some], config.cells)
-        clean = drift - 2 * noise / near <= config.drift  # noise scatters on two axes, too
-    suppression = 0 if clean else 1
+    limits = [near / 2 / (code.shape[0] - 2) + config.vote_outlier * each for each in noise]
+    limit = torch.tensor(limits, device=code.device).index_select(0, image)
+    clear = nearest.amplitude.amin(0) > config.vote_amplitude
+    votes = places(clear & (off_grid(code, nearest) < limit))
+    return Votes(
+        codes=code.index_select(1, votes),
+        labels=pixels.labels.index_select(0, voters.index_select(0, votes)),
+        rows=nearest.row.index_select(0, votes),
+        columns=nearest.column.index_select(0, votes),
+        image=image.index_select(0, votes),
+    )
+
+
+def explain(bins: Bins, noise: float, stride: int, config: DecodeConfig) -> Instances:
+    """The few instances that explain the votes of an image.
+
+    Args:
+        bins: The votes.
+        noise: See `measure_noise`.
+        stride: One pixel in so many has voted.
+        config: Settings.
+    """
+    channels = bins.code.shape[1]
+    near = neighbour_distance(channels // 4, config.cells)
+    drift = bins.drift - 2 * noise / near  # noise scatters on two axes, too
+    suppression = 0 if noise <= config.clean and drift <= config.drift else 1
     peaks = find_candidates(bins, config.cells, radius=suppression)
     rules = Rules(
-        cap=config.cap * code.shape[0] / 4,
+        cap=config.cap * channels / 4,
         label_cost=config.label_cost * near,
         gap=config.gap * near + config.gap_noise * noise,
         saved=(config.saved + config.saved_noise * noise) / stride,
@@ -183,89 +185,70 @@ def find_instances(pixels: Pixels, noise: float, radius: int, config: DecodeConf
     found = choose(bins, candidates_of(bins, peaks, radius=suppression), rules)
     for _ in range(REFINEMENTS):
         found = refine(bins, found, rules)
-    return Instances(found.prototypes.to(code.device), found.labels.to(code.device))
+    return found
 
 
-def assign(pixels: Pixels, found: Instances, radius: int, config: DecodeConfig) -> Tensor:
+def assign(
+    pixels: Pixels, found: Sequence[Instances], radii: Sequence[int], config: DecodeConfig
+) -> Tensor:
     """The instance nearest to each pixel's code, unless void is nearer.
 
     |x - g|^2 - |x|^2 = 2L - 2 x . g, so an instance beats void if x . g / 2L, the amplitude,
     exceeds 1/2.
 
     Args:
-        pixels: The image.
-        found: K instances.
-        radius: Of the smoothing of codes within thing classes, in pixels.
+        pixels: B images.
+        found: K instances of each.
+        radii: Of the smoothing of codes within thing classes, pixels, for each.
         config: Settings.
 
     Returns:
-        (P,) int64: 0 = none, k = instance k - 1.
+        (N,) int64: 0 = none, k = instance k - 1 of the pixel's image.
     """
     member = torch.zeros_like(pixels.labels)
-    if len(found.labels) == 0:
+    device, channels = pixels.codes.device, pixels.codes.shape[0]
+    most = max(len(one.labels) for one in found)
+    if most == 0:
         return member
-    channels = pixels.codes.shape[0]
-    scaled = found.prototypes / (channels / 2)
+    banks = [one.prototypes.to(device) / (channels / 2) for one in found]
     # No code is nearer to an instance than its length allows: most pixels of stuff are settled.
     bar = 0.5 + config.trust
     outside = places(~pixels.thing & (pixels.strength > bar**2 * channels / 2))
     codes = pixels.codes.index_select(1, outside)
-    for part in chunks(len(outside), codes.device):
-        best, index = packed_argmax(scaled @ codes[:, part])
-        member[outside[part]] = torch.where(best > bar, index + 1, 0)
+    for bank, span in zip(banks, spans_of(outside, len(found), pixels.area), strict=True):
+        own, code = outside[span], codes[:, span]
+        for part in chunks(len(own) if len(bank) else 0, device):
+            best, index = packed_argmax(bank @ code[:, part])
+            member[own[part]] = torch.where(best > bar, index + 1, 0)
 
     inside, values = pixels.inside, pixels.codes.index_select(1, pixels.inside)
-    project = len(scaled) > channels  # smoothing is linear: before or after, where it costs less
-    values = values if project else scaled @ values
-    if radius:
-        regions = find_regions(pixels.labels.view(pixels.size), inside)
-        inside, values = regions.pixels, smooth(values, regions, radius)
-    bar = 0.5 - config.trust + config.label_amplitude
-    kinds = found.labels.unique()
-    reward = config.label_amplitude * (found.labels[:, None] == kinds).to(values.dtype)
+    project = most > channels  # smoothing is linear: before or after, where it costs less
+    if not project:
+        padded = torch.nn.utils.rnn.pad_sequence(banks, batch_first=True)  # (B, most, 4L)
+        parts = [bank @ values[:, span] for bank, span in zip(padded, pixels.spans, strict=True)]
+        values = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if any(radii):
+        regions = find_regions(pixels.labels.view(pixels.shape), inside)
+        values = smooth(values, regions, _radius(pixels, regions, radii))
+        inside = regions.pixels  # in another order, but image by image as before
     labels = pixels.labels.index_select(0, inside)
-    for part in chunks(len(inside), values.device):
-        amplitude = scaled @ values[:, part] if project else values[:, part]  # (K, chunk)
-        agrees = (kinds[:, None] == labels[part]).to(values.dtype)
-        best, index = packed_argmax(torch.addmm(amplitude, reward, agrees))
-        member[inside[part]] = torch.where(best > bar, index + 1, 0)
+    bar = 0.5 - config.trust + config.label_amplitude
+    for one, bank, span in zip(found, banks, pixels.spans, strict=True):
+        own, value, label = inside[span], values[:, span], labels[span]
+        kinds = one.labels.unique()
+        reward = config.label_amplitude * (one.labels[:, None] == kinds).to(value.dtype)
+        kinds, reward = kinds.to(device), reward.to(device)
+        for part in chunks(len(own) if len(bank) else 0, device):
+            amplitude = bank @ value[:, part] if project else value[: len(bank), part]
+            agrees = (kinds[:, None] == label[part]).to(value.dtype)
+            best, index = packed_argmax(torch.addmm(amplitude, reward, agrees))
+            member[own[part]] = torch.where(best > bar, index + 1, 0)
     return member
 
 
-def rescue(pixels: Pixels, member: Tensor, noise: float, config: DecodeConfig) -> Tensor:
-    """Makes instances of connected regions of a thing class that hardly any instance claims.
-
-    Connected regions are found on the processor; few pictures need them.
-
-    Args:
-        pixels: The image.
-        member: (P,) int64, see `assign`.
-        noise: See `measure_noise`.
-        config: Settings.
-
-    Returns:
-        (P,) int64, `member` with further instances.
-    """
-    free = pixels.thing & (member == 0)
-    if int(free.sum()) < config.rescue_area:
-        return member
-    classes = torch.where(pixels.thing, pixels.labels + 1, 0).view(pixels.size).int()
-    region = connected(classes.cpu().numpy(), background=0, connectivity=2).ravel()
-    inside = np.flatnonzero(free.cpu().numpy())
-    owner = region[inside]
-    area = np.bincount(region)
-    unclaimed = np.bincount(owner, minlength=len(area))
-    lost = (2 * unclaimed > area) & (unclaimed >= config.rescue_area)
-    inside, owner = inside[lost[owner]], owner[lost[owner]]
-    if len(inside) == 0:
-        return member
-    device = member.device
-    lost_pixels, owners = torch.from_numpy(inside).to(device), torch.from_numpy(owner).to(device)
-    total = pixels.codes.new_zeros(len(pixels.codes), len(area))
-    total.index_add_(1, owners, pixels.codes.index_select(1, lost_pixels))
-    mean = total / torch.from_numpy(unclaimed.clip(1)).to(device)
-    amplitude = nearest_cells(mean, config.cells).amplitude.amin(0)
-    found = amplitude > config.rescue_amplitude + config.rescue_noise * noise
-    found &= torch.from_numpy(lost).to(device)
-    numbers = torch.where(found, found.cumsum(0) + member.max(), 0)
-    return member.index_copy(0, lost_pixels, numbers[owners])
+def _radius(pixels: Pixels, regions: Regions, radii: Sequence[int]) -> int | Tensor:
+    """Of each mean; one number where there is one image, which is faster."""
+    if len(radii) == 1:
+        return radii[0]
+    image = regions.pixels // pixels.area
+    return torch.tensor(radii, device=image.device).index_select(0, image)

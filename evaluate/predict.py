@@ -122,10 +122,7 @@ class Predictor:
 
     def __call__(self, photos: Sequence[Picture]) -> list[PanopticMap]:
         """Panoptic maps of (H, W, 3) uint8 RGB photos, at their own sizes."""
-        return [
-            self.decode(heads, (photo.shape[0], photo.shape[1]))
-            for photo, heads in zip(photos, self.heads(photos), strict=True)
-        ]
+        return self.decode(self.heads(photos), [(len(p), p.shape[1]) for p in photos])
 
     @torch.inference_mode()
     def heads(self, photos: Sequence[Picture]) -> list[Heads]:
@@ -169,16 +166,16 @@ class Predictor:
         height, width = fitted_size(photo.shape[0], photo.shape[1], side, fit)
         return max(1, round(height)), max(1, round(width))
 
-    def decode(self, heads: Heads, size: tuple[int, int]) -> PanopticMap:
-        """The panoptic map of a picture of (height, width)."""
+    def decode(self, heads: Sequence[Heads], sizes: Sequence[tuple[int, int]]) -> list[PanopticMap]:
+        """The panoptic maps of pictures of (height, width); see `evaluate.decode.decode`."""
         return decode(
-            heads.instance[None],
-            heads.semantic[None],
+            [one.instance for one in heads],
+            [one.semantic for one in heads],
             encoding=self.encoding,
             isthing=self._isthing,
-            sizes=[size],
+            sizes=sizes,
             config=self._decoding,
-        )[0]
+        )
 
     def head_pictures(self, heads: Heads) -> tuple[Picture, Picture]:
         """The instance head as centroid colours and the semantic head's categories (Figure 8)."""

@@ -7,6 +7,7 @@ favour of the rival but without a thorough search.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -214,5 +215,6 @@ def _finish(member: Tensor, logits: Tensor, isthing: Tensor, size: tuple[int, in
     """Classes by majority vote, stuff, native size: the same for all."""
     numbers, member = member.unique(return_inverse=True)  # few of many cells
     member += int(numbers[0] > 0)  # 0 stays void, also where there is none
-    painting = paint(member, logits.argmax(0), isthing, min_instance_area=MIN_AREA)
+    owner, labels = (map_.numpy().astype(np.int32) for map_ in (member, logits.argmax(0)))
+    painting = paint(owner, labels, isthing.numpy(), min_instance_area=MIN_AREA)
     return number(painting, size, min_stuff_area=MIN_STUFF)

@@ -9,9 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 Values = NDArray[np.int32]
 
@@ -56,47 +54,47 @@ class Painting:
     """What each pixel shows, before ids are given.
 
     Attributes:
-        values: (h, w) integers: 0 = void, v = row v - 1 of the tables below.
+        values: (h, w) int32: 0 = void, v = row v - 1 of the tables below.
         labels: (R,) contiguous category of each row: all C categories as stuff, then instances.
         scores: (R,) share of pixels whose semantic label agrees.
         categories: C.
     """
 
-    values: Tensor
-    labels: Tensor
-    scores: Tensor
+    values: Values
+    labels: NDArray[np.int64]
+    scores: NDArray[np.float64]
     categories: int
 
 
-def paint(member: Tensor, labels: Tensor, isthing: Tensor, *, min_instance_area: int) -> Painting:
+def paint(
+    member: Values, labels: Values, things: NDArray[np.bool_], *, min_instance_area: int
+) -> Painting:
     """Classes of instances by majority vote, stuff where none is.
 
     Pixels of a thing class that no instance claims are void.
 
     Args:
-        member: (h, w) integers, 0 = no instance, k = instance k - 1.
-        labels: (h, w) integers, semantic labels.
-        isthing: (C,) bool.
+        member: (h, w) int32, 0 = no instance, k = instance k - 1.
+        labels: (h, w) int32, semantic labels.
+        things: (C,) whether a category is a thing.
         min_instance_area: Pixels below which an instance is dropped.
     """
-    categories = len(isthing)
-    things = isthing.cpu().numpy()
-    owner, classes = (map_.cpu().numpy().astype(np.int32, copy=False) for map_ in (member, labels))
-    count = int(owner.max()) + 1
-    ballots = np.bincount((owner * categories + classes).ravel(), minlength=count * categories)
+    categories = len(things)
+    count = int(member.max()) + 1
+    ballots = np.bincount((member * categories + labels).ravel(), minlength=count * categories)
     ballots = ballots.reshape(count, categories)
     votes = ballots * things
     winning, area = votes.max(1), ballots.sum(1)
     valid = (area >= min_instance_area) & (winning > 0)
     valid[0] = False
-    shown = np.where(valid, np.arange(count) + categories, 0).astype(np.int32)[owner]
-    stuff = np.where(things, 0, np.arange(categories) + 1).astype(np.int32)[classes]
+    shown = np.where(valid, np.arange(count) + categories, 0).astype(np.int32)[member]
+    stuff = np.where(things, 0, np.arange(categories) + 1).astype(np.int32)[labels]
     values = np.where(shown > 0, shown, stuff)
     scores = np.concatenate([np.ones(categories), winning[1:] / area[1:].clip(1)])
     return Painting(
-        values=torch.from_numpy(values),
-        labels=torch.from_numpy(np.concatenate([np.arange(categories), votes.argmax(1)[1:]])),
-        scores=torch.from_numpy(scores),
+        values=values,
+        labels=np.concatenate([np.arange(categories), votes.argmax(1)[1:]]),
+        scores=scores,
         categories=categories,
     )
 
@@ -191,7 +189,7 @@ def number(painting: Painting, size: tuple[int, int], *, min_stuff_area: int) ->
         size: Native (H, W).
         min_stuff_area: Native pixels below which a stuff segment becomes void.
     """
-    native = resize_values(painting.values.cpu().numpy().astype(np.int32, copy=False), size)
+    native = resize_values(painting.values, size)
     rows = len(painting.labels) + 1
     strips = np.array_split(native.ravel(), max(1, native.size // STRIP))
     area = np.sum([np.bincount(strip, minlength=rows) for strip in strips], axis=0)

@@ -81,11 +81,10 @@ def predict_slice(
             # Always of one size: rounding of a network depends on its batch's.
             heads = predictor.heads([*pictures, *pictures[:1] * (batch - len(pictures))])
             clock.lap("network")
-            for at, photo, one in zip(places, pictures, heads, strict=False):
-                record = dataset.records[at]
-                clock.start()
-                result = decoded(predictor, one, photo, record)
-                clock.lap("decode")
+            records = [dataset.records[at] for at in places]
+            results = decoded(predictor, heads[: len(places)], pictures, records)
+            clock.lap("decode")
+            for at, record, result in zip(places, records, results, strict=True):
                 row = writer.add(record.image_id, record.key, result)
                 journal.note(row)
                 clock.lap("write")
@@ -96,14 +95,21 @@ def predict_slice(
 
 
 def decoded(
-    predictor: Predictor, heads: Heads, photo: Picture, record: PanopticRecord
-) -> PanopticMap:
-    """The panoptic map; an error names the photo."""
+    predictor: Predictor,
+    heads: Sequence[Heads],
+    photos: Sequence[Picture],
+    records: Sequence[PanopticRecord],
+) -> list[PanopticMap]:
+    """The panoptic maps of a batch; an error names the photo."""
+    sizes = [(photo.shape[0], photo.shape[1]) for photo in photos]
     try:
-        return predictor.decode(heads, (photo.shape[0], photo.shape[1]))
+        return predictor.decode(heads, sizes)
     except InputError as error:
+        if len(heads) > 1:  # one by one, to learn which it is
+            each = zip(heads, photos, records, strict=True)
+            return [decoded(predictor, [h], [p], [r])[0] for h, p, r in each]
         raise InputError(
-            error.what, where=record.photo, remedy=error.remedy, code=error.code
+            error.what, where=records[0].photo, remedy=error.remedy, code=error.code
         ) from None
 
 

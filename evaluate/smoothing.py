@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from evaluate.pixels import places
 
 CHANNELS = 8
 """Smoothed at once: it halves the memory, at no cost."""
@@ -49,24 +50,17 @@ class Regions:
     pixels: Tensor
 
 
-def places(mask: Tensor) -> Tensor:
-    """(N,) int64 flat indices of what is true; a tenth of the time of `nonzero` on a processor."""
-    if mask.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.flatten().nonzero()[:, 0]
-
-
 def find_regions(labels: Tensor, pixels: Tensor, stride: int = 1) -> Regions:
     """Runs of equal labels.
 
     Args:
-        labels: (h, w) int64.
+        labels: (B, h, w) int64, of B images.
         pixels: (N,) the flat indices, ascending, of all pixels of some of the labels.
         stride: Means are wanted in every so manieth column.
     """
     rank = torch.full(labels.shape, -1, dtype=torch.int32, device=labels.device)
     rank.view(-1)[pixels] = torch.arange(len(pixels), dtype=torch.int32, device=labels.device)
-    columns, sparse = rank.T[::stride].contiguous(), labels.T[::stride].contiguous()
+    columns, sparse = (map_.mT[:, ::stride].contiguous() for map_ in (rank, labels))
     upright = places(columns >= 0)
     source = columns.flatten().index_select(0, upright)
     return Regions(
@@ -77,13 +71,13 @@ def find_regions(labels: Tensor, pixels: Tensor, stride: int = 1) -> Regions:
     )
 
 
-def smooth(values: Tensor, regions: Regions, radius: int) -> Tensor:
+def smooth(values: Tensor, regions: Regions, radius: int | Tensor) -> Tensor:
     """Means over cross-shaped windows.
 
     Args:
         values: (channels, N) float32.
         regions: See `find_regions`.
-        radius: Pixels to each side.
+        radius: Pixels to each side; where there are several images, (M,) int64, of each mean.
 
     Returns:
         (channels, M) float32.
@@ -96,9 +90,9 @@ def smooth(values: Tensor, regions: Regions, radius: int) -> Tensor:
 
 
 def _lines(labels: Tensor, pixels: Tensor) -> Lines:
-    """Runs of adjacent pixels of one label along the rows of (h, w) labels."""
+    """Runs of adjacent pixels of one label along the rows of (B, h, w) labels."""
     breaks = torch.ones(labels.shape, dtype=torch.bool, device=labels.device)
-    torch.ne(labels[:, 1:], labels[:, :-1], out=breaks[:, 1:])
+    torch.ne(labels[..., 1:], labels[..., :-1], out=breaks[..., 1:])
     breaks = breaks.flatten().index_select(0, pixels)
     starts = places(breaks)
     ends = torch.empty_like(starts)
@@ -108,7 +102,9 @@ def _lines(labels: Tensor, pixels: Tensor) -> Lines:
     return Lines(starts.index_select(0, run), ends.index_select(0, run))
 
 
-def _line_mean(values: Tensor, lines: Lines, radius: int, at: Tensor | None = None) -> Tensor:
+def _line_mean(
+    values: Tensor, lines: Lines, radius: int | Tensor, at: Tensor | None = None
+) -> Tensor:
     """Means of (channels, N) values along lines, at the M positions `at` or at all."""
     first, last = lines.first, lines.last
     if at is None:
@@ -117,7 +113,9 @@ def _line_mean(values: Tensor, lines: Lines, radius: int, at: Tensor | None = No
         first, last = first.index_select(0, at), last.index_select(0, at)
     low = torch.maximum(at - radius, first)
     high = torch.minimum(at + radius, last).add_(1)
-    total = values.new_zeros(values.shape[0], values.shape[1] + 1)
-    torch.cumsum(values, 1, out=total[:, 1:])
+    # Over a whole batch, sums in single precision would lose what a window holds.
+    wide = torch.float64 if isinstance(radius, Tensor) else values.dtype
+    total = values.new_zeros(values.shape[0], values.shape[1] + 1, dtype=wide)
+    torch.cumsum(values, 1, dtype=wide, out=total[:, 1:])
     mean = total.index_select(1, high).sub_(total.index_select(1, low))
-    return mean.div_(high - low)
+    return mean.div_(high - low).to(values.dtype)

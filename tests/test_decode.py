@@ -8,22 +8,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evaluate.decode import DecodeConfig, PanopticMap, decode, to_positional
-from evaluate.peaks import (
-    Bins,
-    Instances,
-    Rules,
-    bin_votes,
-    choose,
-    find_candidates,
-    measure_drift,
-    nearest_cells,
-    neighbour_distance,
-    off_grid,
-    packed_argmax,
-)
+from evaluate.cells import nearest_cells, neighbour_distance, off_grid, packed_argmax
+from evaluate.decode import DecodeConfig, PanopticMap, decode, together
+from evaluate.peaks import Instances, Rules, choose, find_candidates
+from evaluate.pixels import Pixels, places, to_positional
 from evaluate.segments import Painting, number, resize_values
-from evaluate.smoothing import find_regions, places, smooth
+from evaluate.smoothing import find_regions, smooth
+from evaluate.votes import Bins, Votes, bin_votes
 from pipeline.errors import InputError
 from pipeline.targets import geometry
 from train.encoding import (
@@ -195,6 +186,7 @@ def make_bins(votes: NDArray[np.float64]) -> Bins:
         label=torch.zeros(len(row), dtype=torch.int64),
         row=torch.tensor(row),
         column=torch.tensor(column),
+        drift=0.0,
     )
 
 
@@ -229,6 +221,7 @@ def test_choice_is_that_of_a_literal_loop() -> None:
         label=torch.randint(0, 2, (30,), generator=generator),
         row=nearest_cell(uv[:, 1], 80),
         column=nearest_cell(uv[:, 0], 80),
+        drift=0.0,
     )
     rules = Rules(cap=4.0, label_cost=0.1, gap=1.0, saved=30.0)
     chosen = choose(bins, Instances(code, bins.label), rules)
@@ -259,21 +252,25 @@ def test_choice_is_that_of_a_literal_loop() -> None:
 def test_votes_add_up() -> None:
     generator = torch.Generator().manual_seed(2)
     code = torch.randn(16, 500, generator=generator)
-    labels = torch.randint(0, 3, (500,), generator=generator)
+    labels, image = torch.randint(0, 3, (2, 500), generator=generator)
     rows, columns = torch.randint(0, 4, (2, 500), generator=generator)
-    bins = bin_votes(code, labels, rows, columns, 80)
-    assert bins.weight.sum() == 500
-    for i in range(len(bins.weight)):
-        mask = (labels == bins.label[i]) & (rows == bins.row[i]) & (columns == bins.column[i])
-        assert mask.sum() == bins.weight[i]
-        assert torch.allclose(bins.code[i], code[:, mask].mean(1), atol=1e-5)
+    batch = bin_votes(Votes(code, labels, rows, columns, image), 4, 80)
+    assert [int(bins.weight.sum()) for bins in batch] == torch.bincount(image, minlength=4).tolist()
+    for which, bins in enumerate(batch):
+        assert (bins.weight.diff() <= 0).all()
+        for i in range(len(bins.weight)):
+            mask = (image == which) & (labels == bins.label[i])
+            mask &= (rows == bins.row[i]) & (columns == bins.column[i])
+            assert mask.sum() == bins.weight[i]
+            assert torch.allclose(bins.code[i], code[:, mask].mean(1), atol=1e-5)
 
 
 def test_smoothing_is_the_mean_along_rows_then_columns_within_a_label() -> None:
+    """Of two images, whose radii may differ."""
     rng = np.random.default_rng(0)
-    labels = torch.from_numpy(rng.integers(0, 3, (5, 6)).repeat(2, 0).repeat(2, 1))
+    labels = torch.from_numpy(rng.integers(0, 3, (2, 5, 6)).repeat(2, 1).repeat(2, 2))
     member = labels > 0
-    values = torch.from_numpy(rng.normal(size=(2, 10, 12))).float()
+    values = torch.from_numpy(rng.normal(size=(2, 2, 10, 12))).float()
 
     def literal(values: Tensor, labels: Tensor, radius: int) -> Tensor:
         """Along the rows."""
@@ -294,11 +291,17 @@ def test_smoothing_is_the_mean_along_rows_then_columns_within_a_label() -> None:
         regions = find_regions(labels, inside, stride)
         wanted = member & (torch.arange(12) % stride == 0)
         assert sorted(regions.pixels.tolist()) == places(wanted).tolist()
-        for radius in (0, 1, 3):
-            expected = literal(values, labels, radius)
-            expected = literal(expected.transpose(1, 2), labels.T, radius).transpose(1, 2)
-            found = smooth(values.flatten(1)[:, inside], regions, radius)
-            assert torch.allclose(found, expected.flatten(1)[:, regions.pixels], atol=1e-5)
+        for radii in ((0, 0), (1, 1), (3, 3), (0, 3), (2, 1)):
+            expected = []
+            for image, label, radius in zip(values, labels, radii, strict=True):
+                once = literal(image, label, radius)
+                twice = literal(once.transpose(1, 2), label.T, radius).transpose(1, 2)
+                expected.append(twice.flatten(1))
+            of_each = torch.tensor(radii)[regions.pixels // 120]
+            reach = radii[0] if radii[0] == radii[1] else of_each
+            found = smooth(values.transpose(0, 1).flatten(1)[:, inside], regions, reach)
+            wanted_means = torch.cat(expected, dim=1)[:, regions.pixels]
+            assert torch.allclose(found, wanted_means, atol=1e-5)
 
 
 @pytest.mark.parametrize("source", [(7, 9), (1, 4), (30, 1), (20, 20)])
@@ -331,8 +334,8 @@ def test_shrinking_takes_the_nearest_pixel() -> None:
 
 def test_native_areas_do_not_depend_on_the_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = np.array([0, 3, 4, 5, 6, 7, 8])  # void, two kinds of stuff, four instances
-    values = torch.from_numpy(np.random.default_rng(0).choice(shown, (20, 30)))
-    painting = Painting(values, torch.tensor([0, 1, 2, 3, 0, 1, 0, 1]), torch.ones(8), 4)
+    values = np.random.default_rng(0).choice(shown, (20, 30)).astype(np.int32)
+    painting = Painting(values, np.array([0, 1, 2, 3, 0, 1, 0, 1]), np.ones(8), 4)
     whole = number(painting, (61, 77), min_stuff_area=400)
     check(whole)
     monkeypatch.setattr("evaluate.segments.STRIP", 100)
@@ -407,14 +410,28 @@ def test_drift_is_the_scatter_within_cells() -> None:
     uv = torch.rand(20_000, 2, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.3
     everywhere = torch.ones(len(uv), dtype=torch.bool)
     columns, rows = nearest_cell(uv, 80).T
-    one_label = torch.zeros(len(uv), dtype=torch.int64)
+    nought = torch.zeros(len(uv), dtype=torch.int64)
     swept = CODE.encode(uv, everywhere).T
-    assert measure_drift(swept, one_label, rows, columns, 80) == pytest.approx(1 / 6, rel=0.05)
     still = CODE.encode(cell_centres(80)[nearest_cell(uv, 80)] + 0.004, everywhere).T
-    assert measure_drift(still, one_label, rows, columns, 80) < 1e-6
     faint = still * torch.linspace(0.6, 1, len(uv))  # mixed with void
-    assert measure_drift(faint, one_label, rows, columns, 80) < 1e-2
-    assert measure_drift(swept[:, :0], one_label[:0], rows[:0], columns[:0], 80) == 0
+
+    def drift(code: Tensor) -> float:
+        return bin_votes(Votes(code, nought, rows, columns, nought), 1, 80)[0].drift
+
+    assert drift(swept) == pytest.approx(1 / 6, rel=0.05)
+    assert drift(still) < 1e-6
+    assert drift(faint) < 1e-2
+    both = Votes(
+        torch.cat([still, swept], dim=1),
+        torch.cat([nought, nought]),
+        torch.cat([rows, rows]),
+        torch.cat([columns, columns]),
+        torch.cat([nought, nought + 2]),
+    )
+    one, none, other = (bins.drift for bins in bin_votes(both, 3, 80))
+    assert one < 1e-6
+    assert none == 0
+    assert other == pytest.approx(1 / 6, rel=0.05)
 
 
 @pytest.mark.parametrize("noise", [0.05, 0.2, 0.4])
@@ -541,6 +558,107 @@ def test_a_picture_of_48_megapixels(noise: float) -> None:
         assert thing.area == pytest.approx((index == 1).mean() * result.ids.size, rel=0.02)
 
 
+def scenes() -> list[tuple[Tensor, Tensor]]:
+    """Heads that take every way through the decoder: clean, noisy, faint, nothing, two sizes."""
+    found = []
+    generator = torch.Generator().manual_seed(5)
+    for noise, faint, (height, width) in [
+        (0.0, 1.0, (90, 120)),
+        (0.2, 1.0, (90, 120)),
+        (0.1, 1.0, (60, 70)),
+        (0.35, 1.0, (90, 120)),
+        (0.0, 0.45, (90, 120)),
+        (0.09, 1.0, (90, 120)),
+    ]:
+        index = np.zeros((height, width), np.int64)
+        disc(index, 1, 25, 30, 18)
+        disc(index, 2, 50, 32, 14)
+        disc(index, 3, 95, 60, 12)
+        code, logits = heads(index, [0, 1, 1][: int(index.max())])
+        code[:, torch.from_numpy(index == 1)] *= faint
+        found.append((code + noise * torch.randn(code.shape, generator=generator), logits))
+    found.insert(2, heads(np.zeros((90, 120), np.int64), []))
+    return found
+
+
+def decode_scenes(pairs: list[tuple[Tensor, Tensor]]) -> list[PanopticMap]:
+    return decode(
+        [code for code, _ in pairs],
+        [logits for _, logits in pairs],
+        encoding=CODE,
+        isthing=ISTHING,
+        sizes=[(200 + number, 300) for number in range(len(pairs))],
+        config=DecodeConfig(trust=0.0),
+    )
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "evaluate.decode.together", lambda sizes, on_gpu: together(sizes, on_gpu=not on_gpu)
+    )
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_batch_decodes_as_its_images_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = scenes()
+    found = decode_scenes(pairs)
+    monkeypatch.undo()
+    alone = decode_scenes(pairs)
+    for one, other in zip(found, alone, strict=True):
+        check(one)
+        assert np.array_equal(one.ids, other.ids)
+        assert one.segments == other.segments
+    assert [sum(s.isthing for s in one.segments) for one in found] == [3, 3, 0, 2, 3, 3, 3]
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_larger_batch_waits_no_more_often_for_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = 0
+
+    def counted(mask: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return places(mask)
+
+    for module in ("pixels", "instances", "smoothing"):
+        monkeypatch.setattr(f"evaluate.{module}.places", counted)
+    pairs = [scenes()[number] for number in (0, 1, 5)]
+    decode_scenes(pairs)
+    once, calls = calls, 0
+    decode_scenes(pairs * 3)
+    assert calls == once > 0
+
+
+def test_what_is_decoded_together_is_of_one_size_and_not_too_much() -> None:
+    sizes = [(20, 30), (30, 20), (20, 30), (1500, 1500), (20, 30), (1500, 1500), (9000, 9000)]
+    assert sorted(together(sizes, on_gpu=False)) == [[image] for image in range(7)]
+    assert sorted(together(sizes, on_gpu=True)) == [[0, 2, 4], [1], [3], [5], [6]]
+
+
+def test_some_images_of_a_batch_are_those_images() -> None:
+    pairs = [scenes()[number] for number in (0, 1, 2, 4)]
+
+    def pixels(numbers: list[int]) -> Pixels:
+        return Pixels.of(
+            [pairs[number][0] for number in numbers],
+            [pairs[number][1] for number in numbers],
+            encoding=CODE,
+            isthing=ISTHING,
+        )
+
+    batch = pixels([0, 1, 2, 3])
+    assert batch.take([0, 1, 2, 3]) is batch
+    for numbers in ([0], [3, 1], [2], [1, 2, 3]):
+        some, same = batch.take(numbers), pixels(numbers)
+        for name in ("codes", "labels", "thing", "inside"):
+            assert torch.equal(getattr(some, name), getattr(same, name)), name
+        assert torch.allclose(some.strength, same.strength)
+        assert (some.spans, some.shape) == (same.spans, same.shape)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_a_gpu_decodes_as_the_processor_does(noise: float) -> None:
@@ -549,18 +667,19 @@ def test_a_gpu_decodes_as_the_processor_does(noise: float) -> None:
     disc(index, 2, 110, 60, 30)
     code, logits = heads(index, [0, 1])
     code = code + noise * torch.randn(code.shape, generator=torch.Generator().manual_seed(0))
-    one, other = (
+    ours, theirs = (
         decode(
-            code[None].to(device),
-            logits[None].to(device),
+            code.expand(3, -1, -1, -1).to(device),
+            logits.expand(3, -1, -1, -1).to(device),
             encoding=CODE,
             isthing=ISTHING,
-            sizes=[(240, 320)],
-        )[0]
+            sizes=[(240, 320)] * 3,
+        )
         for device in ("cpu", "cuda")
     )
-    assert (one.ids == other.ids).mean() > 0.999
-    assert len(one.segments) == len(other.segments)
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.ids == other.ids).mean() > 0.999
+        assert len(one.segments) == len(other.segments)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -574,3 +693,11 @@ def test_what_is_not_finite_is_an_error(bad: float, encoding: Encoding, head: in
     both[head][1, 7, 9] = bad
     with pytest.raises(InputError, match="NaN or infinite"):
         decode(both[0][None], both[1][None], encoding=encoding, isthing=ISTHING, sizes=[(20, 20)])
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_an_error_says_which_image_of_a_batch_is_not_finite() -> None:
+    pairs = [scenes()[number] for number in (0, 1, 2)]
+    pairs[1][0][3, 4, 5] = torch.nan
+    with pytest.raises(InputError, match="image 2 of the 3 of a batch"):
+        decode_scenes(pairs)

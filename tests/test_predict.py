@@ -46,7 +46,7 @@ def test_a_picture_of_48_megapixels(predictor: Predictor) -> None:
     centroid = torch.tensor([[[17.5 / 28 - 1, 21 / 28 - 1]]])
     code = predictor.encoding.encode(centroid, torch.ones(1, 1, dtype=torch.bool))[0, 0]
     codes = code[:, None, None] * (labels == label)
-    result = predictor.decode(Heads(codes, logits.float()), size)
+    result = predictor.decode([Heads(codes, logits.float())], [size])[0]
     assert result.ids.shape == size
     thing = next(segment for segment in result.segments if segment.isthing)
     assert thing.label == label

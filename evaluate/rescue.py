@@ -1,0 +1,92 @@
+"""Instances that cast no votes: small or faint objects, which the semantic head alone has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from skimage.measure import label as connected
+
+from evaluate.cells import nearest_cells
+from evaluate.instances import DecodeConfig
+from evaluate.pixels import Pixels
+
+
+def rescue(
+    pixels: Pixels,
+    members: NDArray[np.int32],
+    labels: NDArray[np.int32],
+    noise: Sequence[float],
+    config: DecodeConfig,
+) -> None:
+    """Makes instances of connected regions of a thing class that hardly any instance claims.
+
+    Few pictures need it, so connected regions are found on the processor.
+
+    Args:
+        pixels: B images.
+        members: (B, h, w), see `assign`; further instances are written into it.
+        labels: (B, h, w) semantic labels.
+        noise: Of each image, see `measure_noise`.
+        config: Settings.
+    """
+    lost = [
+        lost_regions(member, label, pixels.things, config.rescue_area)
+        for member, label in zip(members, labels, strict=True)
+    ]
+    everywhere = np.concatenate(
+        [one.pixels + number * pixels.area for number, one in enumerate(lost)]
+    )
+    if len(everywhere) == 0:
+        return
+    chosen = torch.from_numpy(everywhere).to(pixels.codes.device)
+    codes = pixels.codes.index_select(1, chosen).cpu().split([len(one.pixels) for one in lost], 1)
+    for member, one, code, variance in zip(members, lost, codes, noise, strict=True):
+        if len(one.pixels) == 0:
+            continue
+        owner = torch.from_numpy(one.owner)
+        total = code.new_zeros(len(code), int(owner.max()) + 1).index_add_(1, owner, code)
+        mean = total / torch.bincount(owner)
+        amplitude = nearest_cells(mean, config.cells).amplitude.amin(0)
+        found = (amplitude > config.rescue_amplitude + config.rescue_noise * variance).numpy()
+        numbers = np.where(found, found.cumsum() + member.max(), 0)
+        member.ravel()[one.pixels] = numbers[one.owner]
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Pixels of regions that no instance claims.
+
+    Attributes:
+        pixels: (n,) flat indices.
+        owner: (n,) int64, from 0, the region of each.
+    """
+
+    pixels: NDArray[np.intp]
+    owner: NDArray[np.intp]
+
+
+def lost_regions(
+    member: NDArray[np.int32], labels: NDArray[np.int32], things: NDArray[np.bool_], least: int
+) -> Lost:
+    """Connected regions of one thing class of which most pixels have no instance.
+
+    Args:
+        member: (h, w) int32, 0 = no instance.
+        labels: (h, w) int32 semantic labels.
+        things: (C,) whether a category is a thing.
+        least: Pixels without instance that a region must have.
+    """
+    thing = things[labels]
+    free = np.flatnonzero(thing & (member == 0))
+    if len(free) < least:
+        return Lost(free[:0], free[:0])
+    region = connected(np.where(thing, labels + 1, 0), background=0, connectivity=2).ravel()
+    owner, area = region[free], np.bincount(region)
+    unclaimed = np.bincount(owner, minlength=len(area))
+    lost = (2 * unclaimed > area) & (unclaimed >= least)
+    kept = lost[owner]
+    return Lost(free[kept], (lost.cumsum() - 1)[owner[kept]])
