@@ -314,7 +314,8 @@ def predict(
     What cannot be read is left out, and the exit code is 3.
     """
     from evaluate.photos import list_pictures
-    from evaluate.predict import Predictor, predict_pictures
+    from evaluate.predict import Predictor
+    from evaluate.predicted import predict_pictures
 
     paths = list_pictures(pictures)
     predictor = Predictor(checkpoint, device, flip=flip, sizes=_sides(sizes), weights=weights)

@@ -19,7 +19,8 @@ from evaluate.journal import Row, journal_files, read_journals
 from evaluate.page import write_report
 from evaluate.pictures import draw_pictures
 from evaluate.pq import PQResult
-from evaluate.predict import PredictionWriter, Predictor
+from evaluate.predict import Predictor
+from evaluate.predicted import PredictionWriter
 from evaluate.ranks import Ranks
 from evaluate.scoring import ImageScore, Scores, total_scores
 from evaluate.slices import predict_slice

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from evaluate.grid_decoder import GridDecoder
 from pipeline.errors import InputError
 from pipeline.storage import Storage
-from train.checkpoint import ARCHITECTURE, TrainState
 from train.encoding import make_encoding
 from train.model import PanopticModel
+from train.restore import ARCHITECTURE, TrainState
 
 OPSET = 18
 NEEDED = ("onnx", "onnxscript")

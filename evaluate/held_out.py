@@ -17,9 +17,9 @@ from evaluate.pq import PQStat, match_image, summarize
 from evaluate.predict import Predictor
 from pipeline.coco import SegmentInfo
 from pipeline.sample import Sample
-from train.checkpoint import TrainState
 from train.items import decode_photo
 from train.model import PanopticModel
+from train.restore import TrainState
 
 BATCH = 8
 """Samples at once."""

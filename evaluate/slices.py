@@ -16,7 +16,8 @@ from evaluate.heads import Heads
 from evaluate.journal import Journal, Row
 from evaluate.measures import thing_ids
 from evaluate.photos import read_ahead
-from evaluate.predict import PredictionWriter, Predictor
+from evaluate.predict import Predictor
+from evaluate.predicted import PredictionWriter
 from evaluate.ranks import Ranks
 from evaluate.scoring import ImageScore, score_image
 from pipeline.coco import CocoPanoptic, ImageId, PanopticRecord

@@ -17,7 +17,6 @@ import tomli_w
 import torch
 from safetensors.torch import load_file
 
-from train.checkpoint import incomplete, latest_checkpoint, read_state
 from train.config import (
     DataConfig,
     LossConfig,
@@ -26,6 +25,7 @@ from train.config import (
     RandomBackbone,
     TrainConfig,
 )
+from train.restore import incomplete, latest_checkpoint, read_state
 
 ROOT = Path(__file__).parents[1]
 STEPS = 7

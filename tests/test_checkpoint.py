@@ -17,25 +17,26 @@ from pipeline.coco import Category
 from pipeline.errors import InputError
 from train import checkpoint
 from train.checkpoint import (
+    begin_checkpoint,
+    finish_checkpoint,
+    step_folder,
+    write_checkpoint,
+)
+from train.config import ModelConfig, OptimConfig, RandomBackbone, TrainConfig
+from train.generators import rng_state, set_rng_state
+from train.model import PanopticModel
+from train.optim import parameter_groups
+from train.restore import (
     ARCHITECTURE,
     TrainState,
-    begin_checkpoint,
     find_checkpoint,
-    finish_checkpoint,
     incomplete,
     latest_checkpoint,
     load_model,
     load_training,
     load_weights,
     read_state,
-    rng_state,
-    set_rng_state,
-    step_folder,
-    write_checkpoint,
 )
-from train.config import ModelConfig, OptimConfig, RandomBackbone, TrainConfig
-from train.model import PanopticModel
-from train.optim import parameter_groups
 
 BLOCKS = 2
 CONFIG = TrainConfig(

@@ -45,7 +45,6 @@ from pipeline.errors import InputError
 from pipeline.render import render
 from pipeline.storage import Storage
 from train.__main__ import main
-from train.checkpoint import incomplete, latest_checkpoint, load_model, read_state
 from train.config import (
     DataConfig,
     LossConfig,
@@ -57,6 +56,7 @@ from train.loop import instance_distance, task_of
 from train.loop import train as train_run
 from train.losses import instance_loss, semantic_loss
 from train.optim import learning_rate
+from train.restore import incomplete, latest_checkpoint, load_model, read_state
 from train.watch import keep_lines
 
 SAMPLES = 12

@@ -15,7 +15,8 @@ from PIL import Image
 
 from evaluate.heads import Heads
 from evaluate.photos import read_picture
-from evaluate.predict import Predictor, predict_pictures, unique_names
+from evaluate.predict import Predictor
+from evaluate.predicted import predict_pictures, unique_names
 from pipeline.errors import InputError
 from pipeline.ids import read_ids
 

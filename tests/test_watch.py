@@ -23,7 +23,6 @@ from pipeline.sample import Sample
 from pipeline.shards import ShardReader
 from pipeline.storage import Storage
 from train.batch import collate
-from train.checkpoint import TrainState, latest_checkpoint, load_model
 from train.config import (
     DataConfig,
     ModelConfig,
@@ -37,6 +36,7 @@ from train.items import Augmentation, make_item
 from train.loop import train
 from train.losses import gather_rows
 from train.model import PanopticModel
+from train.restore import TrainState, latest_checkpoint, load_model
 from train.validation import code_hits, find_metric, label_hits, open_held_out
 from train.watch import draw_heads, installed_trackers
 

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or ignored.
+"""Checkpoints written: complete or ignored. `train/restore.py` reads them.
 
 A checkpoint is a folder `step_%07d`:
 
@@ -16,81 +16,39 @@ moment leaves the earlier checkpoints untouched.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import os
-import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from pipeline.coco import Category
-from pipeline.config import build_config
 from pipeline.errors import InputError
-from train.config import TrainConfig
-from train.encoding import make_encoding
+from train.generators import rng_state
 from train.model import PanopticModel
-
-log = logging.getLogger(__name__)
+from train.restore import (
+    ARCHITECTURE,
+    TrainState,
+    Weights,
+    file_sha256,
+    incomplete,
+    latest_checkpoint,
+    weights_file,
+)
 
 _TEMPORARY = ".tmp-"
-ARCHITECTURE = "backbone.json"
-Weights = Literal["model", "ema"]
-"""Which weights of a checkpoint: the last ones, or their moving average."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainState:
-    """Where a run stands.
-
-    Attributes:
-        step: Optimizer steps done; the next one is this number.
-        cache_fingerprint: Of the cache it trains from.
-        config: Of the run.
-        categories: By label.
-    """
-
-    step: int
-    cache_fingerprint: str
-    config: TrainConfig
-    categories: tuple[Category, ...]
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
     """`checkpoints/step_%07d`."""
     return checkpoints / f"step_{step:07d}"
-
-
-def rng_state() -> dict[str, Any]:
-    """The state of this process' random number generators."""
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "numpy": np.random.get_state(),  # noqa: NPY002 - libraries may draw from the global one
-        "python": random.getstate(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """The inverse of `rng_state`."""
-    torch.set_rng_state(state["torch"])
-    np.random.set_state(state["numpy"])  # noqa: NPY002
-    random.setstate(state["python"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def begun_folder(checkpoints: Path, step: int) -> Path:
@@ -183,7 +141,7 @@ def write_checkpoint(
 def finish_checkpoint(folder: Path, keep: int) -> Path:
     """Vouches for the files, renames the folder and prunes older ones; call on the main rank."""
     files = {
-        file.name: {"size": file.stat().st_size, "sha256": _sha256(file)}
+        file.name: {"size": file.stat().st_size, "sha256": file_sha256(file)}
         for file in sorted(folder.iterdir())
     }
     (folder / "complete.json").write_text(json.dumps(files, indent=1) + "\n")
@@ -202,161 +160,6 @@ def finish_checkpoint(folder: Path, keep: int) -> Path:
     for old in {*folders, *final.parent.glob(f"{_TEMPORARY}*")} - {*kept}:
         shutil.rmtree(old)
     return final
-
-
-def latest_checkpoint(checkpoints: Path, *, deep: bool = False) -> Path | None:
-    """The newest complete checkpoint, or None; a line names newer ones that are not.
-
-    Args:
-        checkpoints: Folder of checkpoints.
-        deep: Read every byte, see `incomplete`.
-    """
-    for folder in sorted(checkpoints.glob("step_*"), reverse=True):
-        problem = incomplete(folder, deep=deep)
-        if not problem:
-            return folder
-        log.warning("%s is ignored: %s", folder, problem)
-    return None
-
-
-def incomplete(folder: Path, *, deep: bool = False) -> str | None:
-    """What makes a checkpoint unusable; None where it is whole.
-
-    Args:
-        folder: The checkpoint.
-        deep: Judge by SHA-256 too, not only by names and sizes.
-    """
-    try:
-        files = json.loads((folder / "complete.json").read_text())
-        for name, facts in files.items():
-            if (folder / name).stat().st_size != facts["size"]:
-                return f"{name} has another size than complete.json says"
-            if deep and _sha256(folder / name) != facts["sha256"]:
-                return f"{name} is damaged: its SHA-256 is not the one in complete.json"
-    except FileNotFoundError as error:
-        return f"{Path(str(error.filename)).name} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "complete.json is damaged"
-    return None
-
-
-def find_checkpoint(path: Path) -> Path:
-    """A checkpoint from its folder, or the newest of a run's folder.
-
-    Raises:
-        InputError: There is none, or it is not complete.
-    """
-    for folder in (path / "checkpoints", path):
-        if found := latest_checkpoint(folder):
-            return found
-    problem = incomplete(path) if path.is_dir() else "no such folder"
-    if problem:
-        raise InputError(
-            f"no complete checkpoint: {problem}",
-            where=path,
-            remedy="give a run's folder or one of its checkpoints/step_*",
-        )
-    return path
-
-
-def read_state(folder: Path) -> TrainState:
-    """The `state.json` of a checkpoint; InputError where it cannot be read."""
-    path = folder / "state.json"
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"unreadable: {error}", where=path) from None
-    return build_config(TrainState, values, where=str(path))
-
-
-def weights_file(folder: Path, kind: Weights) -> Path:
-    """Where a checkpoint keeps weights."""
-    return folder / f"{kind}.safetensors"
-
-
-def load_model(
-    path: Path, device: torch.device | str = "cpu", *, weights: Weights | None = None
-) -> tuple[PanopticModel, TrainState]:
-    """The trained model of a checkpoint or run folder, in evaluation mode.
-
-    Args:
-        path: Of the checkpoint or the run.
-        device: To put it on.
-        weights: The last ones or their moving average; by default the average where there is one.
-
-    Raises:
-        InputError: No complete checkpoint, none of those weights in it, or they are of another
-            configuration.
-    """
-    folder = find_checkpoint(path)
-    state = read_state(folder)
-    config = state.config
-    encoding = make_encoding(config.loss.encoding, config.loss.harmonics)
-    model = PanopticModel(
-        config.model,
-        encoding.channels,
-        len(state.categories),
-        load_weights=False,
-        architecture=folder / ARCHITECTURE,
-    )
-    kind = weights or ("ema" if weights_file(folder, "ema").exists() else "model")
-    load_weights(model, folder, kind)
-    return model.to(device).eval(), state
-
-
-def load_weights(model: PanopticModel, folder: Path, kind: Weights = "model") -> None:
-    """Loads weights strictly; InputError where there are none or they do not fit."""
-    path = weights_file(folder, kind)
-    if kind == "ema" and not path.exists():
-        raise InputError(
-            "no moving average of the weights",
-            where=folder,
-            remedy="use weights `model`, or train with --set ema=0.9999",
-        )
-    try:
-        model.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise InputError(
-            f"weights do not fit the model: {str(error).splitlines()[0]}",
-            where=path,
-            remedy="the checkpoint is damaged or of another configuration",
-        ) from None
-
-
-def load_training(
-    folder: Path,
-    model: PanopticModel,
-    optimizer: torch.optim.Optimizer,
-    rank: int,
-    ema: PanopticModel | None = None,
-) -> TrainState:
-    """Puts a run back where a checkpoint was taken.
-
-    Raises:
-        InputError: The weights do not fit the model, or the rest cannot be read.
-    """
-    state = read_state(folder)
-    load_weights(model, folder)
-    if ema is not None:
-        load_weights(ema, folder, "ema")
-    try:
-        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu"))
-        generators = folder / f"rng_{rank}.pt"
-        if generators.exists():  # another number of ranks draws afresh
-            set_rng_state(torch.load(generators, weights_only=False))
-    except (OSError, EOFError, RuntimeError, LookupError, ValueError, UnpicklingError) as error:
-        reason = f"{type(error).__name__} {error}".splitlines()[0]
-        raise InputError(
-            f"cannot be resumed from: {reason[:160]}",
-            where=folder,
-            remedy="remove it to go on from an earlier one",
-        ) from None
-    return state
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -19,14 +19,7 @@ from pipeline.errors import InputError
 from pipeline.interrupt import Interrupted
 from pipeline.progress import progress
 from train.batch import jitter_colour
-from train.checkpoint import (
-    ARCHITECTURE,
-    TrainState,
-    latest_checkpoint,
-    load_training,
-    read_state,
-    save_checkpoint,
-)
+from train.checkpoint import save_checkpoint
 from train.config import LossConfig, TrainConfig
 from train.data import accumulation, iterate, open_index, repeats
 from train.ema import Ema
@@ -36,6 +29,13 @@ from train.losses import Distance, instance_loss, semantic_loss
 from train.model import PanopticModel, Task, check_size
 from train.optim import learning_rate, parameter_groups, set_learning_rate
 from train.ranks import Ranks
+from train.restore import (
+    ARCHITECTURE,
+    TrainState,
+    latest_checkpoint,
+    load_training,
+    read_state,
+)
 from train.resume import MAY_CHANGE, check_same_run, flat
 from train.signals import stop_request
 from train.stream import make_loader

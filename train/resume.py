@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import InputError
-from train.checkpoint import TrainState
 from train.config import TrainConfig
+from train.restore import TrainState
 
 MAY_CHANGE = frozenset(
     {

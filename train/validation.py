@@ -17,12 +17,12 @@ from pipeline.sample import Sample
 from pipeline.shards import ShardReader
 from pipeline.storage import Storage
 from train.batch import Batch, collate
-from train.checkpoint import TrainState
 from train.config import LossConfig, TrainConfig
 from train.encoding import Encoding, grid_cells, nearest_cell, nearest_cells
 from train.items import Augmentation, make_item
 from train.losses import Distance, gather_rows, instance_loss, instance_weight, semantic_loss
 from train.model import PanopticModel
+from train.restore import TrainState
 
 EVERYWHERE = LossConfig(eds=False)
 """Weights of 1 wherever the instance task counts."""

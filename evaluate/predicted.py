@@ -1,0 +1,136 @@
+"""Predictions as files: COCO panoptic PNGs and JSON, and overlays to look at."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+from evaluate.decode import PanopticMap
+from evaluate.photos import read_ahead
+from evaluate.predict import Predictor
+from evaluate.report import predicted_map, write_overlay
+from pipeline.coco import Category, ImageId
+from pipeline.draw import encode_picture
+from pipeline.errors import InputError
+from pipeline.ids import ids_to_rgb
+from pipeline.progress import progress
+from pipeline.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PredictionWriter:
+    """Writes panoptic PNGs as they come and their JSON last.
+
+    Attributes:
+        folder: Gets `panoptic/*.png` and `panoptic.json`, COCO's layout of a prediction.
+        categories: By label.
+    """
+
+    folder: Path
+    categories: Sequence[Category]
+    _rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        Storage(str(self.folder / "panoptic")).create()
+
+    def add(self, image_id: ImageId, name: str, result: PanopticMap) -> dict[str, Any]:
+        """Writes the PNG of one image; notes and returns its row."""
+        png = encode_picture(ids_to_rgb(result.ids))
+        Storage(str(self.folder / "panoptic")).write(f"{name}.png", png)
+        row = {
+            "image_id": image_id,
+            "file_name": f"{name}.png",
+            "segments_info": [
+                {
+                    "id": segment.id,
+                    "category_id": self.categories[segment.label].id,
+                    "area": segment.area,
+                    "score": round(segment.score, 4),
+                }
+                for segment in result.segments
+            ],
+        }
+        self._rows.append(row)
+        return row
+
+    def finish(self, rows: Sequence[dict[str, Any]] | None = None) -> Path:
+        """Writes `panoptic.json`, of the rows noted or of those given, and returns its path."""
+        categories = [
+            {"id": c.id, "name": c.name, "isthing": int(c.isthing)} for c in self.categories
+        ]
+        annotations = self._rows if rows is None else rows
+        content = {"annotations": annotations, "categories": categories}
+        Storage(str(self.folder)).write("panoptic.json", json.dumps(content).encode())
+        return self.folder / "panoptic.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What `predict_pictures` did.
+
+    Attributes:
+        json: The prediction's JSON.
+        pictures: How many are in it.
+        left_out: How many are not.
+    """
+
+    json: Path
+    pictures: int
+    left_out: int
+
+
+def predict_pictures(predictor: Predictor, paths: Sequence[Path], out: Path) -> Written:
+    """Segments pictures: `overlays/*.jpg` with labels, `panoptic/*.png`, `panoptic.json`.
+
+    Pictures with one stem get a number behind it. One that cannot be read, or of which the network
+    says nothing finite, is left out with a warning: it costs only itself.
+
+    Args:
+        predictor: The trained model.
+        paths: Of the pictures.
+        out: Where to write.
+
+    Raises:
+        InputError: All pictures are left out.
+    """
+    writer = PredictionWriter(out, predictor.categories)
+    Storage(str(out / "overlays")).create()
+    names = unique_names(path.stem for path in paths)
+    bad: list[InputError] = []
+    with progress("predict", len(paths), "pictures") as advance:
+        for path, name, reading in zip(paths, names, read_ahead(paths, 4), strict=True):
+            try:
+                photo = reading.result()
+                result = predictor([photo])[0]
+            except InputError as error:
+                error.where = error.where or str(path)
+                if len(paths) > 1:
+                    logger.warning("left out: %s", error)
+                bad.append(error)
+                advance()
+                continue
+            writer.add(f"{name}{path.suffix}", name, result)
+            overlay = out / "overlays" / f"{name}.jpg"
+            write_overlay(overlay, photo, predicted_map(result), predictor.categories)
+            advance()
+    if len(bad) == len(paths):
+        raise bad[0] if len(bad) == 1 else InputError(f"none of {len(bad)} pictures can be used")
+    return Written(writer.finish(), len(paths) - len(bad), len(bad))
+
+
+def unique_names(stems: Iterable[str]) -> list[str]:
+    """The stems, with `_2`, `_3` behind those that were there before."""
+    taken: set[str] = set()
+    names = []
+    for stem in stems:
+        choices = chain([stem], (f"{stem}_{number}" for number in count(2)))
+        names.append(next(name for name in choices if name not in taken))
+        taken.add(names[-1])
+    return names
