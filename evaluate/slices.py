@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from pipeline.errors import InputError
 from pipeline.ids import read_ids
 from pipeline.progress import progress
 
-STEPS = ("read", "network", "decode", "write", "score")
+Outcomes = dict[int, tuple[Row, ImageScore]]
+"""Row of `panoptic.json` and score, by position in the split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +36,12 @@ class Slice:
     """What one process did.
 
     Attributes:
-        outcomes: Row of `panoptic.json` and score by position in the split.
+        outcomes: Of its images.
         predicted: Images that went through the network.
-        seconds: Wall time by name, summed over them.
+        seconds: Wall time by name, summed over them; `write` and `score` run beside the others.
     """
 
-    outcomes: dict[int, tuple[Row, ImageScore]]
+    outcomes: Outcomes
     predicted: int
     seconds: dict[str, float]
 
@@ -60,8 +62,8 @@ def predict_slice(
         InputError: A picture or an annotation cannot be read, or the network says NaN.
     """
     batch = min(batch, len(dataset.records))
-    clock, things = Clock(*STEPS), thing_ids(dataset.categories)
-    outcomes: dict[int, tuple[Row, ImageScore]] = {}
+    clock, things = Clock("read", "network", "decode"), thing_ids(dataset.categories)
+    outcomes: Outcomes = {}
     for at in range(ranks.rank, len(dataset.records), ranks.world):
         record = dataset.records[at]
         row = done.get(record.image_id)
@@ -69,12 +71,16 @@ def predict_slice(
             outcomes[at] = row, score
     rest = [at for at in range(ranks.rank, len(dataset.records), ranks.world) if at not in outcomes]
     photos = read_ahead([dataset.records[at].photo for at in rest], 2 * batch, upright=False)
-    writer = PredictionWriter(out, predictor.categories)
     total, before = len(rest) + len(outcomes), len(outcomes)
     with (
         Journal(out, identity, ranks.rank) as journal,
         progress("evaluate", total, "images", before) as advance,
+        ThreadPoolExecutor(1, "keep") as behind,
     ):
+        # While the network is at a batch, the one before it is written and scored.
+        keeper = Keeper(PredictionWriter(out, predictor.categories), journal, things)
+        kept: Future[Outcomes] = Future()
+        kept.set_result({})
         for places in chunks(rest, batch):
             clock.start()
             pictures = [next(photos).result() for _ in places]
@@ -85,14 +91,46 @@ def predict_slice(
             records = [dataset.records[at] for at in places]
             results = decoded(predictor, heads[: len(places)], pictures, records)
             clock.lap("decode")
-            for at, record, result in zip(places, records, results, strict=True):
-                row = writer.add(record.image_id, record.key, result)
-                journal.note(row)
-                clock.lap("write")
-                outcomes[at] = row, score_row(record, row, result.ids, things)
-                clock.lap("score")
-            advance(len(places))
-    return Slice(outcomes, len(rest), clock.seconds)
+            outcomes |= kept.result()
+            advance(len(kept.result()))
+            kept = behind.submit(keeper.keep, places, records, results)
+        outcomes |= kept.result()
+        advance(len(kept.result()))
+    return Slice(outcomes, len(rest), clock.seconds | keeper.clock.seconds)
+
+
+@dataclass
+class Keeper:
+    """Writes, notes and scores predictions.
+
+    Attributes:
+        writer: Of their PNGs.
+        journal: Of their rows.
+        things: Ids of the thing categories.
+        clock: Tells the time of `write` and `score`.
+    """
+
+    writer: PredictionWriter
+    journal: Journal
+    things: frozenset[int]
+    clock: Clock = field(default_factory=lambda: Clock("write", "score"))
+
+    def keep(
+        self,
+        places: Sequence[int],
+        records: Sequence[PanopticRecord],
+        results: Sequence[PanopticMap],
+    ) -> Outcomes:
+        """The outcomes of a batch, by position in the split."""
+        found: Outcomes = {}
+        for at, record, result in zip(places, records, results, strict=True):
+            self.clock.start()
+            row = self.writer.add(record.image_id, record.key, result)
+            self.journal.note(row)
+            self.clock.lap("write")
+            found[at] = row, score_row(record, row, result.ids, self.things)
+            self.clock.lap("score")
+        return found
 
 
 def decoded(

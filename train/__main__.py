@@ -68,5 +68,22 @@ def main(
         raise SystemExit(stop.exit_code) from None
 
 
+def run_rank() -> None:
+    """Runs `app`; a rank that fails leaves without cleaning up after its group.
+
+    Threads of a process group whose other ranks have gone may abort on the way out, and say so
+    below the line that tells what happened.
+    """
+    try:
+        app()
+    except SystemExit as stop:
+        if stop.code and os.environ.get("WORLD_SIZE", "1") != "1":
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(stop.code if isinstance(stop.code, int) else 1)
+        raise
+
+
 if __name__ == "__main__":
-    app()
+    run_rank()
