@@ -7,15 +7,15 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from pipeline.errors import InputError
 from pipeline.interrupt import Interrupted, interruptible
+from pipeline.text import table
 
 if TYPE_CHECKING:
     from evaluate.pq import PQResult
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from pipeline.coco import Category, CocoLayout
 
 app = typer.Typer(
-    help="Panoptic segmentation from a precomputed target cache.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -52,7 +51,12 @@ Sizes = Annotated[
 ]
 
 
-@app.command()
+@app.callback()
+def panoptic() -> None:
+    """Panoptic segmentation from a precomputed target cache."""
+
+
+@app.command("synth")
 def synth(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     images: Annotated[int, typer.Option(min=1, help="Scenes of the train split.")] = 64,
@@ -76,7 +80,7 @@ def synth(
     log.info("%s: %s", out, "written" if written else "is complete already")
 
 
-@app.command()
+@app.command("preprocess")
 def preprocess(
     out: Annotated[str, typer.Option(help="Folder or fsspec URL of the cache.")],
     coco: Root = None,
@@ -135,7 +139,7 @@ def preprocess(
         raise typer.Exit(3)
 
 
-@app.command()
+@app.command("verify")
 def verify(
     cache: Annotated[str, typer.Argument(help="Folder or URL of a cache.")],
     deep: Annotated[bool, typer.Option(help="Read every byte, decode every member.")] = False,
@@ -151,15 +155,15 @@ def verify(
     else:
         for problem in report.problems:
             place = f"{problem.shard} {problem.sample}" if problem.sample else problem.shard
-            _out.print(f"{place}: {problem.problem}", highlight=False, markup=False, soft_wrap=True)
+            print(f"{place}: {problem.problem}")
         sound = "sound" if deep else "sound by names and sizes, --deep reads the bytes"
         state = sound if report.ok else f"{len(report.problems)} problems"
-        _out.print(f"{report.shards} shards, {report.samples} samples: {state}")
+        print(f"{report.shards} shards, {report.samples} samples: {state}")
     if not report.ok:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command("inspect")
 def inspect(
     place: Annotated[str, typer.Argument(help="A cache's folder or URL, or one tar.")],
     sample: Annotated[str | None, typer.Option(help="Key of the sample to draw.")] = None,
@@ -188,7 +192,7 @@ def inspect(
         log.warning("%s: %s", place, summary.problem)
 
 
-@app.command()
+@app.command("ceiling")
 def ceiling(
     coco: Root = None,
     split: Split = None,
@@ -210,7 +214,7 @@ def ceiling(
     _show_scores(result.pq, dataset.categories, result.to_json(), as_json, by_category=False)
 
 
-@app.command()
+@app.command("evaluate")
 def evaluate(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="Folder of predictions, pictures and report.")],
@@ -261,30 +265,41 @@ def evaluate(
         log.info("report: %s", out / "report.html")
 
 
-@app.command()
+@app.command("score")
 def score(
     truth: Annotated[Path, typer.Argument(help="Panoptic JSON of the ground truth.")],
     prediction: Annotated[Path, typer.Argument(help="Panoptic JSON of the prediction.")],
     gt_dir: Annotated[Path | None, typer.Option(help="Its PNGs; by default beside it.")] = None,
     pred_dir: Annotated[Path | None, typer.Option(help="Its PNGs; by default beside it.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; by default as many as help.")
+    ] = None,
     official: Annotated[
         bool, typer.Option("--official", help="Run panopticapi too, if installed, and compare.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Score one COCO panoptic JSON against another, to the official evaluator's last digit."""
-    from evaluate.official import compare_results, import_official, run_official
+    # Before numpy is imported, of which starting threads for linear algebra would take a third.
+    # Nothing here multiplies matrices.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from evaluate.pairs import read_pairs
+    from evaluate.pool import useful_workers
     from evaluate.scoring import score_all
+    from pipeline.collector import collector_paused
     from pipeline.progress import progress
 
-    reference = import_official() if official else None
-    categories, pairs = read_pairs(truth, prediction, gt_dir, pred_dir)
-    with progress("score", len(pairs), "images") as advance:
-        scores = score_all(categories, pairs, workers=workers, advance=advance)
+    if official:
+        from evaluate.official import compare_results, import_official, run_official
+
+        reference = import_official()
+    with collector_paused():
+        categories, pairs = read_pairs(truth, prediction, gt_dir, pred_dir)
+        workers = workers or useful_workers(len(pairs))
+        with progress("score", len(pairs), "images", patience=1.0) as advance:
+            scores = score_all(categories, pairs, workers=workers, advance=advance)
     values = scores.to_json()
-    if reference is None:
+    if not official:
         _show_scores(scores.pq, categories, values, as_json)
         return
     with progress("panopticapi", len(pairs), "images") as advance:
@@ -298,7 +313,7 @@ def score(
     log.info("%s", line if found.difference else "panopticapi finds exactly the same")
 
 
-@app.command()
+@app.command("predict")
 def predict(
     pictures: Annotated[list[Path], typer.Argument(help="JPEGs, PNGs, or folders of them.")],
     checkpoint: Checkpoint,
@@ -326,7 +341,7 @@ def predict(
         raise typer.Exit(3)
 
 
-@app.command()
+@app.command("export")
 def export(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
@@ -349,7 +364,7 @@ def export(
     _show(shown, as_json)
 
 
-@app.command()
+@app.command("model")
 def model(
     config: Annotated[Path, typer.Argument(help="A file of configs/.")],
     settings: Annotated[
@@ -459,7 +474,7 @@ def _show_bench(result: BenchResult, as_json: bool) -> None:
     if as_json:
         _print_json(result.to_json())
         return
-    _out.print(result.title, highlight=False)
+    print(result.title)
     _print_table(result.columns, result.rows(), left=1)
 
 
@@ -510,28 +525,15 @@ def _show_scores(
     *,
     by_category: bool = True,
 ) -> None:
-    from evaluate.tables import (
-        CATEGORY_COLUMNS,
-        GROUP_COLUMNS,
-        SIZE_COLUMNS,
-        category_table,
-        measure_table,
-        pq_table,
-        size_table,
-    )
+    from evaluate.tables import score_text
 
     if as_json:
         _print_json(values)
         return
-    if by_category:
-        _print_table(CATEGORY_COLUMNS, category_table(result, categories), left=2)
-    _print_table(GROUP_COLUMNS, pq_table(result), left=1)
-    if "sizes" in values:
-        _print_table(SIZE_COLUMNS, size_table(values["sizes"]), left=1)
-        _out.print(", ".join(f"{k} {v}" for k, v in measure_table(values)), highlight=False)
+    print(score_text(result, categories, values, by_category=by_category))
     if "seconds_per_image" in values:
         parts = ", ".join(f"{k} {v * 1e3:.1f}" for k, v in values["seconds_per_image"].items())
-        _out.print(f"{values['images']} images; ms an image: {parts}", highlight=False)
+        print(f"{values['images']} images; ms an image: {parts}")
 
 
 def _print_json(values: dict[str, Any]) -> None:
@@ -539,16 +541,24 @@ def _print_json(values: dict[str, Any]) -> None:
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> None:
-    table = Table(box=None, show_header=any(columns), header_style="bold")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < left else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    _out.print(table, highlight=False)
+    print(table(columns, rows, left=left))
 
 
 log = logging.getLogger("panoptic")
-_out = Console()
+
+
+def _with_command(names: Sequence[str]) -> typer.Typer:
+    """The application with the command of that name alone, or with all where it is none.
+
+    Typer works out the options of all commands at every start, which takes as long as scoring two
+    images.
+    """
+    only = copy(app)
+    only.registered_groups = []
+    only.registered_commands = [
+        command for command in app.registered_commands if [command.name] == [*names]
+    ]
+    return only if only.registered_commands else app
 
 
 def main() -> None:
@@ -560,13 +570,16 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.INFO if main_process else logging.CRITICAL)
     try:
         with interruptible():
-            app()
+            _with_command(sys.argv[1:2])()
     except InputError as error:
         log.error("%s", error)
         raise SystemExit(1) from None
     except Interrupted as stop:
         log.error("%s", stop)
         raise SystemExit(stop.exit_code) from None
+    except BrokenPipeError:  # whoever reads what is printed, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

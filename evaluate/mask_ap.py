@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools.cocoeval import COCOeval
 
 from evaluate.overlap import segment_areas
 from pipeline.coco import Category, SegmentInfo
@@ -116,6 +115,9 @@ def mask_ap(
     catalogue = [category.id for category in categories if category.isthing]
     if not catalogue or not all(image.scored for image in images):
         return None
+    # Imported here: predictions without scores, which are many, do without.
+    from pycocotools.cocoeval import COCOeval  # noqa: PLC0415
+
     evaluator = COCOeval(iouType="segm")
     # All images as one: only `evaluateImg` and the cut at `MOST` look at images, and are done.
     evaluator.params.imgIds, evaluator.params.catIds = [0], catalogue

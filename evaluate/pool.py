@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from collections import deque
+import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import cv2
@@ -17,14 +15,22 @@ from numpy.typing import NDArray
 from evaluate.pairs import ImagePair
 from pipeline.errors import InputError
 from pipeline.ids import read_ids
-from pipeline.interrupt import held_back
 
 Ids = NDArray[np.int32]
 Result = TypeVar("Result")
 Work = Callable[[ImagePair, Ids, Ids], Result]
 CHUNK = 16  # Images a task: some 100 ms of work, against about 1 ms to send it.
-WINDOW = 8
-"""Tasks a worker that may be finished or under way, but are not yet asked for."""
+MOST = 32
+"""Processes at most, unless told otherwise: reading the JSONs is then most of the work."""
+WORTH = 8
+"""Images a process, below which another one costs more than it does: some 20 ms."""
+
+
+def useful_workers(images: int) -> int:
+    """How many processes shorten the work on so many images, on this machine."""
+    # Those this process may use, where the system tells them from those there are.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(cores or 1, MOST, images // WORTH))
 
 
 def map_pairs(
@@ -37,60 +43,31 @@ def map_pairs(
     Args:
         pairs: From `read_pairs`.
         work: From a pair, its true and its predicted ids to a result; it must pickle.
-        workers: Processes; those beside this one are started by spawn.
+        workers: Processes.
 
     Raises:
         InputError: The first image, in order, with an unreadable PNG or a bad prediction.
     """
-    chunk = max(1, min(CHUNK, -(-len(pairs) // max(1, workers))))
-    chunks = [pairs[start : start + chunk] for start in range(0, len(pairs), chunk)]
-    workers = min(workers, len(chunks))
+    workers = min(workers, len(pairs))
     _keep_heap()
     with _one_thread():
         if workers <= 1:
             yield from (_on_images(work, pair) for pair in pairs)
         else:
-            yield from _shared(chunks, work, workers)
+            # Imported here: it takes as long as several images.
+            from evaluate.sharing import share  # noqa: PLC0415
+
+            chunks = list(_chunks(pairs, workers))
+            yield from share(partial(_on_chunk, work), chunks, workers, start=_start_worker)
 
 
-def _shared(
-    chunks: Sequence[Sequence[ImagePair]], work: Work[Result], workers: int
-) -> Iterator[Result]:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers - 1, context, _start_worker) as pool:
-        # A bounded window: results of a slow consumer do not pile up, an error stops soon.
-        window: deque[Future[list[Result]]] = deque()
-        try:
-            for task in chunks:
-                if len(window) > WINDOW * workers:
-                    yield from window.popleft().result()
-                if sum(not future.done() for future in window) < 2 * (workers - 1):
-                    with held_back():  # Ctrl-C is for this process alone
-                        window.append(pool.submit(_on_chunk, work, task))
-                else:
-                    window.append(_finished(work, task))
-                while window and window[0].done():
-                    yield from window.popleft().result()
-            while window:
-                yield from window.popleft().result()
-        except BrokenProcessPool as error:
-            raise InputError(
-                "a worker process died",
-                remedy="use fewer workers if memory ran out; a script needs a __main__ guard",
-                code="worker-died",
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _finished(work: Work[Result], pairs: Sequence[ImagePair]) -> Future[list[Result]]:
-    """Works here; an error waits for its turn, as that of another process does."""
-    future: Future[list[Result]] = Future()
-    try:
-        future.set_result(_on_chunk(work, pairs))
-    except InputError as error:
-        future.set_exception(error)
-    return future
+def _chunks(pairs: Sequence[ImagePair], workers: int) -> Iterator[Sequence[ImagePair]]:
+    """Cuts into tasks, ever smaller towards the end: then nobody waits long for another."""
+    start = 0
+    while start < len(pairs):
+        size = max(1, min(CHUNK, (len(pairs) - start) // (4 * workers)))
+        yield pairs[start : start + size]
+        start += size
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 from evaluate.pq import CategoryStat, GroupPQ, PQResult
 from pipeline.coco import Category
+from pipeline.text import table
 
 GROUP_COLUMNS = ("group", "PQ", "SQ", "RQ", "categories")
 CATEGORY_COLUMNS = ("category", "kind", "PQ", "SQ", "RQ", "TP", "FP", "FN")
@@ -57,6 +58,30 @@ def measure_table(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         "AP75": ap.get("ap75"),
     }
     return [(k, "-" if v is None else f"{100 * v:.1f}") for k, v in numbers.items()]
+
+
+def score_text(
+    result: PQResult,
+    categories: Sequence[Category],
+    values: Mapping[str, Any],
+    *,
+    by_category: bool = True,
+) -> str:
+    """All tables of a score, as the terminal shows them.
+
+    Args:
+        result: The metric.
+        categories: Of the ground truth.
+        values: See `Scores.to_json`; PQ alone will do.
+        by_category: With a row for each category.
+    """
+    parts = [table(GROUP_COLUMNS, pq_table(result), left=1)]
+    if by_category:
+        parts.insert(0, table(CATEGORY_COLUMNS, category_table(result, categories), left=2))
+    if "sizes" in values:
+        parts.append(table(SIZE_COLUMNS, size_table(values["sizes"]), left=1))
+        parts.append(", ".join(f"{k} {v}" for k, v in measure_table(values)))
+    return "\n\n".join(parts)
 
 
 def _percent(score: GroupPQ | CategoryStat | None) -> tuple[str, str, str]:

@@ -5,19 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Protocol
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +25,9 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
+def progress(
+    title: str, total: int, unit: str, done: int = 0, *, patience: float = 0.0
+) -> Iterator[Advance]:
     """Shows the progress of a block on standard error.
 
     Args:
@@ -42,16 +35,31 @@ def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Advan
         total: Units in all.
         unit: Such as `images`.
         done: Units finished by an earlier run; they do not count in the rate.
+        patience: Seconds before there is a bar: what is over by then needs none.
     """
-    if sys.stderr.isatty():
+    if not sys.stderr.isatty():
+        yield _Lines(title, total, unit, done)
+    elif not patience:
         with _bar(title, total, unit, done) as advance:
             yield advance
     else:
-        yield _Lines(title, total, unit, done)
+        with ExitStack() as stack:
+            yield _Later(partial(_bar, title, total, unit), done, patience, stack)
 
 
 @contextmanager
 def _bar(title: str, total: int, unit: str, done: int) -> Iterator[Advance]:
+    # Imported here: it takes longer than much of what has a bar.
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import (  # noqa: PLC0415
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -73,6 +81,29 @@ def _bar(title: str, total: int, unit: str, done: int) -> Iterator[Advance]:
             bar.update(task, advance=count, rate=rate, note=note)
 
         yield advance
+
+
+class _Later:
+    """A bar that comes when the work turns out to be long."""
+
+    def __init__(
+        self,
+        bar: Callable[[int], AbstractContextManager[Advance]],
+        done: int,
+        patience: float,
+        stack: ExitStack,
+    ) -> None:
+        self._bar, self._done, self._stack = bar, done, stack
+        self._due = time.monotonic() + patience
+        self._advance: Advance | None = None
+
+    def __call__(self, count: int = 1, note: str = "") -> None:
+        if self._advance is None:
+            if time.monotonic() < self._due:
+                self._done += count
+                return
+            self._advance = self._stack.enter_context(self._bar(self._done))
+        self._advance(count, note)
 
 
 class _Lines:

@@ -1,0 +1,207 @@
+"""`panoptic score` as a process: what it imports, how it shares work, how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+from conftest import Run
+
+from evaluate import pool, sharing
+from evaluate.pool import useful_workers
+from pipeline import progress as progress_module
+from pipeline.progress import Advance, progress
+from pipeline.text import table
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {
+    *("torch", "skimage", "scipy", "pycocotools", "PIL", "dask", "matplotlib"),
+    *("pydantic", "rich", "multiprocessing", "concurrent"),
+}
+"""Each takes as long to import as several images to score."""
+
+LOADED = """
+import json, sys
+import cli
+sys.argv = ["panoptic", *json.loads(sys.argv[1])]
+try:
+    cli.main()
+finally:
+    sys.stderr.write("LOADED " + " ".join({name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+@pytest.fixture
+def truth(tiny_root: Path) -> Path:
+    return tiny_root / "annotations" / "panoptic_train.json"
+
+
+def alone(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs a command line in a fresh interpreter, which has one thread."""
+    command = [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+@pytest.mark.parametrize("style", [(), ("--json",)])
+def test_it_imports_nothing_that_takes_longer_than_a_few_images(
+    truth: Path, style: tuple[str, ...]
+) -> None:
+    arguments = json.dumps(["score", str(truth), str(truth), "--workers", "1", *style])
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, arguments],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "All" in done.stdout
+    loaded = set(done.stderr.rpartition("LOADED ")[2].split())
+    assert "numpy" in loaded
+    assert not loaded & HEAVY
+
+
+def test_help_lists_it() -> None:
+    done = alone("--help")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in ("score", "inspect", "bench"))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_score_the_same_however_they_start(
+    truth: Path, method: str, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, sys\n"
+        "import cli\n"
+        "from evaluate import sharing\n"
+        f"sharing._context = lambda: multiprocessing.get_context({method!r})\n"
+        "if __name__ == '__main__':\n"
+        "    cli.main()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script), "score", str(truth), str(truth), "--json"]
+    one, three = (
+        subprocess.run(
+            [*command, "--workers", workers], capture_output=True, check=True, env=environment
+        )
+        for workers in ("1", "3")
+    )
+    assert json.loads(one.stdout)["All"]["pq"] == 1
+    assert three.stdout == one.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody tells the threads")
+def test_it_forks_only_where_no_other_thread_runs() -> None:
+    script = (
+        "import threading\n"
+        "from evaluate.sharing import _context\n"
+        "print(_context().get_start_method())\n"
+        "wait = threading.Event()\n"
+        "threading.Thread(target=wait.wait).start()\n"
+        "print(_context().get_start_method())\n"
+        "wait.set()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["fork", "spawn"]
+
+
+def wait_for_signal(_: int) -> list[int]:
+    signal.pause()
+    return []
+
+
+def nothing() -> None:
+    pass
+
+
+def share_for_ever() -> None:
+    list(sharing.share(wait_for_signal, [1, 2, 3], 3, start=nothing))
+
+
+def test_workers_end_with_a_process_that_was_killed() -> None:
+    code = "import test_score_command; test_score_command.share_for_ever()"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    workers: list[psutil.Process] = []
+    deadline = time.monotonic() + 60
+    while len(workers) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+        workers = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    assert len(workers) >= 2
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
+
+
+def test_workers_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
+    assert [useful_workers(images) for images in (0, 1, 12, 5000)] == [1, 1, 1, 4]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(256), raising=False)
+    assert useful_workers(5000) == pool.MOST
+
+
+@pytest.mark.parametrize("images", [1, 2, 16, 17, 257])
+@pytest.mark.parametrize("workers", [2, 3, 32])
+def test_tasks_cover_all_images_in_order(images: int, workers: int) -> None:
+    numbers = list(range(images))
+    chunks = list(pool._chunks(numbers, workers))  # type: ignore[arg-type]
+    assert [number for chunk in chunks for number in chunk] == numbers  # type: ignore[comparison-overlap]
+    assert max(map(len, chunks)) <= pool.CHUNK
+    assert len(chunks[-1]) == 1
+
+
+def test_called_wrongly(run: Run, truth: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ((), (truth,), (truth, truth, "--workers", 0), (truth, truth, "--wrkers", 2)):
+        assert run("score", *arguments)[0] == 2
+    assert run("score", "--help")[0] == 0
+
+
+def test_a_reader_who_has_enough_sees_no_traceback(truth: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), "score", str(truth), str(truth)],
+        stdout=writer, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(writer)
+    assert done.returncode == 1
+    assert "Error" not in done.stderr
+
+
+def test_a_bar_comes_when_work_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    now = 0.0
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    bar = progress_module._bar
+
+    def noted(title: str, total: int, unit: str, done: int) -> AbstractContextManager[Advance]:
+        made.append(done)
+        return bar(title, total, unit, done)
+
+    monkeypatch.setattr(progress_module, "_bar", noted)
+    with progress("score", 9, "images", patience=1.0) as advance:
+        advance()
+        advance(2)
+        assert not made
+        now = 1.5
+        advance()
+        advance()
+    assert made == [3]
+
+
+def test_a_table_aligns() -> None:
+    text = table(("name", "n"), [("a", "10"), ("long name", "5")], left=1)
+    assert text.splitlines() == ["name        n", "a          10", "long name   5"]
+    assert table(("", ""), [("a", "b")], left=2) == "a  b"
+    assert not table(("", ""), [], left=2)
