@@ -42,6 +42,9 @@ WeightsOption = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="Such as cuda; by default a GPU if there is one.")]
 
+SemanticNoise = Annotated[
+    float, typer.Option(min=0, help="Level of corruption of the semantic logits, 0 to 3.")
+]
 Flip = Annotated[
     bool, typer.Option("--flip", help="Average with the mirrored picture: 2x the network.")
 ]
@@ -201,6 +204,7 @@ def ceiling(
     panoptic_dir: Pngs = None,
     size: Annotated[int, typer.Option(min=1, help="Side of the network's input.")] = 420,
     noise: Annotated[float, typer.Option(min=0, help="Level of corruption, 0 to 3.")] = 0.0,
+    semantic_noise: SemanticNoise = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the corruption.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -210,7 +214,7 @@ def ceiling(
 
     layout, _ = _layout(coco, split, images, panoptic_json, panoptic_dir)
     dataset = read_dataset(layout)
-    result = measure(dataset, size=size, noise=noise, seed=seed)
+    result = measure(dataset, size=size, noise=noise, semantic_noise=semantic_noise, seed=seed)
     _show_scores(result.pq, dataset.categories, result.to_json(), as_json, by_category=False)
 
 
@@ -448,12 +452,13 @@ def bench_decode(
     split: Split = None,
     count: Count = 4,
     size: Annotated[int, typer.Option(min=14, help="Side of the network's output.")] = 420,
+    semantic_noise: SemanticNoise = 0.0,
     as_json: Json = False,
 ) -> None:
     """Decoding by ours and by other decoders: PQ by level of noise, and time."""
     from evaluate.bench import bench_decode as measure
 
-    _show_bench(measure(_bench_layout(coco, split), count, size), as_json)
+    _show_bench(measure(_bench_layout(coco, split), count, size, semantic_noise), as_json)
 
 
 @bench.command("score")

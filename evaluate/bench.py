@@ -89,18 +89,29 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def bench_decode(layout: CocoLayout | None = None, images: int = 4, size: int = 420) -> DecodeBench:
+def bench_decode(
+    layout: CocoLayout | None = None,
+    images: int = 4,
+    size: int = 420,
+    semantic_noise: float = 0.0,
+) -> DecodeBench:
     """Corrupts the ground truth's codes, and decodes them by ours and by other decoders.
 
     Args:
         layout: A real dataset; made-up scenes where None.
         images: How many; the full search takes seconds for each.
         size: Side of the network's output.
+        semantic_noise: Level of corruption of the logits, see `ceiling.corrupt_logits`.
     """
     decoders: dict[str, Decoder] = {OURS: ours(), **RIVALS}
     with bench_dataset(layout, images) as dataset:
         compare_decoders(dataset.head(1), {OURS: decoders[OURS]}, size=size, noise=0)  # warms up
-        found = [compare_decoders(dataset, decoders, size=size, noise=level) for level in LEVELS]
+        found = [
+            compare_decoders(
+                dataset, decoders, size=size, noise=level, semantic_noise=semantic_noise
+            )
+            for level in LEVELS
+        ]
         count = len(dataset.records)
     timings = tuple(
         DecoderTiming(
@@ -112,7 +123,10 @@ def bench_decode(layout: CocoLayout | None = None, images: int = 4, size: int = 
         for name in decoders
     )
     threads = torch.get_num_threads()
-    return DecodeBench(f"decoding {count} images at {size} px, {threads} threads", timings)
+    title = f"decoding {count} images at {size} px, {threads} threads"
+    if semantic_noise:
+        title += f", semantic noise {semantic_noise:g}"
+    return DecodeBench(title, timings)
 
 
 def _pq(group: GroupPQ | None) -> float | None:

@@ -34,6 +34,11 @@ LOGIT = 10.0
 NOISE_GRID = 8
 """Pixels between the values that smooth noise interpolates."""
 
+SEMANTIC_SMOOTH = 0.17
+"""Smooth noise of the logits at level 1, over `LOGIT`."""
+SEMANTIC_WHITE = 0.04
+"""White noise of the logits at level 1, over `LOGIT`."""
+
 Decoder = Callable[[Tensor, Tensor, Tensor, tuple[int, int]], PanopticMap]
 """Of (4L, h, w) codes, (C, h, w) logits, (C,) bool things and native (H, W); see `ours`."""
 
@@ -89,6 +94,7 @@ def ceiling(
     *,
     size: int = 420,
     noise: float = 0.0,
+    semantic_noise: float = 0.0,
     seed: int = 0,
     config: DecodeConfig | None = None,
 ) -> Ceiling:
@@ -97,7 +103,8 @@ def ceiling(
     Args:
         dataset: The annotated split.
         size: Side of the network's square input, pixels.
-        noise: Level of corruption, see `corrupt`.
+        noise: Level of corruption of the codes, see `corrupt`.
+        semantic_noise: The same of the logits, see `corrupt_logits`.
         seed: Of the corruption; each image draws from its own generator.
         config: Settings of the decoder.
 
@@ -105,7 +112,9 @@ def ceiling(
         InputError: The split is empty, or one of its images cannot be used.
     """
     decoders = {"ours": ours(config)}
-    return compare_decoders(dataset, decoders, size=size, noise=noise, seed=seed)["ours"]
+    return compare_decoders(
+        dataset, decoders, size=size, noise=noise, semantic_noise=semantic_noise, seed=seed
+    )["ours"]
 
 
 def ours(config: DecodeConfig | None = None) -> Decoder:
@@ -130,6 +139,7 @@ def compare_decoders(
     *,
     size: int,
     noise: float,
+    semantic_noise: float = 0.0,
     seed: int = 0,
 ) -> dict[str, Ceiling]:
     """Gives several decoders the same codes; arguments and errors as of `ceiling`.
@@ -143,7 +153,9 @@ def compare_decoders(
     encoding, clocks = Clock(), {name: Clock() for name in decoders}
     with progress(f"noise {noise:g}", count, "images") as advance:
         encoding.start()
-        for image in corrupted_images(dataset, size=size, noise=noise, seed=seed):
+        for image in corrupted_images(
+            dataset, size=size, noise=noise, semantic_noise=semantic_noise, seed=seed
+        ):
             encoding.lap("encode")
             native = (image.ids.shape[0], image.ids.shape[1])
             for name, decoder in decoders.items():
@@ -175,7 +187,7 @@ def compare_decoders(
 
 
 def corrupted_images(
-    dataset: CocoPanoptic, *, size: int, noise: float, seed: int
+    dataset: CocoPanoptic, *, size: int, noise: float, semantic_noise: float = 0.0, seed: int
 ) -> Iterator[Corrupted]:
     """The images of a split with their corrupted heads; arguments and errors as of `ceiling`."""
     if dataset.rejections or not dataset.records:
@@ -188,8 +200,15 @@ def corrupted_images(
     for number, record in enumerate(dataset.records):
         ids = read_ids(record.png)
         code, logits = perfect_heads(record, ids, dataset.categories, PositionalCode(), size)
-        generator = torch.Generator().manual_seed(seed * len(dataset.records) + number)
-        yield Corrupted(record, ids, corrupt(code, noise, generator), logits)
+        draw = seed * len(dataset.records) + number
+        # Generators of their own, so that the noise of one head does not change the other's.
+        generators = [torch.Generator().manual_seed(start) for start in (draw, -1 - draw)]
+        yield Corrupted(
+            record,
+            ids,
+            corrupt(code, noise, generators[0]),
+            corrupt_logits(logits, semantic_noise, generators[1]),
+        )
 
 
 def perfect_heads(
@@ -252,20 +271,51 @@ def corrupt(code: Tensor, level: float, generator: torch.Generator) -> Tensor:
     """
     if level == 0:
         return code
-    channels, height, width = code.shape
-    reach = math.ceil(4 * level)
+    return _disturbed(code, level, generator, smooth=0.15 * level, white=0.1 * level)
+
+
+def corrupt_logits(logits: Tensor, level: float, generator: torch.Generator) -> Tensor:
+    """Logits as a network of some quality would give them.
+
+    As `corrupt`: a Gaussian blur of sigma `level` pixels, which rounds corners and loses what is
+    thin; plus smooth noise, which moves borders and, where it exceeds the true category's lead,
+    flips whole regions; plus white noise. Each category has its own noise, and it grows with the
+    root of the level, for categories flip from some amplitude on. On COCO photos at 420 px, levels
+    1 to 3 leave a mean IoU of 95, 75 and 54 percent.
+
+    Args:
+        logits: (C, h, w) float32, see `perfect_heads`.
+        level: 0 returns the logits; 3 is a poor network.
+        generator: Of the noise, on the processor.
+
+    Returns:
+        (C, h, w) float32.
+    """
+    if level == 0:
+        return logits
+    strength = LOGIT * math.sqrt(level)
+    smooth, white = SEMANTIC_SMOOTH * strength, SEMANTIC_WHITE * strength
+    return _disturbed(logits, level, generator, smooth=smooth, white=white)
+
+
+def _disturbed(
+    maps: Tensor, sigma: float, generator: torch.Generator, *, smooth: float, white: float
+) -> Tensor:
+    """(channels, h, w) maps, blurred, with noise of two kinds of these standard deviations."""
+    channels, height, width = maps.shape
+    reach = math.ceil(4 * sigma)
     offsets = torch.arange(-reach, reach + 1.0)
-    kernel = torch.exp(-offsets.square() / (2 * level**2))
+    kernel = torch.exp(-offsets.square() / (2 * sigma**2))
     kernel /= kernel.sum()
-    blurred = F.pad(code[:, None], (reach,) * 4, mode="replicate")
+    blurred = F.pad(maps[:, None], (reach,) * 4, mode="replicate")
     blurred = F.conv2d(blurred, kernel.view(1, 1, 1, -1))
     blurred = F.conv2d(blurred, kernel.view(1, 1, -1, 1))[:, 0]
     nodes = math.ceil(height / NOISE_GRID), math.ceil(width / NOISE_GRID)
-    smooth = F.interpolate(
+    coarse = F.interpolate(
         torch.randn(1, channels, *nodes, generator=generator),
         size=(height, width),
         mode="bicubic",
         align_corners=False,
     )[0]
-    white = torch.randn(code.shape, generator=generator)
-    return blurred + 0.15 * level * smooth + 0.1 * level * white
+    fine = torch.randn(maps.shape, generator=generator)
+    return blurred + smooth * coarse + white * fine

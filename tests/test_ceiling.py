@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from evaluate.ceiling import ceiling, corrupt, perfect_heads
+from evaluate.ceiling import (
+    LOGIT,
+    ceiling,
+    corrupt,
+    corrupt_logits,
+    corrupted_images,
+    perfect_heads,
+)
 from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
 from pipeline.errors import InputError
 from pipeline.ids import read_ids
@@ -39,6 +46,44 @@ def test_corruption_is_as_strong_as_it_says() -> None:
     # One sigma beyond an edge, a Gaussian blur leaves 16 percent.
     assert blurred[18].item() == pytest.approx(0.23, abs=0.05)
     assert blurred[20].item() == pytest.approx(0.60, abs=0.05)
+
+
+def test_corrupted_logits_lose_more_with_each_level() -> None:
+    labels = torch.zeros(96, 96, dtype=torch.int64)
+    labels[:, 40:], labels[60:, 20:70] = 1, 2
+    logits = LOGIT * torch.nn.functional.one_hot(labels, 20).permute(2, 0, 1).float()
+    assert corrupt_logits(logits, 0, torch.Generator()) is logits
+    right = []
+    for level in (1, 2, 3):
+        one, again, other = (
+            corrupt_logits(logits, level, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+        )
+        assert torch.equal(one, again)
+        assert not torch.equal(one, other)
+        right.append((one.argmax(0) == labels).float().mean().item())
+    assert 0.97 < right[0] < 1
+    assert right[0] > right[1] > right[2] > 0.4
+
+
+def test_noise_of_one_head_leaves_the_other_alone(tiny_dataset: CocoPanoptic) -> None:
+    few = tiny_dataset.head(2)
+    for clean, spoiled in zip(
+        corrupted_images(few, size=56, noise=1, seed=3),
+        corrupted_images(few, size=56, noise=1, semantic_noise=2, seed=3),
+        strict=True,
+    ):
+        assert torch.equal(clean.code, spoiled.code)
+        assert not torch.equal(clean.logits, spoiled.logits)
+    first, second = (
+        next(corrupted_images(few, size=56, noise=level, semantic_noise=2, seed=3)).logits
+        for level in (0, 1)
+    )
+    assert torch.equal(first, second)
+    spoiled_pq = ceiling(few, size=112, semantic_noise=3).pq.all
+    clean_pq = ceiling(few, size=112).pq.all
+    assert spoiled_pq is not None
+    assert clean_pq is not None
+    assert spoiled_pq.pq < clean_pq.pq
 
 
 def test_perfect_heads_say_the_truth(tiny_dataset: CocoPanoptic) -> None:

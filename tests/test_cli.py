@@ -146,6 +146,15 @@ def test_ceiling(run: Run, tiny_root: Path) -> None:
     assert result["All"]["pq"] > 0.7
 
 
+def test_ceiling_with_a_spoiled_semantic_head(run: Run, tiny_root: Path) -> None:
+    options = ("--coco", tiny_root, "--split", "val", "--size", 112, "--json")
+    code, clean, _ = run("ceiling", *options)
+    assert code == 0
+    code, spoiled, _ = run("ceiling", *options, "--semantic-noise", 3)
+    assert code == 0
+    assert json.loads(spoiled)["All"]["pq"] < json.loads(clean)["All"]["pq"]
+
+
 def test_ceiling_on_real_photos(run: Run, coco_sample: Path) -> None:
     code, out, _ = run(
         "ceiling", "--coco", coco_sample, "--split", "val2017", "--size", 420, "--json"
