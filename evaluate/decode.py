@@ -9,11 +9,16 @@ codes hold beside the nearest grid point, and smoothing and suppression follow f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import groupby
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from evaluate.heap import keep_heap
 from evaluate.instances import (
     DecodeConfig,
     assign,
@@ -21,16 +26,18 @@ from evaluate.instances import (
     measure_noise,
     stride_of,
 )
-from evaluate.pixels import Pixels
+from evaluate.pixels import NotFiniteError, Pixels
 from evaluate.rescue import rescue
 from evaluate.segments import DecodedSegment, PanopticMap, number, paint
+from pipeline.errors import InputError
 from train.encoding import Encoding
 
 __all__ = ["DecodeConfig", "DecodedSegment", "PanopticMap", "decode"]
 
 TOGETHER = 1 << 22
-"""Pixels that a GPU decodes at once: 23 images of 420 x 420. A processor takes image by image,
-which its cache likes better."""
+"""Pixels that a GPU decodes at once: 23 images of 420 x 420."""
+THREADS = 8
+"""Images that a processor decodes at once, at most: each takes up to 0.45 KB of memory a pixel."""
 
 
 def decode(
@@ -43,6 +50,9 @@ def decode(
     config: DecodeConfig | None = None,
 ) -> list[PanopticMap]:
     """Decodes a batch of predictions, on the device that holds them.
+
+    A GPU works on many images at once. On a processor each image has a thread, as many as PyTorch
+    has: most of the work is on pieces that fit its cache and are too small to share.
 
     Args:
         instance: B times (channels, h, w) predicted codes; h and w may differ.
@@ -59,19 +69,54 @@ def decode(
         InputError: A prediction holds NaN or infinite values; says which.
     """
     settings = config or DecodeConfig()
-    maps: dict[int, PanopticMap] = {}
-    shapes = [(code.shape[-2], code.shape[-1]) for code in instance]
-    for images in together(shapes, on_gpu=instance[0].is_cuda):
-        pixels = Pixels.of(
-            [instance[image] for image in images],
-            [semantic[image] for image in images],
-            encoding=encoding,
-            isthing=isthing,
-        )
-        native = [sizes[image] for image in images]
-        found = decode_pixels(pixels, native, settings)
-        maps.update(zip(images, found, strict=True))
+
+    def run(images: list[int]) -> list[PanopticMap]:
+        try:
+            pixels = Pixels.of(
+                [instance[image] for image in images],
+                [semantic[image] for image in images],
+                encoding=encoding,
+                isthing=isthing,
+            )
+        except NotFiniteError as error:
+            place = f"image {images[error.image] + 1} of {len(sizes)}"
+            raise InputError(
+                "the network's output holds NaN or infinite values",
+                where=place if len(sizes) > 1 else "",
+                remedy="check the checkpoint, or run the network in float32",
+                code="prediction-not-finite",
+            ) from None
+        return decode_pixels(pixels, [sizes[image] for image in images], settings)
+
+    on_gpu = len(sizes) > 0 and instance[0].is_cuda
+    groups = list(together([(c.shape[-2], c.shape[-1]) for c in instance], on_gpu=on_gpu))
+    if on_gpu:
+        found = [run(images) for images in groups]
+    else:
+        keep_heap()
+        with _threads(len(groups)) as map_:
+            found = list(map_(run, groups))
+    maps = {
+        image: one
+        for images, some in zip(groups, found, strict=True)
+        for image, one in zip(images, some, strict=True)
+    }
     return [maps[image] for image in range(len(sizes))]
+
+
+@contextmanager
+def _threads(tasks: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """A `map` over so many tasks with a thread for each, while PyTorch itself has one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if min(tasks, threads) < 2:
+            yield map
+        else:
+            with ThreadPoolExecutor(min(tasks, threads, THREADS), "decode") as pool:
+                yield pool.map
+    finally:
+        torch.set_num_threads(threads)
 
 
 def together(sizes: Sequence[tuple[int, int]], *, on_gpu: bool) -> Iterator[list[int]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from evaluate.cells import chunks, nearest_cells, neighbour_distance, off_grid, packed_argmax
+from evaluate.faint import add_faint, at_home, split
 from evaluate.peaks import Instances, Rules, candidates_of, choose, find_candidates, refine
 from evaluate.pixels import Pixels, places, spans_of
 from evaluate.smoothing import Regions, find_regions, smooth
@@ -47,6 +48,15 @@ class DecodeConfig:
         gap_noise: What noise 1 adds to it: the scatter of one instance must not look like two.
         saved: Least sum of such squared distances over the pixels of an instance.
         saved_noise: What noise 1 adds to it.
+        split_gap: `gap` for an instance next to another one, if codes are noisy.
+        split_noise: What noise 1 adds to it.
+        split_saved: Times `saved` that such an instance must explain.
+        home: Pixels of the network's output that a vote may lie from its centroid to count as one
+            at home, on either axis.
+        faint_amplitude: Amplitude from which a pixel at home votes: small objects lose length in a
+            blurred prediction.
+        faint_gap: `gap` for an instance of such votes, over `cap`: what the others leave almost
+            unexplained.
         label_cost: Squared distance, over that of neighbouring cells, for a differing label: below
             `gap`, so that a wrong label alone never splits an instance.
         cap: Squared distance, over |gamma|^2 = L, from which a vote is an outlier.
@@ -73,6 +83,12 @@ class DecodeConfig:
     gap_noise: float = 10.0
     saved: float = 4.0
     saved_noise: float = 400.0
+    split_gap: float = 0.6
+    split_noise: float = 5.0
+    split_saved: float = 4.0
+    home: float = 6.0
+    faint_amplitude: float = 0.3
+    faint_gap: float = 0.7
     label_cost: float = 0.2
     cap: float = 1.0
     trust: float = 0.125
@@ -119,12 +135,13 @@ def find_instances(
     Returns:
         B times K instances, on the processor.
     """
-    votes = find_votes(pixels, noise, radii, config)
+    cells, images = config.cells, pixels.shape[0]
+    votes, faint = find_votes(pixels, noise, radii, config)
+    bins: list[Bins] = bin_votes(votes, images, cells)
+    faint_bins = [None] * images if faint is None else bin_votes(faint, images, cells)
     return [
-        explain(bins, variance, stride_of(variance, config), config)
-        for bins, variance in zip(
-            bin_votes(votes, pixels.shape[0], config.cells), noise, strict=True
-        )
+        explain(own, weak, variance, config)
+        for own, weak, variance in zip(bins, faint_bins, noise, strict=True)
     ]
 
 
@@ -135,8 +152,12 @@ def stride_of(noise: float, config: DecodeConfig) -> int:
 
 def find_votes(
     pixels: Pixels, noise: Sequence[float], radii: Sequence[int], config: DecodeConfig
-) -> Votes:
-    """Pixels with a clear code and the cells nearest to them; arguments as of `find_instances`."""
+) -> tuple[Votes, Votes | None]:
+    """Pixels with a clear code and the cells nearest to them; arguments as of `find_instances`.
+
+    Returns:
+        The votes; and where codes are noisy, those of fainter pixels at home, see `faint.py`.
+    """
     stride = stride_of(noise[0], config)
     if any(radii):
         regions = find_regions(pixels.labels.view(pixels.shape), pixels.inside, stride)
@@ -151,40 +172,57 @@ def find_votes(
     near = neighbour_distance(code.shape[0] // 4, config.cells)
     limits = [near / 2 / (code.shape[0] - 2) + config.vote_outlier * each for each in noise]
     limit = torch.tensor(limits, device=code.device).index_select(0, image)
-    clear = nearest.amplitude.amin(0) > config.vote_amplitude
-    votes = places(clear & (off_grid(code, nearest) < limit))
-    return Votes(
-        codes=code.index_select(1, votes),
-        labels=pixels.labels.index_select(0, voters.index_select(0, votes)),
-        rows=nearest.row.index_select(0, votes),
-        columns=nearest.column.index_select(0, votes),
-        image=image.index_select(0, votes),
-    )
+    amplitude, regular = nearest.amplitude.amin(0), off_grid(code, nearest) < limit
+
+    def chosen(mask: Tensor) -> Votes:
+        some = places(mask)
+        return Votes(
+            codes=code.index_select(1, some),
+            labels=pixels.labels.index_select(0, voters.index_select(0, some)),
+            rows=nearest.row.index_select(0, some),
+            columns=nearest.column.index_select(0, some),
+            image=image.index_select(0, some),
+        )
+
+    votes = chosen(regular & (amplitude > config.vote_amplitude))
+    if noise[0] <= config.clean:
+        return votes, None
+    home = at_home(voters % pixels.area, nearest, pixels.shape[1:], config.cells, config.home)
+    return votes, chosen(regular & home & (amplitude > config.faint_amplitude))
 
 
-def explain(bins: Bins, noise: float, stride: int, config: DecodeConfig) -> Instances:
+def explain(bins: Bins, faint: Bins | None, noise: float, config: DecodeConfig) -> Instances:
     """The few instances that explain the votes of an image.
 
     Args:
         bins: The votes.
+        faint: The fainter ones; None where codes are clean. Those need no second look: if they
+            still sweep over cells, as those of a network that has learnt little, it would find
+            instances that are none.
         noise: See `measure_noise`.
-        stride: One pixel in so many has voted.
         config: Settings.
     """
-    channels = bins.code.shape[1]
-    near = neighbour_distance(channels // 4, config.cells)
+    cells, channels = config.cells, bins.code.shape[1]
+    near = neighbour_distance(channels // 4, cells)
     drift = bins.drift - 2 * noise / near  # noise scatters on two axes, too
     suppression = 0 if noise <= config.clean and drift <= config.drift else 1
-    peaks = find_candidates(bins, config.cells, radius=suppression)
+    peaks = find_candidates(bins, cells, radius=suppression)
     rules = Rules(
         cap=config.cap * channels / 4,
         label_cost=config.label_cost * near,
         gap=config.gap * near + config.gap_noise * noise,
-        saved=(config.saved + config.saved_noise * noise) / stride,
+        saved=(config.saved + config.saved_noise * noise) / stride_of(noise, config),
     )
     found = choose(bins, candidates_of(bins, peaks, radius=suppression), rules)
+    if faint is not None:
+        more = replace(rules, saved=config.split_saved * rules.saved)
+        gap = config.split_gap * near + config.split_noise * noise
+        found = split(bins, refine(bins, found, rules), more, cells=cells, gap=gap)
     for _ in range(REFINEMENTS):
         found = refine(bins, found, rules)
+    if faint is not None:
+        more = replace(rules, gap=max(rules.gap, config.faint_gap * rules.cap))
+        found = add_faint(faint, found, more, cells=cells)
     return found
 
 

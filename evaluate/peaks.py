@@ -97,7 +97,9 @@ def bin_costs(bins: Bins, instances: Instances, label_cost: float) -> Tensor:
     return distance + label_cost * (bins.label[:, None] != instances.labels)
 
 
-def choose(bins: Bins, candidates: Instances, rules: Rules) -> Instances:
+def choose(
+    bins: Bins, candidates: Instances, rules: Rules, found: Instances | None = None
+) -> Instances:
     """Greedy choice of the instances that explain the votes, as in facility location.
 
     A vote costs its distance to the nearest chosen instance, at most `cap`. A candidate is worth
@@ -107,9 +109,12 @@ def choose(bins: Bins, candidates: Instances, rules: Rules) -> Instances:
         bins: The votes.
         candidates: Their peaks.
         rules: What counts as more.
+        found: Instances chosen before, which are not returned.
     """
     cost = bin_costs(bins, candidates, rules.label_cost).clamp_max(rules.cap)
     current = torch.full_like(bins.weight, rules.cap)
+    if found is not None and len(found.labels):
+        current = torch.minimum(current, bin_costs(bins, found, rules.label_cost).amin(1))
     chosen: list[int] = []
     while len(chosen) < len(candidates.labels):
         relief = (current[:, None] - cost).clamp_min(0)

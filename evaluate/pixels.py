@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evaluate.cells import packed_argmax
-from pipeline.errors import InputError
 from train.encoding import (
     ClassificationCode,
     DirectCode,
@@ -21,6 +20,18 @@ from train.encoding import (
     cell_centres,
     gamma,
 )
+
+
+class NotFiniteError(Exception):
+    """The heads of an image hold NaN or infinite values.
+
+    Args:
+        image: Its place in the batch.
+    """
+
+    def __init__(self, image: int) -> None:
+        super().__init__(image)
+        self.image = image
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ class Pixels:
         """Of (channels, h, w) codes and (C, h, w) logits of B images.
 
         Raises:
-            InputError: They hold NaN or infinite values.
+            NotFiniteError: Those of an image hold NaN or infinite values.
         """
         images, (height, width) = len(instance), instance[0].shape[-2:]
         scores = [packed_argmax(logits.flatten(1).float()) for logits in semantic]
@@ -69,7 +80,9 @@ class Pixels:
             for parts in ([b for b, _ in scores], [k for _, k in scores], codes)
         )
         strength = code.square().sum(0)
-        _check_finite((best.abs() + strength).view(images, -1).amax(1))
+        finite = (best.abs() + strength).view(images, -1).amax(1).isfinite().tolist()
+        if not all(finite):
+            raise NotFiniteError(finite.index(False))
         thing = isthing.to(labels.device).index_select(0, labels)
         inside = places(thing)
         spans = spans_of(inside, images, height * width)
@@ -146,17 +159,3 @@ def to_positional(code: Tensor, encoding: Encoding) -> Tensor:
             return torch.cat([(-axis).exp() @ grid for axis in (costs.u, costs.v)], dim=1).T
         case _:
             return code
-
-
-def _check_finite(largest: Tensor) -> None:
-    """Raises of the first image whose largest (B,) value is not finite."""
-    finite = largest.isfinite().tolist()
-    if all(finite):
-        return
-    images, first = len(finite), finite.index(False)
-    raise InputError(
-        "the network's output holds NaN or infinite values",
-        where=f"image {first + 1} of the {images} of a batch" if images > 1 else "",
-        remedy="check the checkpoint, or run the network in float32",
-        code="prediction-not-finite",
-    )

@@ -695,9 +695,39 @@ def test_what_is_not_finite_is_an_error(bad: float, encoding: Encoding, head: in
         decode(both[0][None], both[1][None], encoding=encoding, isthing=ISTHING, sizes=[(20, 20)])
 
 
-@pytest.mark.usefixtures("as_on_a_gpu")
-def test_an_error_says_which_image_of_a_batch_is_not_finite() -> None:
-    pairs = [scenes()[number] for number in (0, 1, 2)]
-    pairs[1][0][3, 4, 5] = torch.nan
-    with pytest.raises(InputError, match="image 2 of the 3 of a batch"):
-        decode_scenes(pairs)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_an_error_says_which_image_is_not_finite(
+    on_gpu: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "evaluate.decode.together", lambda sizes, **_: together(sizes, on_gpu=on_gpu)
+    )
+    pairs = [scenes()[number] for number in (0, 3, 1, 2)]  # the second is of another size
+    pairs[2][0][3, 4, 5] = torch.nan
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with pytest.raises(InputError, match="image 3 of 4"):
+            decode_scenes(pairs)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_change_nothing() -> None:
+    pairs, before = scenes(), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            found.append(decode_scenes(pairs))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(*found, strict=True):
+        assert np.array_equal(one.ids, other.ids)
+        assert one.segments == other.segments
+
+
+def test_no_image_no_map() -> None:
+    assert decode_scenes([]) == []
