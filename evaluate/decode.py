@@ -151,7 +151,7 @@ def decode_pixels(
         members, labels = (
             map_.view(some.shape).int().cpu().numpy() for map_ in (member, some.labels)
         )
-        rescue(some, members, labels, noises, config)
+        rescue(some, found, members=members, labels=labels, noise=noises, config=config)
         for image, owner, label in zip(images, members, labels, strict=True):
             painting = paint(owner, label, some.things, min_instance_area=config.min_instance_area)
             maps[image] = number(painting, sizes[image], min_stuff_area=config.min_stuff_area)

@@ -61,7 +61,8 @@ def add_faint(bins: Bins, found: Instances, rules: Rules, *, cells: int) -> Inst
     amplitude = nearest_cells(bins.code.T.contiguous(), cells).amplitude.mean(0).clamp(0.1, 1)
     bins = replace(bins, code=bins.code / amplitude[:, None])
     candidates = candidates_of(bins, find_candidates(bins, cells, radius=1), radius=1)
-    return _joined(found, choose(bins, candidates, rules, found))
+    more = choose(bins, candidates, rules, found)
+    return replace(_joined(found, more), faint=len(more.labels))
 
 
 def split(bins: Bins, found: Instances, rules: Rules, *, cells: int, gap: float) -> Instances:

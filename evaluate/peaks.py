@@ -22,10 +22,17 @@ MAX_CANDIDATES = 512
 
 @dataclass(frozen=True)
 class Instances:
-    """K instances: prototype codes (K, 4L) of norm sqrt(2 L), and semantic labels (K,) int64."""
+    """K instances.
+
+    Attributes:
+        prototypes: (K, 4L) codes of norm sqrt(2 L).
+        labels: (K,) int64 semantic labels.
+        faint: How many of them, the last ones, only faint votes tell of.
+    """
 
     prototypes: Tensor
     labels: Tensor
+    faint: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,14 @@ from skimage.measure import label as connected
 
 from evaluate.cells import nearest_cells
 from evaluate.instances import DecodeConfig
+from evaluate.peaks import Instances
 from evaluate.pixels import Pixels
 
 
 def rescue(
     pixels: Pixels,
+    found: Sequence[Instances],
+    *,
     members: NDArray[np.int32],
     labels: NDArray[np.int32],
     noise: Sequence[float],
@@ -24,18 +27,26 @@ def rescue(
 ) -> None:
     """Makes instances of connected regions of a thing class that hardly any instance claims.
 
-    Few pictures need it, so connected regions are found on the processor.
+    A faint one does not count: small objects of a class side by side may share it, each on a region
+    of its own.
 
     Args:
         pixels: B images.
+        found: Their instances.
         members: (B, h, w), see `assign`; further instances are written into it.
         labels: (B, h, w) semantic labels.
         noise: Of each image, see `measure_noise`.
         config: Settings.
     """
     lost = [
-        lost_regions(member, label, pixels.things, config.rescue_area)
-        for member, label in zip(members, labels, strict=True)
+        lost_regions(
+            member,
+            label,
+            pixels.things,
+            least=config.rescue_area,
+            clear=len(one.labels) - one.faint,
+        )
+        for one, member, label in zip(found, members, labels, strict=True)
     ]
     everywhere = np.concatenate(
         [one.pixels + number * pixels.area for number, one in enumerate(lost)]
@@ -51,9 +62,9 @@ def rescue(
         total = code.new_zeros(len(code), int(owner.max()) + 1).index_add_(1, owner, code)
         mean = total / torch.bincount(owner)
         amplitude = nearest_cells(mean, config.cells).amplitude.amin(0)
-        found = (amplitude > config.rescue_amplitude + config.rescue_noise * variance).numpy()
-        numbers = np.where(found, found.cumsum() + member.max(), 0)
-        member.ravel()[one.pixels] = numbers[one.owner]
+        real = (amplitude > config.rescue_amplitude + config.rescue_noise * variance).numpy()
+        kept = real[one.owner]
+        member.ravel()[one.pixels[kept]] = (real.cumsum() + member.max())[one.owner[kept]]
 
 
 @dataclass(frozen=True)
@@ -70,23 +81,34 @@ class Lost:
 
 
 def lost_regions(
-    member: NDArray[np.int32], labels: NDArray[np.int32], things: NDArray[np.bool_], least: int
+    member: NDArray[np.int32],
+    labels: NDArray[np.int32],
+    things: NDArray[np.bool_],
+    *,
+    least: int,
+    clear: int,
 ) -> Lost:
-    """Connected regions of one thing class of which most pixels have no instance.
+    """Connected regions of one thing class of which most pixels have no clear instance.
+
+    A region in which several faint instances lie is theirs.
 
     Args:
         member: (h, w) int32, 0 = no instance.
         labels: (h, w) int32 semantic labels.
         things: (C,) whether a category is a thing.
-        least: Pixels without instance that a region must have.
+        least: Pixels without clear instance that a region must have.
+        clear: Instances above this number are faint.
     """
     thing = things[labels]
-    free = np.flatnonzero(thing & (member == 0))
+    free = np.flatnonzero(thing & ((member == 0) | (member > clear)))
     if len(free) < least:
         return Lost(free[:0], free[:0])
     region = connected(np.where(thing, labels + 1, 0), background=0, connectivity=2).ravel()
     owner, area = region[free], np.bincount(region)
     unclaimed = np.bincount(owner, minlength=len(area))
+    claim = member.ravel()[free].astype(np.int64)
+    claims = np.unique((owner * (claim.max() + 1) + claim)[claim > 0]) // (claim.max() + 1)
     lost = (2 * unclaimed > area) & (unclaimed >= least)
+    lost &= np.bincount(claims, minlength=len(area)) < 2
     kept = lost[owner]
     return Lost(free[kept], (lost.cumsum() - 1)[owner[kept]])

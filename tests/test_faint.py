@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from evaluate.cells import nearest_cells
 from evaluate.decode import DecodeConfig, PanopticMap, decode
 from evaluate.faint import at_home, split
 from evaluate.peaks import Instances, Rules
+from evaluate.rescue import lost_regions
 from evaluate.votes import Bins
 from train.encoding import PositionalCode
 
@@ -139,3 +141,35 @@ def test_a_split_needs_more_than_scatter() -> None:
     assert len(split(sweep, one, rules, cells=80, gap=0.5).labels) == 1
     none = Instances(torch.zeros(0, 16), torch.zeros(0, dtype=torch.int64))
     assert len(split(two, none, rules, cells=80, gap=0.5).labels) == 0
+
+
+def test_regions_of_one_faint_instance_are_instances() -> None:
+    things = np.array([False, True])
+    labels = np.zeros((20, 40), np.int32)
+    labels[2:10, 2:10] = labels[2:10, 14:22] = 1  # both of faint instance 3
+    labels[12:18, 2:20] = 1  # of two faint ones
+    labels[12:18, 24:36] = 1  # of a clear one
+    member = np.zeros_like(labels)
+    member[2:10, 2:9] = member[2:10, 14:22] = 3
+    member[12:18, 2:9], member[12:18, 9:20] = 3, 4
+    member[12:18, 24:36] = 1
+    lost = lost_regions(member, labels, things, least=40, clear=2)
+    owner = np.full(labels.size, -1)
+    owner[lost.pixels] = lost.owner
+    owner = owner.reshape(labels.shape)
+    assert (owner[2:10, 2:10] == 0).all()
+    assert (owner[2:10, 14:22] == 1).all()
+    assert (owner >= 0).sum() == 2 * 64
+    assert len(lost_regions(member, labels, things, least=65, clear=2).pixels) == 0
+    member[:] = 1
+    assert len(lost_regions(member, labels, things, least=1, clear=2).pixels) == 0
+
+
+def test_two_that_share_a_centroid_cell_in_regions_of_their_own_stay_two() -> None:
+    """As two traffic lights: too close for their codes after a blur, apart on the semantic map."""
+    truth = torch.zeros(SIZE, SIZE, dtype=torch.int64)
+    truth[20:110, 20:110] = 1
+    truth[150:160, 100:105] = 2
+    truth[150:160, 107:112] = 3
+    for level in (1, 2):
+        assert matched(decoded(truth, truth > 0, level), truth) == (3, 3)
