@@ -88,14 +88,15 @@ def decode(
             ) from None
         return decode_pixels(pixels, [sizes[image] for image in images], settings)
 
-    on_gpu = len(sizes) > 0 and instance[0].is_cuda
-    groups = list(together([(c.shape[-2], c.shape[-1]) for c in instance], on_gpu=on_gpu))
-    if on_gpu:
-        found = [run(images) for images in groups]
-    else:
+    device = instance[0].device.type if len(sizes) else "cpu"
+    shapes = [(code.shape[-2], code.shape[-1]) for code in instance]
+    groups = list(together(shapes, on_gpu=device == "cuda"))
+    if device == "cpu":
         keep_heap()
         with _threads(len(groups)) as map_:
             found = list(map_(run, groups))
+    else:
+        found = [run(images) for images in groups]
     maps = {
         image: one
         for images, some in zip(groups, found, strict=True)
