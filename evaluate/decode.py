@@ -18,14 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evaluate.assign import assign
 from evaluate.heap import keep_heap
-from evaluate.instances import (
-    DecodeConfig,
-    assign,
-    find_instances,
-    measure_noise,
-    stride_of,
-)
+from evaluate.instances import DecodeConfig, find_instances, measure_noise, stride_of
 from evaluate.pixels import NotFiniteError, Pixels
 from evaluate.rescue import rescue
 from evaluate.segments import DecodedSegment, PanopticMap, number, paint

@@ -1,4 +1,4 @@
-"""The instances of an image, and the pixels that belong to them."""
+"""The instances of an image: from its pixels to prototypes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from evaluate.cells import chunks, nearest_cells, neighbour_distance, off_grid, packed_argmax
+from evaluate.cells import nearest_cells, neighbour_distance, off_grid
 from evaluate.faint import add_faint, at_home, split
 from evaluate.peaks import Instances, Rules, candidates_of, choose, find_candidates, refine
-from evaluate.pixels import Pixels, places, spans_of
-from evaluate.smoothing import Regions, find_regions, smooth
+from evaluate.pixels import Pixels, places
+from evaluate.smoothing import find_regions, radius_of_means, smooth
 from evaluate.votes import Bins, Votes, bin_votes
 from train.encoding import GRID_CELLS
 
 SAMPLING = 16
-"""One pixel in so many is enough to measure the noise."""
+"""One pixel in so many is enough to measure the noise, and"""
+SAMPLES = 4096
+"""about so many are at most."""
 REFINEMENTS = 2
 """Moves of each prototype to the mean of its votes; a third changes nothing."""
 
@@ -110,7 +112,8 @@ def measure_noise(pixels: Pixels, config: DecodeConfig) -> list[float]:
     Returns:
         B variances, 0 where no code is long enough.
     """
-    samples = [pixels.inside[span][::SAMPLING] for span in pixels.spans]
+    inside = [pixels.inside[span] for span in pixels.spans]
+    samples = [some[:: max(SAMPLING, len(some) // SAMPLES)] for some in inside]
     code = pixels.codes.index_select(1, torch.cat(samples))
     nearest = nearest_cells(code, config.cells)
     clear = torch.where(nearest.amplitude.amin(0) > 0.5, off_grid(code, nearest), torch.nan)
@@ -162,7 +165,7 @@ def find_votes(
     if any(radii):
         regions = find_regions(pixels.labels.view(pixels.shape), pixels.inside, stride)
         code = pixels.codes.index_select(1, pixels.inside)
-        code = smooth(code, regions, _radius(pixels, regions, radii))
+        code = smooth(code, regions, radius_of_means(regions, radii, pixels.area))
         voters = regions.pixels
     else:
         voters = torch.cat([pixels.inside[span][::stride] for span in pixels.spans])
@@ -224,69 +227,3 @@ def explain(bins: Bins, faint: Bins | None, noise: float, config: DecodeConfig) 
         more = replace(rules, gap=max(rules.gap, config.faint_gap * rules.cap))
         found = add_faint(faint, found, more, cells=cells)
     return found
-
-
-def assign(
-    pixels: Pixels, found: Sequence[Instances], radii: Sequence[int], config: DecodeConfig
-) -> Tensor:
-    """The instance nearest to each pixel's code, unless void is nearer.
-
-    |x - g|^2 - |x|^2 = 2L - 2 x . g, so an instance beats void if x . g / 2L, the amplitude,
-    exceeds 1/2.
-
-    Args:
-        pixels: B images.
-        found: K instances of each.
-        radii: Of the smoothing of codes within thing classes, pixels, for each.
-        config: Settings.
-
-    Returns:
-        (N,) int64: 0 = none, k = instance k - 1 of the pixel's image.
-    """
-    member = torch.zeros_like(pixels.labels)
-    device, channels = pixels.codes.device, pixels.codes.shape[0]
-    most = max(len(one.labels) for one in found)
-    if most == 0:
-        return member
-    banks = [one.prototypes.to(device) / (channels / 2) for one in found]
-    # No code is nearer to an instance than its length allows: most pixels of stuff are settled.
-    bar = 0.5 + config.trust
-    outside = places(~pixels.thing & (pixels.strength > bar**2 * channels / 2))
-    codes = pixels.codes.index_select(1, outside)
-    for bank, span in zip(banks, spans_of(outside, len(found), pixels.area), strict=True):
-        own, code = outside[span], codes[:, span]
-        for part in chunks(len(own) if len(bank) else 0, device):
-            best, index = packed_argmax(bank @ code[:, part])
-            member[own[part]] = torch.where(best > bar, index + 1, 0)
-
-    inside, values = pixels.inside, pixels.codes.index_select(1, pixels.inside)
-    project = most > channels  # smoothing is linear: before or after, where it costs less
-    if not project:
-        padded = torch.nn.utils.rnn.pad_sequence(banks, batch_first=True)  # (B, most, 4L)
-        parts = [bank @ values[:, span] for bank, span in zip(padded, pixels.spans, strict=True)]
-        values = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    if any(radii):
-        regions = find_regions(pixels.labels.view(pixels.shape), inside)
-        values = smooth(values, regions, _radius(pixels, regions, radii))
-        inside = regions.pixels  # in another order, but image by image as before
-    labels = pixels.labels.index_select(0, inside)
-    bar = 0.5 - config.trust + config.label_amplitude
-    for one, bank, span in zip(found, banks, pixels.spans, strict=True):
-        own, value, label = inside[span], values[:, span], labels[span]
-        kinds = one.labels.unique()
-        reward = config.label_amplitude * (one.labels[:, None] == kinds).to(value.dtype)
-        kinds, reward = kinds.to(device), reward.to(device)
-        for part in chunks(len(own) if len(bank) else 0, device):
-            amplitude = bank @ value[:, part] if project else value[: len(bank), part]
-            agrees = (kinds[:, None] == label[part]).to(value.dtype)
-            best, index = packed_argmax(torch.addmm(amplitude, reward, agrees))
-            member[own[part]] = torch.where(best > bar, index + 1, 0)
-    return member
-
-
-def _radius(pixels: Pixels, regions: Regions, radii: Sequence[int]) -> int | Tensor:
-    """Of each mean; one number where there is one image, which is faster."""
-    if len(radii) == 1:
-        return radii[0]
-    image = regions.pixels // pixels.area
-    return torch.tensor(radii, device=image.device).index_select(0, image)

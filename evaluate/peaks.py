@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -70,15 +71,27 @@ def find_candidates(bins: Bins, cells: int, *, radius: int) -> Tensor:
     if radius == 0:
         return torch.arange(len(bins.weight))[:MAX_CANDIDATES]
     labels, layer = torch.unique(bins.label, return_inverse=True)
-    votes = torch.zeros(len(labels), 1, cells, cells)
-    votes[layer, 0, bins.row, bins.column] = bins.weight
-    kernel = torch.tensor([0.5, 1.0, 0.5])
-    votes = F.conv2d(votes, (kernel[:, None] * kernel)[None, None], padding=1)
-    highest = F.max_pool2d(votes, 3, 1, 1)[layer, 0, bins.row, bins.column]
-    score = votes[layer, 0, bins.row, bins.column]
-    peaks = (score == highest).nonzero()[:, 0]
+    votes = torch.zeros(len(labels), cells, cells)
+    votes[layer, bins.row, bins.column] = bins.weight
+    for axis in (1, 2):
+        before, votes, after = _three(votes, axis)
+        votes = votes + (before + after) / 2
+    highest = votes
+    for axis in (1, 2):
+        before, highest, after = _three(highest, axis)
+        highest = torch.maximum(highest, torch.maximum(before, after))
+    score = votes[layer, bins.row, bins.column]
+    peaks = (score == highest[layer, bins.row, bins.column]).nonzero()[:, 0]
     order = score[peaks].argsort(descending=True, stable=True)
     return peaks[order][:MAX_CANDIDATES]
+
+
+def _three(votes: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(labels, cells, cells) votes of the cell before, the cell itself and the cell after."""
+    cells = votes.shape[axis]
+    padded = F.pad(votes, (1, 1) if axis == 2 else (0, 0, 1, 1))
+    before, itself, after = (padded.narrow(axis, start, cells) for start in range(3))
+    return before, itself, after
 
 
 def candidates_of(bins: Bins, peaks: Tensor, *, radius: int) -> Instances:
@@ -118,21 +131,26 @@ def choose(
         rules: What counts as more.
         found: Instances chosen before, which are not returned.
     """
-    cost = bin_costs(bins, candidates, rules.label_cost).clamp_max(rules.cap)
-    current = torch.full_like(bins.weight, rules.cap)
+    cost = bin_costs(bins, candidates, rules.label_cost).clamp_max(rules.cap).T.numpy()
+    weight, current = bins.weight.numpy(), np.full(len(bins.weight), rules.cap, np.float32)
     if found is not None and len(found.labels):
-        current = torch.minimum(current, bin_costs(bins, found, rules.label_cost).amin(1))
-    chosen: list[int] = []
-    while len(chosen) < len(candidates.labels):
-        relief = (current[:, None] - cost).clamp_min(0)
-        total = bins.weight @ relief
-        helped = bins.weight @ (relief > 0).to(cost.dtype)
-        fair = (total >= rules.gap * helped) & (total >= rules.saved) & (helped > 0)
-        if not bool(fair.any()):
+        known = bin_costs(bins, found, rules.label_cost).amin(1).numpy()
+        current = np.minimum(current, known)
+    left, chosen = np.arange(len(cost)), []
+    while len(left):
+        relief = np.maximum(current - cost, 0)  # (candidates left, M)
+        total = relief @ weight
+        helped = (relief > 0).astype(np.float32) @ weight
+        worth = np.where((total >= rules.gap * helped) & (helped > 0), total, 0)
+        best = int(worth.argmax())
+        if worth[best] <= 0 or worth[best] < rules.saved:
             break
-        best = int((total * fair).argmax())
-        chosen.append(best)
-        current = torch.minimum(current, cost[:, best])
+        chosen.append(int(left[best]))
+        current = np.minimum(current, cost[best])
+        # What a candidate takes off only falls: one that takes off too little is out for good.
+        total[best] = 0
+        able = np.flatnonzero(total >= rules.saved)
+        left, cost = left[able], cost[able]
     return Instances(candidates.prototypes[chosen], candidates.labels[chosen])
 
 

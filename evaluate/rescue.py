@@ -59,9 +59,9 @@ def rescue(
         if len(one.pixels) == 0:
             continue
         owner = torch.from_numpy(one.owner)
-        total = code.new_zeros(len(code), int(owner.max()) + 1).index_add_(1, owner, code)
-        mean = total / torch.bincount(owner)
-        amplitude = nearest_cells(mean, config.cells).amplitude.amin(0)
+        total = code.new_zeros(int(owner.max()) + 1, len(code)).index_add_(0, owner, code.T)
+        mean = total.T / torch.bincount(owner)
+        amplitude = nearest_cells(mean.contiguous(), config.cells).amplitude.amin(0)
         real = (amplitude > config.rescue_amplitude + config.rescue_noise * variance).numpy()
         kept = real[one.owner]
         member.ravel()[one.pixels[kept]] = (real.cumsum() + member.max())[one.owner[kept]]

@@ -9,6 +9,7 @@ two look-ups.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,20 @@ def find_regions(labels: Tensor, pixels: Tensor, stride: int = 1) -> Regions:
     )
 
 
+def radius_of_means(regions: Regions, radii: Sequence[int], area: int) -> int | Tensor:
+    """The radius for each mean; one number where there is one image, which is faster.
+
+    Args:
+        regions: Of B images.
+        radii: B of them.
+        area: Pixels of an image.
+    """
+    if len(radii) == 1:
+        return radii[0]
+    image = regions.pixels // area
+    return torch.tensor(radii, device=image.device).index_select(0, image)
+
+
 def smooth(values: Tensor, regions: Regions, radius: int | Tensor) -> Tensor:
     """Means over cross-shaped windows.
 
@@ -82,10 +97,14 @@ def smooth(values: Tensor, regions: Regions, radius: int | Tensor) -> Tensor:
     Returns:
         (channels, M) float32.
     """
-    means = []
-    for few in values.split(CHANNELS):
-        along_rows = _line_mean(few, regions.rows, radius, regions.source)
-        means.append(_line_mean(along_rows, regions.columns, radius))
+    across = _windows(regions.rows, radius, regions.source)
+    down = _windows(regions.columns, radius)
+    # Over a whole batch, sums in single precision would lose what a window holds.
+    wide = torch.float64 if isinstance(radius, Tensor) else values.dtype
+    means = [
+        _window_means(_window_means(few, across, wide), down, wide)
+        for few in values.split(CHANNELS)
+    ]
     return torch.cat(means)
 
 
@@ -102,20 +121,36 @@ def _lines(labels: Tensor, pixels: Tensor) -> Lines:
     return Lines(starts.index_select(0, run), ends.index_select(0, run))
 
 
-def _line_mean(
-    values: Tensor, lines: Lines, radius: int | Tensor, at: Tensor | None = None
-) -> Tensor:
-    """Means of (channels, N) values along lines, at the M positions `at` or at all."""
+@dataclass(frozen=True)
+class _Windows:
+    """Stretches of pixels to be averaged.
+
+    Attributes:
+        low: (M,) position of the first pixel of each.
+        high: (M,) that of the last, plus one.
+        size: (M,) pixels.
+    """
+
+    low: Tensor
+    high: Tensor
+    size: Tensor
+
+
+def _windows(lines: Lines, radius: int | Tensor, at: Tensor | None = None) -> _Windows:
+    """Windows around the M positions `at`, or around all, that end where the line does."""
     first, last = lines.first, lines.last
     if at is None:
-        at = torch.arange(values.shape[1], device=values.device)
+        at = torch.arange(len(first), device=first.device)
     else:
         first, last = first.index_select(0, at), last.index_select(0, at)
     low = torch.maximum(at - radius, first)
     high = torch.minimum(at + radius, last).add_(1)
-    # Over a whole batch, sums in single precision would lose what a window holds.
-    wide = torch.float64 if isinstance(radius, Tensor) else values.dtype
+    return _Windows(low, high, high - low)
+
+
+def _window_means(values: Tensor, windows: _Windows, wide: torch.dtype) -> Tensor:
+    """Means of (channels, N) values over M windows, summed in a type as wide."""
     total = values.new_zeros(values.shape[0], values.shape[1] + 1, dtype=wide)
     torch.cumsum(values, 1, dtype=wide, out=total[:, 1:])
-    mean = total.index_select(1, high).sub_(total.index_select(1, low))
-    return mean.div_(high - low).to(values.dtype)
+    mean = total.index_select(1, windows.high).sub_(total.index_select(1, windows.low))
+    return mean.div_(windows.size).to(values.dtype)

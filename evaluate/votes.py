@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -116,11 +117,8 @@ def measure_drift(votes: Votes, bin_of: Tensor, bins: int, images: int, cells: i
     some = slice(None, None, DRIFT_SAMPLING)
     image, bin_of = votes.image[some], bin_of[some]
     harmonics = votes.codes.shape[0] // 4
-    step = 1e-3
-    centres = cell_centres(cells, device=votes.codes.device)
-    ahead = gamma(centres + step, harmonics) - gamma(centres - step, harmonics)
-    tangent = F.normalize(ahead, dim=1).T  # (2L, cells), orthogonal to gamma: mixing with void
-    u, v = votes.codes[:, some].unflatten(0, (2, 2 * harmonics))  # only shortens what is measured
+    tangent = tangents(harmonics, cells, votes.codes.device)
+    u, v = votes.codes[:, some].unflatten(0, (2, 2 * harmonics))
     along = torch.stack(
         [(u * tangent[:, votes.columns[some]]).sum(0), (v * tangent[:, votes.rows[some]]).sum(0)]
     )
@@ -130,3 +128,14 @@ def measure_drift(votes: Votes, bin_of: Tensor, bins: int, images: int, cells: i
     total = scatter.new_zeros(images).index_add_(0, image, scatter)
     counts = torch.bincount(image, minlength=images).clamp_min(1)
     return total / counts / neighbour_distance(harmonics, cells)
+
+
+@cache
+def tangents(harmonics: int, cells: int, device: torch.device) -> Tensor:
+    """(2L, cells) directions in which gamma moves on from each cell.
+
+    They are orthogonal to gamma itself: a mixture with void only shortens what lies along them.
+    """
+    centres, step = cell_centres(cells, device=device), 1e-3
+    ahead = gamma(centres + step, harmonics) - gamma(centres - step, harmonics)
+    return F.normalize(ahead, dim=1).T.contiguous()
