@@ -85,7 +85,7 @@ def decode(
 
     device = instance[0].device.type if len(sizes) else "cpu"
     shapes = [(code.shape[-2], code.shape[-1]) for code in instance]
-    groups = list(together(shapes, on_gpu=device == "cuda"))
+    groups = list(together(shapes, on_gpu=device != "cpu"))
     if device == "cpu":
         keep_heap()
         with _threads(len(groups)) as map_:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import elsewhere
 import numpy as np
 import pytest
 import torch
@@ -592,19 +593,11 @@ def decode_scenes(pairs: list[tuple[Tensor, Tensor]]) -> list[PanopticMap]:
     )
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "evaluate.decode.together", lambda sizes, on_gpu: together(sizes, on_gpu=not on_gpu)
-    )
-
-
-@pytest.mark.usefixtures("as_on_a_gpu")
 def test_a_batch_decodes_as_its_images_do(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = scenes()
-    found = decode_scenes(pairs)
-    monkeypatch.undo()
     alone = decode_scenes(pairs)
+    monkeypatch.setattr("evaluate.decode.together", lambda sizes, **_: together(sizes, on_gpu=True))
+    found = decode_scenes(pairs)
     for one, other in zip(found, alone, strict=True):
         check(one)
         assert np.array_equal(one.ids, other.ids)
@@ -612,24 +605,21 @@ def test_a_batch_decodes_as_its_images_do(monkeypatch: pytest.MonkeyPatch) -> No
     assert [sum(s.isthing for s in one.segments) for one in found] == [3, 3, 0, 2, 3, 3, 3]
 
 
-@pytest.mark.usefixtures("as_on_a_gpu")
-def test_a_larger_batch_waits_no_more_often_for_the_device(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    calls = 0
-
-    def counted(mask: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return places(mask)
-
-    for module in ("pixels", "instances", "smoothing"):
-        monkeypatch.setattr(f"evaluate.{module}.places", counted)
-    pairs = [scenes()[number] for number in (0, 1, 5)]
-    decode_scenes(pairs)
-    once, calls = calls, 0
-    decode_scenes(pairs * 3)
-    assert calls == once > 0
+def test_another_device_decodes_as_the_processor_does() -> None:
+    """It mixes no devices, and waits no more often for a larger batch."""
+    pairs = scenes()
+    here = decode_scenes(pairs)
+    with elsewhere.device() as device:
+        away = [(code.to(elsewhere.DEVICE), logits.to(elsewhere.DEVICE)) for code, logits in pairs]
+        there = decode_scenes(away)
+        device.waits = 0
+        decode_scenes(away * 2)
+        twice, device.waits = device.waits, 0
+        decode_scenes(away * 3)
+        assert device.waits == twice > 0
+    for one, other in zip(here, there, strict=True):
+        assert np.array_equal(one.ids, other.ids)
+        assert one.segments == other.segments
 
 
 def test_what_is_decoded_together_is_of_one_size_and_not_too_much() -> None:
