@@ -11,8 +11,10 @@ from typing import Any
 
 import cv2
 import torch
+from torch import Tensor
 
-from evaluate.ceiling import Decoder, compare_decoders, ours
+from evaluate.ceiling import Decoder, compare_decoders, one_by_one, ours
+from evaluate.decode import PanopticMap
 from evaluate.pairs import read_pairs
 from evaluate.pq import GroupPQ, score_pairs
 from evaluate.rivals import full_search, painter, soft_votes, soft_votes_squared
@@ -21,7 +23,7 @@ from pipeline.coco import CocoLayout, CocoPanoptic
 
 LEVELS = (0, 1, 2, 3)
 """Of corruption, see `ceiling.corrupt`."""
-OURS = "ours"
+OURS, ALONE = "ours", "ours, one by one"
 RIVALS: dict[str, Decoder] = {
     "full search": full_search,
     "soft votes": soft_votes,
@@ -103,9 +105,15 @@ def bench_decode(
         size: Side of the network's output.
         semantic_noise: Level of corruption of the logits, see `ceiling.corrupt_logits`.
     """
-    decoders: dict[str, Decoder] = {OURS: ours(), **RIVALS}
+    whole = ours()
+
+    def alone(code: Tensor, logits: Tensor, isthing: Tensor, size: tuple[int, int]) -> PanopticMap:
+        return whole([code], [logits], isthing, [size])[0]
+
+    others = {ALONE: alone, **RIVALS}
+    decoders = {OURS: whole, **{name: one_by_one(other) for name, other in others.items()}}
     with bench_dataset(layout, images) as dataset:
-        compare_decoders(dataset.head(1), {OURS: decoders[OURS]}, size=size, noise=0)  # warms up
+        compare_decoders(dataset.head(2), {OURS: whole}, size=size, noise=0)  # warms up
         found = [
             compare_decoders(
                 dataset, decoders, size=size, noise=level, semantic_noise=semantic_noise

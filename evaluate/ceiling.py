@@ -7,8 +7,9 @@ scored. What is missing to 100 is the code's, the resize's and the decoder's, no
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,15 @@ SEMANTIC_SMOOTH = 0.17
 SEMANTIC_WHITE = 0.04
 """White noise of the logits at level 1, over `LOGIT`."""
 
+TOGETHER = 1 << 21
+"""Pixels of the network's output that are decoded at once, at most: 11 images of 420 x 420."""
+
 Decoder = Callable[[Tensor, Tensor, Tensor, tuple[int, int]], PanopticMap]
-"""Of (4L, h, w) codes, (C, h, w) logits, (C,) bool things and native (H, W); see `ours`."""
+"""Of (4L, h, w) codes, (C, h, w) logits, (C,) bool things and native (H, W)."""
+BatchDecoder = Callable[
+    [Sequence[Tensor], Sequence[Tensor], Tensor, Sequence[tuple[int, int]]], list[PanopticMap]
+]
+"""The same of several images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,25 +125,39 @@ def ceiling(
     )["ours"]
 
 
-def ours(config: DecodeConfig | None = None) -> Decoder:
-    """The decoder of `evaluate/decode.py`, for one image."""
+def ours(config: DecodeConfig | None = None) -> BatchDecoder:
+    """The decoder of `evaluate/decode.py`."""
 
-    def run(code: Tensor, logits: Tensor, isthing: Tensor, size: tuple[int, int]) -> PanopticMap:
-        return decode(
-            code[None],
-            logits[None],
-            encoding=PositionalCode(),
-            isthing=isthing,
-            sizes=[size],
-            config=config,
-        )[0]
+    def run(
+        codes: Sequence[Tensor],
+        logits: Sequence[Tensor],
+        isthing: Tensor,
+        sizes: Sequence[tuple[int, int]],
+    ) -> list[PanopticMap]:
+        encoding = PositionalCode()
+        return decode(codes, logits, encoding=encoding, isthing=isthing, sizes=sizes, config=config)
+
+    return run
+
+
+def one_by_one(decoder: Decoder) -> BatchDecoder:
+    """A decoder of one image, for several."""
+
+    def run(
+        codes: Sequence[Tensor],
+        logits: Sequence[Tensor],
+        isthing: Tensor,
+        sizes: Sequence[tuple[int, int]],
+    ) -> list[PanopticMap]:
+        images = zip(codes, logits, sizes, strict=True)
+        return [decoder(code, scores, isthing, size) for code, scores, size in images]
 
     return run
 
 
 def compare_decoders(
     dataset: CocoPanoptic,
-    decoders: Mapping[str, Decoder],
+    decoders: Mapping[str, BatchDecoder],
     *,
     size: int,
     noise: float,
@@ -151,30 +173,25 @@ def compare_decoders(
     things, count = thing_ids(dataset.categories), len(dataset.records)
     found: dict[str, list[ImageScore]] = {name: [] for name in decoders}
     encoding, clocks = Clock(), {name: Clock() for name in decoders}
+    images = corrupted_images(
+        dataset, size=size, noise=noise, semantic_noise=semantic_noise, seed=seed
+    )
     with progress(f"noise {noise:g}", count, "images") as advance:
         encoding.start()
-        for image in corrupted_images(
-            dataset, size=size, noise=noise, semantic_noise=semantic_noise, seed=seed
-        ):
+        while batch := list(islice(images, max(1, TOGETHER // size**2))):
             encoding.lap("encode")
-            native = (image.ids.shape[0], image.ids.shape[1])
+            codes, logits = [image.code for image in batch], [image.logits for image in batch]
+            sizes = [(image.ids.shape[0], image.ids.shape[1]) for image in batch]
             for name, decoder in decoders.items():
                 clocks[name].start()
-                result = decoder(image.code, image.logits, isthing, native)
+                results = decoder(codes, logits, isthing, sizes)
                 clocks[name].lap("decode")
-                found[name].append(
-                    score_image(
-                        image.record.image_id,
-                        image.ids,
-                        image.record.segments,
-                        result.ids,
-                        {s.id: dataset.categories[s.label].id for s in result.segments},
-                        scores={s.id: s.score for s in result.segments},
-                        things=things,
-                    )
-                )
+                found[name] += [
+                    _score(image, result, dataset.categories, things)
+                    for image, result in zip(batch, results, strict=True)
+                ]
                 clocks[name].lap("score")
-            advance(1)
+            advance(len(batch))
             encoding.start()
     return {
         name: Ceiling(
@@ -184,6 +201,20 @@ def compare_decoders(
         )
         for name, images in found.items()
     }
+
+
+def _score(
+    image: Corrupted, result: PanopticMap, categories: Sequence[Category], things: frozenset[int]
+) -> ImageScore:
+    return score_image(
+        image.record.image_id,
+        image.ids,
+        image.record.segments,
+        result.ids,
+        {s.id: categories[s.label].id for s in result.segments},
+        scores={s.id: s.score for s in result.segments},
+        things=things,
+    )
 
 
 def corrupted_images(

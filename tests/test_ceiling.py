@@ -118,9 +118,9 @@ def test_an_empty_split_is_an_error(tiny_dataset: CocoPanoptic) -> None:
         ceiling(replace(tiny_dataset, records=()))
 
 
-@pytest.mark.parametrize(("noise", "least"), [(0, 0.95), (2, 0.85)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("noise", "least"), [(0, 96.8), (1, 94.5), (2, 92.0), (3, 87.0)])
 def test_real_images_reach_what_was_measured(coco_sample: Path, noise: float, least: float) -> None:
-    dataset = read_dataset(CocoLayout.of(coco_sample, "val2017")).head(4)
-    result = ceiling(dataset, noise=noise)
+    result = ceiling(read_dataset(CocoLayout.of(coco_sample, "val2017")), noise=noise)
     assert result.pq.all is not None
-    assert result.pq.all.pq > least
+    assert 100 * result.pq.all.pq > least
