@@ -22,7 +22,7 @@ from pipeline.bench import Bench, Timing, bench_dataset, best_ms
 from pipeline.coco import CocoLayout, CocoPanoptic
 
 LEVELS = (0, 1, 2, 3)
-"""Of corruption, see `ceiling.corrupt`."""
+"""Of corruption, see `corruption.corrupt`."""
 OURS, ALONE = "ours", "ours, one by one"
 RIVALS: dict[str, Decoder] = {
     "full search": full_search,
@@ -103,7 +103,7 @@ def bench_decode(
         layout: A real dataset; made-up scenes where None.
         images: How many; the full search takes seconds for each.
         size: Side of the network's output.
-        semantic_noise: Level of corruption of the logits, see `ceiling.corrupt_logits`.
+        semantic_noise: Level of corruption of the logits, see `corruption.corrupt_logits`.
     """
     whole = ours()
 

@@ -11,18 +11,15 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from evaluate.journal import Row, journal_files, read_journals
 from evaluate.page import write_report
 from evaluate.pictures import draw_pictures
-from evaluate.pq import PQResult
 from evaluate.predict import Predictor
 from evaluate.predicted import PredictionWriter
 from evaluate.ranks import Ranks
-from evaluate.scoring import ImageScore, Scores, total_scores
+from evaluate.scoring import ImageScore, Outcome, check_scorable, total_scores
 from evaluate.slices import predict_slice
 from pipeline.coco import Category, CocoPanoptic, ImageId
 from pipeline.errors import InputError
@@ -30,35 +27,6 @@ from pipeline.interrupt import Interrupted
 from pipeline.storage import Storage
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """The outcome of an evaluation.
-
-    Attributes:
-        scores: PQ and what stands beside it.
-        images: How many were scored.
-        seconds_per_image: Mean wall time of a process for an image: `read`, `network`, `decode`,
-            `write` and `score`; 0 where all images had been predicted before.
-    """
-
-    scores: Scores
-    images: int
-    seconds_per_image: dict[str, float]
-
-    @property
-    def pq(self) -> PQResult:
-        """The metric."""
-        return self.scores.pq
-
-    def to_json(self) -> dict[str, Any]:
-        """The object that `evaluate --json` prints, and `scores.json`."""
-        return {
-            **self.scores.to_json(),
-            "images": self.images,
-            "seconds_per_image": self.seconds_per_image,
-        }
 
 
 def evaluate(
@@ -70,7 +38,7 @@ def evaluate(
     overlays: int = 16,
     title: str = "Panoptic quality",
     ranks: Ranks | None = None,
-) -> Evaluation:
+) -> Outcome:
     """Predicts every image of a split, scores, and writes what there is to look at.
 
     `out` gets `panoptic/*.png` and `panoptic.json` (COCO's layout of a prediction), `scores.json`,
@@ -85,6 +53,10 @@ def evaluate(
         overlays: Images to draw.
         title: Of the report.
         ranks: The processes that share the work; all of them call this and get the result.
+
+    Returns:
+        With the seconds of `read`, `network`, `decode`, `write` and `score`; 0 where all images had
+        been predicted before.
 
     Raises:
         InputError: An image cannot be used, categories differ from the model's, or `out` holds an
@@ -118,7 +90,7 @@ def evaluate(
         outcomes = {at: outcome for part in slices for at, outcome in part.outcomes.items()}
         rows, images = zip(*(outcomes[at] for at in range(len(dataset.records))), strict=True)
         predicted = max(1, sum(part.predicted for part in slices))
-        outcome = Evaluation(
+        outcome = Outcome(
             total_scores(images, dataset.categories),
             len(images),
             {
@@ -147,7 +119,7 @@ def finish(
     *,
     rows: Sequence[Row],
     images: Sequence[ImageScore],
-    outcome: Evaluation,
+    outcome: Outcome,
     overlays: int,
     title: str,
 ) -> None:
@@ -179,16 +151,7 @@ def finish(
 
 def check_dataset(categories: Sequence[Category], dataset: CocoPanoptic) -> None:
     """Raises InputError where a split cannot be scored with a model's categories."""
-    if dataset.rejections:
-        first = dataset.rejections[0]
-        raise InputError(
-            f"{len(dataset.rejections)} images cannot be scored; the first is {first.image_id}:"
-            f" {first.message}",
-            where=first.file,
-            remedy="evaluation never repairs ground truth: mend or remove them",
-        )
-    if not dataset.records:
-        raise InputError("the split has no images", remedy="choose another split")
+    check_scorable(dataset)
     if tuple(categories) != dataset.categories:
         ours, theirs = ({c.id for c in side} for side in (categories, dataset.categories))
         raise InputError(

@@ -16,7 +16,8 @@ from evaluate.overlap import check_listed, check_sizes, count_pairs
 from evaluate.pairs import ImagePair
 from evaluate.pool import map_pairs
 from evaluate.pq import ImageStat, PQResult, match_overlap, total_pq
-from pipeline.coco import Category, ImageId, SegmentInfo
+from pipeline.coco import Category, CocoPanoptic, ImageId, SegmentInfo
+from pipeline.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,48 @@ class Scores:
             "mask_ap": self.mask_ap,
             "worst": self.worst,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Scores, and what they took.
+
+    Attributes:
+        scores: PQ and what stands beside it.
+        images: How many were scored.
+        seconds_per_image: Mean wall time of a process for an image, by step.
+    """
+
+    scores: Scores
+    images: int
+    seconds_per_image: dict[str, float]
+
+    @property
+    def pq(self) -> PQResult:
+        """The metric."""
+        return self.scores.pq
+
+    def to_json(self) -> dict[str, Any]:
+        """What `ceiling --json` and `evaluate --json` print: `Scores.to_json`, and two more."""
+        return {
+            **self.scores.to_json(),
+            "images": self.images,
+            "seconds_per_image": self.seconds_per_image,
+        }
+
+
+def check_scorable(dataset: CocoPanoptic) -> None:
+    """Raises InputError where a split has no images, or some that cannot be scored."""
+    if dataset.rejections:
+        first = dataset.rejections[0]
+        raise InputError(
+            f"{len(dataset.rejections)} images cannot be scored; the first is {first.image_id}:"
+            f" {first.message}",
+            where=first.file,
+            remedy="evaluation never repairs ground truth: mend or remove them",
+        )
+    if not dataset.records:
+        raise InputError("the split has no images", remedy="choose another split")
 
 
 def score_image(

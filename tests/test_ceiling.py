@@ -8,14 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from evaluate.ceiling import (
-    LOGIT,
-    ceiling,
-    corrupt,
-    corrupt_logits,
-    corrupted_images,
-    perfect_heads,
-)
+from evaluate.ceiling import ceiling
+from evaluate.corruption import LOGIT, corrupt, corrupt_logits, corrupted_images, perfect_heads
 from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
 from pipeline.errors import InputError
 from pipeline.ids import read_ids

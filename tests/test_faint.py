@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from evaluate.ceiling import LOGIT, corrupt
 from evaluate.cells import nearest_cells
+from evaluate.corruption import LOGIT, corrupt
 from evaluate.decode import DecodeConfig, PanopticMap, decode
 from evaluate.faint import at_home, split
 from evaluate.peaks import Instances, Rules
