@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from evaluate.assign import assign
-from evaluate.heap import keep_heap
 from evaluate.instances import DecodeConfig, find_instances, measure_noise, stride_of
 from evaluate.pixels import NotFiniteError, Pixels
 from evaluate.rescue import rescue
 from evaluate.segments import DecodedSegment, PanopticMap, number, paint
 from pipeline.errors import InputError
+from pipeline.heap import keep_heap
 from train.encoding import Encoding
 
 __all__ = ["DecodeConfig", "DecodedSegment", "PanopticMap", "decode"]

@@ -12,9 +12,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluate.heap import keep_heap
 from evaluate.pairs import ImagePair
 from pipeline.errors import InputError
+from pipeline.heap import keep_heap
 from pipeline.ids import read_ids
 
 Ids = NDArray[np.int32]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import itertools
 import logging
+import time
 import uuid
 from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
 
 from pipeline.errors import InputError
+from pipeline.heap import keep_heap
 from pipeline.interrupt import held_back
 from pipeline.plan import ShardPlan
 
@@ -26,6 +26,10 @@ T = TypeVar("T")
 
 CONNECT_SECONDS, WORKER_SECONDS = 10, 120
 """How long to wait for a running scheduler, and for its first worker."""
+POLL_SECONDS, LOOK_SECONDS, DESERTED_SECONDS = 0.02, 2, 10
+"""How often to look for finished shards and for workers, and how long none may be there."""
+
+log = logging.getLogger(__name__)
 
 # All that Dask gives a level of their own, and the two it works through.
 _DASK_LOGGERS = ("distributed", "distributed.client", "distributed.gc", "tornado", "asyncio")
@@ -69,12 +73,39 @@ def run_tasks(
                 futures.add(client.submit(work, shard, *arguments, key=key, pure=False))
 
         submit()
-        for future in futures:
+        for future in _completed(futures, client):
             name = names.pop(future.key)
             result = _result(future, name, scheduler)
             future.release()
             submit()
             yield result
+
+
+def _completed(futures: as_completed, client: Client) -> Iterator[Future]:
+    """The futures as they end; a line says so where nobody is left to work on them."""
+    looked = seen = time.monotonic()
+    told = False
+    while not futures.is_empty():
+        if futures.has_ready():
+            yield next(futures)
+            continue
+        time.sleep(POLL_SECONDS)
+        now = time.monotonic()
+        if now - looked < LOOK_SECONDS:
+            continue
+        looked = now
+        if _has_workers(client):
+            seen, told = now, False
+        elif now - seen > DESERTED_SECONDS and not told:
+            log.warning("all Dask workers are gone: waiting for new ones (start dask worker)")
+            told = True
+
+
+def _has_workers(client: Client) -> bool:
+    try:
+        return client.status != "running" or bool(client.nthreads())
+    except (OSError, TimeoutError):  # the scheduler is gone: its futures will say so
+        return True
 
 
 def _result(future: Future, name: str, scheduler: str | None) -> Any:
@@ -162,20 +193,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-@functools.cache
 def prepare_worker() -> None:
-    """Once in each process that renders: no threads below, and memory that is kept.
-
-    Dask starts its workers with MALLOC_TRIM_THRESHOLD_=65536, upon which glibc maps every map of a
-    picture anew, page fault by page fault: 22 ms of CPU an image instead of 13. So blocks up to
-    32 MiB stay on the heap, and 256 MiB of it are not handed back. Other allocators have no
-    mallopt or refuse it, and then nothing changes.
-    """
+    """In each process that renders: no threads below, and memory that is kept."""
     cv2.setNumThreads(1)  # the workers are the parallelism
-    mmap_threshold, trim_threshold = -3, -1  # mallopt(3)
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(mmap_threshold, 32 << 20)
-    mallopt(trim_threshold, 256 << 20)
+    keep_heap()

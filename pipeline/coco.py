@@ -176,14 +176,18 @@ def read_dataset(layout: CocoLayout) -> CocoPanoptic:
     layout = layout.absolute()
     layout.check()
     source = layout.panoptic_json
-    with source.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     try:
+        with source.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         with collector_paused():
             content = _parse(source)
             categories = read_categories(content["categories"], source)
             images, annotations = content["images"], content["annotations"]
             return _join(layout, categories, images, annotations, digest)
+    except OSError as error:
+        raise InputError(
+            f"cannot read: {error.strerror}", where=error.filename or source, code="unreadable"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"not a COCO panoptic annotation file: {type(error).__name__} {error}",
@@ -219,10 +223,24 @@ def _segment(row: dict[str, Any]) -> SegmentInfo:
     return SegmentInfo(
         int(row["id"]),
         int(row["category_id"]),
-        bool(row.get("iscrowd", 0)),
+        flag(row.get("iscrowd", 0), "iscrowd"),
         row.get("area"),
         tuple(box) if box is not None else None,
     )
+
+
+def flag(value: object, name: str) -> bool:
+    """0 or 1 as JSON has it; ValueError for anything else, for text is true whatever it says."""
+    if isinstance(value, int | float) and value in {0, 1}:
+        return value == 1
+    raise ValueError(f"{name} is {value!r}, not 0 or 1")
+
+
+def is_area(value: object) -> bool:
+    """Whether a value is a number of pixels."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 <= value < 1 << 62 and value == int(value)
 
 
 def read_categories(rows: list[dict[str, Any]], source: Path) -> tuple[Category, ...]:
@@ -235,7 +253,7 @@ def read_categories(rows: list[dict[str, Any]], source: Path) -> tuple[Category,
     if not ids or len(set(ids)) < len(ids):
         raise InputError("categories are empty or share an id", where=source)
     return tuple(
-        Category(int(row["id"]), str(row["name"]), bool(row["isthing"]), label)
+        Category(int(row["id"]), str(row["name"]), flag(row["isthing"], "isthing"), label)
         for label, row in enumerate(sorted(rows, key=lambda row: int(row["id"])))
     )
 
@@ -250,11 +268,20 @@ def _join(
     # One listing of each folder: a stat for every image takes minutes on a network disk.
     photos, pngs = _names(layout.images), _names(layout.panoptic_dir)
     known = {category.id for category in categories}
+    if any(isinstance(row, SegmentInfo) for row in annotations):
+        raise ValueError("annotations of single instances")  # as in instances_*.json
+    rejections = [
+        Rejection("", str(row.get("file_name", "")), "annotation-malformed", f"has no {name}")
+        for rows, name in ((images, "id"), (annotations, "image_id"))
+        for row in rows
+        if name not in row
+    ]
+    images = [row for row in images if "id" in row]
+    annotations = [row for row in annotations if "image_id" in row]
     by_image = {annotation["image_id"]: annotation for annotation in annotations}
     times = Counter(image["id"] for image in images)
     times_annotated = Counter(annotation["image_id"] for annotation in annotations)
     records: list[PanopticRecord] = []
-    rejections: list[Rejection] = []
     for image in images:
         annotation = by_image.get(image["id"])
         try:
@@ -264,9 +291,9 @@ def _join(
                 raise InputError("is listed more than once", code="image-duplicate")
             record = _record(layout, image, annotation)
             _check_record(record, known)
-            if record.file_name not in photos and not record.photo.is_file():
+            if record.file_name not in photos and not is_file(record.photo):
                 raise InputError("photo missing", where=record.photo, code="photo-missing")
-            if annotation["file_name"] not in pngs and not record.png.is_file():
+            if annotation["file_name"] not in pngs and not is_file(record.png):
                 raise InputError("panoptic PNG missing", where=record.png, code="png-missing")
             records.append(record)
         except InputError as error:
@@ -284,6 +311,14 @@ def _join(
     records.sort(key=lambda record: record.key)
     rejections.sort(key=lambda rejection: (str(rejection.image_id).zfill(12), rejection.code))
     return CocoPanoptic(categories, tuple(records), tuple(rejections), digest)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there; not so where no file can have that name."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _names(folder: Path) -> set[str]:
@@ -343,7 +378,7 @@ def _reject_shared_keys(records: list[PanopticRecord], rejections: list[Rejectio
     times = Counter(record.key for record in records)
     shared = [record for record in records if times[record.key] > 1]
     for record in shared:
-        message = f"shares the key {record.key} with another image"
+        message = f"shares the key {record.key} with another image (rename one of the photos)"
         rejections.append(Rejection(record.image_id, record.file_name, "key-shared", message))
     if shared:
         records[:] = [record for record in records if times[record.key] == 1]

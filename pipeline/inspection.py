@@ -15,7 +15,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from pipeline.coco import Category, ImageId
+from pipeline.coco import Category, ImageId, sample_key
 from pipeline.errors import InputError
 from pipeline.manifest import (
     INDEX_NAME,
@@ -200,12 +200,12 @@ def find_sample(place: str, key: str | None = None) -> Sample:
 
     Args:
         place: A cache's folder or URL, or a tar.
-        key: Its key, an image id, or a file name; the first sample where None.
+        key: Its key, a number as image id, or a file name; the first sample where None.
 
     Raises:
         InputError: No such place, no such key, or the sample is damaged.
     """
-    wanted = None if key is None else {key, key.zfill(12), Path(key).stem}
+    wanted = None if key is None else {key, key.zfill(12), sample_key(key, key)}
     samples = _read_tar(Path(place)) if is_tar(place) else _read_cache(Storage(place), wanted)
     others: list[str] = []
     for found, members in samples:

@@ -17,7 +17,7 @@ from pipeline.coco import Category, Rejection
 from pipeline.config import build_config, fingerprint
 from pipeline.errors import InputError
 from pipeline.sample import FORMAT_VERSION, MEMBERS
-from pipeline.storage import Storage
+from pipeline.storage import Storage, cannot_read
 
 INDEX_NAME = "index.json"
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -173,7 +173,9 @@ def read_index(storage: Storage) -> ShardIndex:
             remedy="run panoptic preprocess to make or finish it",
             code="index-missing",
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise cannot_read(error, where) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"index damaged: {error}", where=where, code="index-damaged") from None
     if version != FORMAT_VERSION:
         raise InputError(

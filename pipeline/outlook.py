@@ -23,6 +23,9 @@ from pipeline.storage import Storage
 
 log = logging.getLogger(__name__)
 
+SHOWN = 20
+"""Images left out that have a line of their own."""
+
 
 def dry_run(
     dataset: CocoPanoptic,
@@ -62,8 +65,11 @@ def dry_run(
         done = set(finished_shards(storage, plan))
     records = dataset.records
     found = [*dataset.rejections, *find_damage(records)]
-    for rejection in found:
+    for rejection in found[:SHOWN]:
         log.warning("left out: %s, image %s", rejection.message, rejection.image_id)
+    if found[SHOWN:]:
+        for code, count in sorted(Counter(rejection.code for rejection in found).items()):
+            log.warning("left out: %s, %d images", code, count)
     bad = {rejection.image_id for rejection in found}
     good = [record for record in records if record.image_id not in bad]
     sizes, seconds = _try(good[:: max(1, len(good) // tried)][:tried], dataset, config)
@@ -73,7 +79,8 @@ def dry_run(
     free = free_bytes(storage) if storage is not None else None
     missing = total * left // max(1, len(records))
     if free is not None and free < missing:
-        log.warning("%s: %d MB are free, %d MB are needed", storage, free >> 20, missing >> 20)
+        place = storage.url if storage is not None else ""
+        log.warning("%s: %d MB are free, %d MB are needed", place, free >> 20, missing >> 20)
     return {
         "images": images,
         "quarantined": len(found),

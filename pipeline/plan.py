@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from pipeline.config import RenderConfig, fingerprint
 from pipeline.errors import InputError
 from pipeline.manifest import shard_name
 from pipeline.sample import FORMAT_VERSION
-from pipeline.storage import Storage
+from pipeline.storage import Storage, cannot_read
 
 PLAN_NAME = "plan.json"
 
@@ -63,6 +64,8 @@ def make_plan(dataset: CocoPanoptic, split: str, config: RenderConfig) -> Plan:
 
 def allowed(max_bad: float, images: int) -> int:
     """Images that may be left out: a fraction below 1, else a count."""
+    if not 0 <= max_bad < math.inf:
+        raise InputError(f"{max_bad} is neither a part nor a count of images", where="--max-bad")
     return int(max_bad * images) if max_bad < 1 else int(max_bad)
 
 
@@ -77,6 +80,14 @@ def claim(storage: Storage, plan: Plan) -> None:
     if not is_claimed(storage, plan):
         settings = {"split": plan.split, **asdict(plan.config)}
         storage.write(PLAN_NAME, encode_plan(plan.fingerprint, settings))
+
+
+def claimed_by(storage: Storage) -> str | None:
+    """The fingerprint of the plan that a folder was begun with; None where there is none."""
+    try:
+        return str(json.loads(storage.read(PLAN_NAME))["fingerprint"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def is_claimed(storage: Storage, plan: Plan) -> bool:
@@ -102,13 +113,12 @@ def is_claimed(storage: Storage, plan: Plan) -> bool:
             remedy="the cache here was begun otherwise: use its settings or another folder",
             code="plan-changed",
         )
-    except FileNotFoundError:
-        if any(name.endswith(".tar") for name in storage.sizes()):
-            raise InputError(
-                "holds tars but no plan", where=storage.url, remedy="use another folder"
-            ) from None
-        return False
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise cannot_read(error, storage.path(PLAN_NAME)) from None
+        what = "holds tars but no plan"
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(
-            "plan damaged", where=storage.path(PLAN_NAME), remedy="remove the folder"
-        ) from None
+        what = "plan damaged"
+    if any(name.endswith(".tar") for name in storage.sizes()):
+        raise InputError(what, where=storage.path(PLAN_NAME), remedy="use another folder")
+    return False

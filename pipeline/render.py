@@ -110,7 +110,8 @@ def render(
         try:
             with (
                 progress("render", len(dataset.records), "images", finished) as advance,
-                # Closed before the lock is given up: no worker writes after that.
+                # Closed before the lock is given up: no worker of an own cluster writes after that,
+                # and what another scheduler's still writes, `write_shard` holds to the plan.
                 closing(_run(todo, job, workers, scheduler)) as results,
             ):
                 for shard in results:
@@ -248,3 +249,5 @@ def _report(shards: Sequence[FinishedShard], rejections: Sequence[Rejection]) ->
             log.warning("mended: %s, %d times", code, count)
     for code, count in sorted(Counter(r.code for r in rejections).items()):
         log.warning("left out: %s, %d images, see %s", code, count, QUARANTINE_NAME)
+    if rejections:
+        log.info("what is mended comes in with --retry")

@@ -25,6 +25,7 @@ from pipeline.manifest import (
     read_sidecar,
     size_problem,
 )
+from pipeline.plan import claimed_by
 from pipeline.sample import MEMBERS, Sample, decode_sample, encode_sample
 from pipeline.storage import Storage
 
@@ -73,6 +74,9 @@ def write_shard(
         plan: The plan's fingerprint.
         rejections: What was left out of this shard; read when the samples are exhausted.
         repairs: Counts by code; read likewise.
+
+    Raises:
+        InputError: It cannot be written, or the folder belongs to another plan by now.
     """
     data, entries = pack_shard(samples)
     sidecar = Sidecar(
@@ -85,6 +89,14 @@ def write_shard(
         repairs={code: count for code, count in sorted(repairs.items()) if count},
     )
     text = encode_sidecar(sidecar)
+    # A task that a scheduler still runs for a driver that was stopped must not write over what the
+    # next one makes.
+    if claimed_by(storage) not in {None, plan}:
+        raise InputError(
+            "the folder belongs to another run by now",
+            where=storage.path(f"{name}.tar"),
+            code="plan-changed",
+        )
     # Another sidecar must not vouch for the new tar: sizes are multiples of 10 KiB. The same one
     # may stay: a driver that was killed can have left a worker that writes these bytes, too.
     try:

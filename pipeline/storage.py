@@ -6,10 +6,10 @@ import fcntl
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 
@@ -66,7 +66,7 @@ class Storage:
             try:
                 filesystem.makedirs(path, exist_ok=True)
             except OSError as error:
-                raise _cannot_write(error, self.url) from None
+                raise cannot_write(error, self.url) from None
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ class Storage:
         if folder is None:
             self._put(name, data)
             return
-        temporary = folder / f"{_TEMPORARY}{name}-{uuid.uuid4().hex[:8]}"
+        temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"  # as short as any name
         try:
             with temporary.open("xb") as file:
                 file.write(data)
@@ -94,9 +94,10 @@ class Storage:
             temporary.replace(folder / name)
             _sync_folder(folder)
         except BaseException as error:  # also when somebody stops the program right here
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
             if isinstance(error, OSError):
-                raise _cannot_write(error, folder / name) from None
+                raise cannot_write(error, folder / name) from None
             raise
 
     def _put(self, name: str, data: bytes) -> None:
@@ -106,7 +107,7 @@ class Storage:
             filesystem.invalidate_cache()
             size = filesystem.size(f"{path}/{name}")
         except OSError as error:
-            raise _cannot_write(error, self.path(name)) from None
+            raise cannot_write(error, self.path(name)) from None
         if size != len(data):
             raise InputError("stored with another size", where=self.path(name), code="write")
 
@@ -136,11 +137,11 @@ class Storage:
             filesystem.invalidate_cache()
             if not filesystem.exists(path):
                 return {}
-            listing = filesystem.ls(path, detail=True)
+            files = [row for row in filesystem.ls(path, detail=True) if row["type"] == "file"]
+            unknown = [row["name"] for row in files if row["size"] is None]  # over HTTP
+            told = dict(zip(unknown, filesystem.sizes(unknown), strict=True)) if unknown else {}
             found = {
-                row["name"].rsplit("/", 1)[-1]: row["size"]
-                for row in listing
-                if row["type"] == "file"
+                row["name"].rsplit("/", 1)[-1]: told.get(row["name"], row["size"]) for row in files
             }
         return {
             name: size
@@ -149,10 +150,13 @@ class Storage:
         }
 
     def remove(self, name: str) -> None:
-        """Removes a file if it is there."""
+        """Removes a file if it is there; InputError where that is not possible."""
         folder = self.local
         if folder is not None:
-            (folder / name).unlink(missing_ok=True)
+            try:
+                (folder / name).unlink(missing_ok=True)
+            except OSError as error:
+                raise cannot_write(error, folder / name) from None
             return
         filesystem, path = self._remote()
         if filesystem.exists(f"{path}/{name}"):
@@ -180,7 +184,7 @@ class Storage:
             raise InputError(f"cannot write: {error.strerror}", where=folder) from None
         with lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _flock(lock, folder)
                 if os.fstat(lock.fileno()).st_ino != path.stat().st_ino:
                     raise BlockingIOError  # its holder removed it just now
             except (BlockingIOError, FileNotFoundError):
@@ -198,12 +202,33 @@ class Storage:
                 path.unlink(missing_ok=True)
 
 
+def _flock(lock: IO[str], folder: Path) -> None:
+    """Takes the lock; BlockingIOError where somebody has it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise InputError(
+            f"this file system does not lock: {error.strerror}",
+            where=folder,
+            remedy="mount it with locks (Lustre: -o flock), or write to another disk",
+            code="no-lock",
+        ) from None
+
+
 def _sweep(folder: Path) -> None:
     for left_over in folder.glob(f"{_TEMPORARY}*"):
         left_over.unlink(missing_ok=True)
 
 
-def _cannot_write(error: OSError, where: Path | str) -> InputError:
+def cannot_read(error: OSError, where: Path | str) -> InputError:
+    """For a file that is there."""
+    return InputError(f"cannot read: {error.strerror or error}", where=where, code="unreadable")
+
+
+def cannot_write(error: OSError, where: Path | str) -> InputError:
+    """For a file that is to be there."""
     return InputError(
         f"cannot write: {error.strerror or error}",
         where=where,

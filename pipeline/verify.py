@@ -157,12 +157,12 @@ def _check_folder(
     plan = encode_plan(index.fingerprint, {"split": index.split, **index.settings})
     if PLAN_NAME not in sizes:
         yield Problem(PLAN_NAME, None, "plan missing")
-    elif storage.read(PLAN_NAME) != plan:
+    elif _bytes(storage, PLAN_NAME) != plan:
         yield Problem(PLAN_NAME, None, "plan is not the one of the index")
     if QUARANTINE_NAME not in sizes:
         yield Problem(QUARANTINE_NAME, None, "list of images left out is missing")
     else:
-        data = storage.read(QUARANTINE_NAME)
+        data = _bytes(storage, QUARANTINE_NAME)
         if hashlib.sha256(data).hexdigest() != index.quarantine_sha256:
             yield Problem(QUARANTINE_NAME, None, "list of images left out was edited or damaged")
         elif data.count(b"\n") != index.quarantined:
@@ -175,18 +175,25 @@ def _check_folder(
             yield Problem(name, None, "the index knows no such file")
 
 
+def _bytes(storage: Storage, name: str) -> bytes:
+    """Of a file, or none where it cannot be read: those are wrong for sure."""
+    try:
+        return storage.read(name)
+    except OSError:
+        return b""
+
+
 def _self_described(storage: Storage, sizes: Mapping[str, int]) -> Iterator[ShardEntry]:
     """Shards as their own sidecars tell them."""
     for file in sorted(sizes):
         name, _, suffix = file.rpartition(".")
         if suffix != "json" or file in {INDEX_NAME, PLAN_NAME}:
             continue
-        data = storage.read(file)
         try:
-            sidecar = decode_sidecar(data, file)
+            sidecar = decode_sidecar(storage.read(file), file)
             digest = hashlib.sha256(encode_sidecar(sidecar)).hexdigest()
             yield ShardEntry(name, len(sidecar.samples), sidecar.size, sidecar.sha256, digest)
-        except InputError:
+        except (InputError, OSError):
             yield ShardEntry(name, 0, sizes.get(f"{name}.tar", 0), "", "")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -113,8 +114,23 @@ def empty_photo(victim: Victim) -> None:
     victim.photo.write_bytes(b"")
 
 
-def png_as_photo(victim: Victim) -> None:
+def cut_png_as_photo(victim: Victim) -> None:
     victim.save_photo(form="PNG")
+    victim.photo.write_bytes(victim.photo.read_bytes()[:-20])
+
+
+def small_png_as_photo(victim: Victim) -> None:
+    Image.new("RGB", (8, 8)).save(victim.photo, "PNG")
+
+
+def bare_png(victim: Victim) -> None:
+    """The signature and the last chunk."""
+    data = victim.png.read_bytes()
+    victim.png.write_bytes(data[:8] + data[-12:])
+
+
+def flag_as_text(victim: Victim) -> None:
+    victim.segments[0]["iscrowd"] = "0"
 
 
 def page_as_photo(victim: Victim) -> None:
@@ -199,11 +215,14 @@ def no_size(victim: Victim) -> None:
     ("harm", "code", "early"),
     [
         (no_photo, "photo-missing", True),
-        (folder_as_photo, "photo-missing", False),
+        (folder_as_photo, "photo-unreadable", False),
         (cut_photo, "photo-damaged", False),
         (cut_end_of_photo, "photo-damaged", False),
         (empty_photo, "photo-damaged", False),
-        (png_as_photo, "photo-damaged", False),
+        (cut_png_as_photo, "photo-damaged", False),
+        (small_png_as_photo, "size-mismatch", False),
+        (bare_png, "png-damaged", False),
+        (flag_as_text, "annotation-malformed", True),
         (page_as_photo, "photo-damaged", False),
         (no_png, "png-missing", True),
         (cut_png, "png-damaged", False),
@@ -304,6 +323,39 @@ def test_what_can_be_mended_is_mended_and_said(
         with pytest.raises(InputError) as caught:
             run(root, strict=True)
         assert caught.value.code == "strict"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "I;16"])
+def test_png_photos_are_photos(root: Path, mode: str) -> None:
+    """Cityscapes has them; a PNG loses no pixel, the cache's JPEG hardly any."""
+    victim = Victim(root)
+    if mode == "I;16":
+        gray = np.asarray(Image.open(victim.photo).convert("L"), np.uint16)
+        Image.fromarray(gray * 257).save(victim.photo, "PNG")
+    else:
+        victim.save_photo(mode, "PNG")
+    victim.save_json()
+    with Image.open(victim.photo) as picture:
+        wide = np.asarray(picture.convert("RGB") if mode != "I;16" else picture)
+    wanted = wide if mode != "I;16" else np.repeat((wide // 257)[..., None], 3, axis=2)
+    result = run(root)
+    assert (result.written, result.quarantined) == (4, 0)
+    assert repairs(root) == {}
+    found = simplejpeg.decode_jpeg(cached(root).photo, colorspace="RGB")
+    assert np.abs(found.astype(int) - wanted.astype(int)).mean() < 4
+    assert verify(Storage(str(root / "cache")), deep=True).ok
+
+
+def test_mended_images_come_in_with_retry(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    victim = Victim(root)
+    whole = victim.photo.read_bytes()
+    cut_photo(victim)
+    with caplog.at_level(logging.INFO, "pipeline"):
+        assert run(root).quarantined == 1
+    assert "what is mended comes in with --retry" in caplog.messages
+    victim.photo.write_bytes(whole)
+    assert run(root).quarantined == 1
+    assert run(root, retry=True).quarantined == 0
 
 
 def test_an_id_of_the_png_only_becomes_unlabelled(root: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +83,22 @@ class Cluster:
 
     def kill(self) -> None:
         """Ends all that was started, and what that started."""
-        while self.processes:
-            process = self.processes.pop()
+        self.kill_workers()
+        if self.processes:
+            self._end(self.processes.pop())
+
+    def kill_workers(self) -> None:
+        """Ends the workers."""
+        while len(self.processes) > 1:
+            self._end(self.processes.pop())
+
+    @staticmethod
+    def _end(process: subprocess.Popen[bytes]) -> None:
+        with suppress(psutil.NoSuchProcess):
             for below in psutil.Process(process.pid).children(recursive=True):
                 below.kill()
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +173,40 @@ def test_workers_that_write_elsewhere_are_found_out(
     with pytest.raises(InputError, match="a worker wrote it, and it is not here") as caught:
         run(tiny_dataset, f"memory://{uuid.uuid4().hex}", scheduler=cluster.address)
     assert caught.value.code == "not-shared"
+
+
+def test_workers_that_go_are_waited_for(
+    tiny_dataset: CocoPanoptic,
+    tiny_cache: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As at the walltime of a cluster's jobs."""
+    monkeypatch.setattr(pipeline.cluster, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(pipeline.cluster, "DESERTED_SECONDS", 0.5)
+    cluster, out = Cluster(tmp_path), tmp_path / "cache"
+
+    def replace_workers() -> None:
+        while not (out / "plan.json").exists():
+            time.sleep(0.01)
+        cluster.kill_workers()
+        while not any("workers are gone" in line for line in caplog.messages):
+            time.sleep(0.01)
+        cluster.add_workers(1)
+
+    try:
+        cluster.add_workers(1)
+        cluster.freeze_workers()  # else it is done before it goes
+        change = threading.Thread(target=replace_workers, daemon=True)
+        change.start()
+        with caplog.at_level(logging.WARNING, "pipeline"):
+            run(tiny_dataset, str(out), scheduler=cluster.address)
+        change.join()
+        assert sum("workers are gone" in line for line in caplog.messages) == 1
+    finally:
+        cluster.kill()
+    assert hashes(out) == hashes(tiny_cache)
 
 
 def test_no_scheduler_is_said(

@@ -190,7 +190,9 @@ def test_a_rejection_tells_no_folder(root: Path) -> None:
     [
         b"", b"{", b"[]", b"null", b'"text"', b"\xff", b'{"images": [], "annotations": []}',
         b'{"images": 3, "annotations": [], "categories": [{"id": 1, "name": "a", "isthing": 1}]}',
-        b'{"images": [{}], "annotations": [], "categories": [{"id": 1, "name": "", "isthing": 1}]}',
+        b'{"images": [], "annotations": [{"id": 1, "category_id": 1, "image_id": 1}], "categories":'
+        b' [{"id": 1, "name": "", "isthing": 1}]}',
+        b'{"images": [], "annotations": [], "categories": [{"id": 1, "name": "", "isthing": "0"}]}',
         b'{"images": [], "annotations": [], "categories": []}',
         b'{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}',
     ],
@@ -200,6 +202,26 @@ def test_another_json_is_named(root: Path, content: bytes) -> None:
     layout.panoptic_json.write_bytes(content)
     with pytest.raises(InputError, match=r"panoptic_val\.json"):
         read_dataset(layout)
+
+
+def test_a_row_without_an_id_costs_only_itself(root: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        del content["images"][0]["id"]
+        del content["annotations"][1]["image_id"]
+
+    dataset, codes = reject(root, change)
+    assert len(dataset.records) == 2
+    assert codes.count("annotation-malformed") == 2
+    messages = [r.message for r in dataset.rejections if r.code == "annotation-malformed"]
+    assert messages == ["has no id", "has no image_id"]
+
+
+@pytest.mark.parametrize("value", ["0", None, 2, [], "true"])
+def test_a_flag_is_0_or_1(root: Path, value: Any) -> None:
+    """Text is true in Python, whatever it says."""
+    assert reject(root, edit_segment(iscrowd=value))[1] == ["annotation-malformed"]
+    with pytest.raises(InputError, match="isthing is"):
+        reject(root, edit("categories", isthing=value))
 
 
 def test_two_categories_of_one_id_are_refused(root: Path) -> None:

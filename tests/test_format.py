@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from pipeline.coco import Category, Rejection
 from pipeline.config import RenderConfig, fingerprint
-from pipeline.image import encode_jpeg
 from pipeline.manifest import SampleEntry, ShardEntry, ShardIndex, Sidecar
+from pipeline.photo import encode_jpeg
 from pipeline.sample import (
     EDS_FAR,
     EDS_STEP,

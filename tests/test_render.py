@@ -23,8 +23,9 @@ from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
 from pipeline.config import RenderConfig
 from pipeline.errors import InputError
 from pipeline.ids import read_ids
-from pipeline.image import check_jpeg, encode_jpeg, render_image
+from pipeline.image import render_image
 from pipeline.outlook import dry_run
+from pipeline.photo import check_jpeg, encode_jpeg
 from pipeline.render import RenderResult, render
 from pipeline.sample import check_sample
 from pipeline.shards import ShardReader

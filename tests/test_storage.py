@@ -10,6 +10,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -38,6 +39,41 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]
     yield storage
     if request.param == "memory":
         fsspec.filesystem("memory").rm(f"/{name}", recursive=True)
+
+
+def test_sizes_that_a_listing_does_not_tell_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As over HTTP."""
+    filesystem, storage = fsspec.filesystem("memory"), Storage(f"memory://{uuid.uuid4().hex}")
+    storage.create()
+    storage.write("a.tar", b"four")
+    listing = filesystem.ls
+
+    def without(*arguments: Any, **settings: Any) -> Any:
+        return [{**row, "size": None} for row in listing(*arguments, **settings)]
+
+    monkeypatch.setattr(filesystem, "ls", without)
+    monkeypatch.setattr(filesystem, "size", lambda path: len(filesystem.cat_file(path)))
+    assert storage.sizes() == {"a.tar": 4}
+
+
+def test_a_disk_without_locks_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unable(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", unable)
+    with (
+        pytest.raises(InputError, match=r"does not lock.*-o flock"),
+        Storage(str(folder)).locked(),
+    ):
+        pass
+
+
+def test_a_name_that_is_too_long_is_one_line(folder: Path) -> None:
+    Storage(str(folder)).write("x" * 250, b"")  # as long as the disk takes, whatever it is first
+    with pytest.raises(InputError, match="File name too long"):
+        Storage(str(folder)).write("x" * 300, b"")
 
 
 def test_every_kind_of_place_behaves_the_same(storage: Storage) -> None:

@@ -18,7 +18,6 @@ from handmade import make_sample
 
 from pipeline.coco import Category
 from pipeline.config import fingerprint
-from pipeline.image import encode_jpeg
 from pipeline.manifest import (
     SampleEntry,
     ShardEntry,
@@ -29,6 +28,7 @@ from pipeline.manifest import (
     read_index,
     read_sidecar,
 )
+from pipeline.photo import encode_jpeg
 from pipeline.plan import encode_plan
 from pipeline.sample import Sample, encode_sample
 from pipeline.shards import finished_shard, pack_shard, write_shard
