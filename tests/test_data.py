@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.image import encode_jpeg
+from pipeline.photo import encode_jpeg
 from pipeline.sample import Sample, decode_distance, encode_distance
 from pipeline.shards import ShardReader
 from pipeline.targets import IndexMap, boundary, edge_distance, resize_index
@@ -28,6 +28,7 @@ from train.data import (
     MicroBatches,
     accumulation,
     check_rendered_size,
+    for_ranks,
     indexed_loader,
     iterate,
     open_index,
@@ -120,10 +121,18 @@ def test_steps_span_epochs_and_epochs_differ() -> None:
     assert len(step_places(0, 3, 8, 0)) == 8  # a cache smaller than a batch
 
 
-def test_a_batch_that_does_not_divide_is_refused() -> None:
-    assert accumulation(DataConfig(batch=24, micro_batch=4), 2) == 3
-    with pytest.raises(InputError, match=r"batch of 24 .* micro-batches of 4 on 4 ranks"):
-        accumulation(DataConfig(batch=24, micro_batch=4), 4)
+@pytest.mark.parametrize(
+    ("world", "micro", "accumulated"), [(1, 4, 6), (2, 4, 3), (4, 3, 2), (8, 3, 1), (24, 1, 1)]
+)
+def test_micro_batches_fit_the_ranks(world: int, micro: int, accumulated: int) -> None:
+    config = for_ranks(DataConfig(batch=24, micro_batch=4), world)
+    assert (config.micro_batch, accumulation(config, world)) == (micro, accumulated)
+
+
+@pytest.mark.parametrize(("world", "choices"), [(5, "20 or 25"), (48, "48")])
+def test_a_batch_that_does_not_divide_is_refused(world: int, choices: str) -> None:
+    with pytest.raises(InputError, match=rf"batch of 24 .* {world} ranks .*data.batch={choices}\)"):
+        for_ranks(DataConfig(batch=24), world)
 
 
 # Augmentation
@@ -258,6 +267,16 @@ def test_distances_survive_an_isotropic_scale(index: IndexMap, side: int, scale:
         return
     bound = (math.sqrt(2) + 0.25) * item.eds_scale + math.sqrt(2) / 2 + 0.5
     assert np.abs(anew - carried).max() <= bound
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_far_pixels_of_a_large_photo_keep_their_weight(fit: Fit) -> None:
+    """The cache holds distances up to 127.5 of its own pixels: 6 of the network's here."""
+    index = np.ones((1600, 1600), np.uint8)
+    index[:, 800:] = 2
+    item = make_item(make_sample(index), DataConfig(size=80, fit=fit), Augmentation())
+    distance = decode_distance(item.eds) * item.eds_scale
+    assert distance[:, 0].tolist() == [39.0] * 80
 
 
 def test_an_image_without_segments_trains() -> None:
@@ -502,11 +521,11 @@ def test_a_cache_must_be_named_and_finished(tmp_path: Path) -> None:
 def test_a_cache_rendered_too_small_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     squash = {"fit": "squash", "size": 420}
     for size in (280, 420):
-        check_rendered_size(DataConfig(size=size), squash)
-    check_rendered_size(DataConfig(size=616), {"fit": "native", "size": None})
-    check_rendered_size(DataConfig(size=518, upscale=True), squash)
+        check_rendered_size(DataConfig(size=size), squash, "c")
+    check_rendered_size(DataConfig(size=616), {"fit": "native", "size": None}, "c")
+    check_rendered_size(DataConfig(size=518, upscale=True), squash, "c")
     with pytest.raises(InputError, match=r"rendered at 420 px, trained at 518 px .*--size 518"):
-        check_rendered_size(DataConfig(size=518), squash)
+        check_rendered_size(DataConfig(size=518), squash, "c")
     assert not caplog.records
-    check_rendered_size(DataConfig(size=420, fit="crop"), squash)
+    check_rendered_size(DataConfig(size=420, fit="crop"), squash, "c")
     assert "squashed already" in caplog.text

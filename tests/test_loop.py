@@ -51,7 +51,7 @@ from train.config import (
     OptimConfig,
     TrainConfig,
 )
-from train.guards import memory_advice, not_finite
+from train.guards import memory_advice, not_finite, smaller_steps
 from train.loop import instance_distance, task_of
 from train.loop import train as train_run
 from train.losses import instance_loss, semantic_loss
@@ -533,12 +533,12 @@ def test_only_samples_of_the_guilty_micro_batch_are_named() -> None:
     ],
 )
 def test_out_of_memory_says_what_to_lower(error: Exception) -> None:
-    with pytest.raises(InputError) as caught, memory_advice(TrainConfig()):
+    with pytest.raises(InputError) as caught, memory_advice(smaller_steps(TrainConfig())):
         raise error
     line = str(caught.value)
     assert line.startswith("out of memory: ")
     assert "\n" not in line
     for name in ("data.micro_batch, now 16", "gradient_checkpointing", "data.size, now 420"):
         assert name in line
-    with pytest.raises(RuntimeError, match="another"), memory_advice(TrainConfig()):
+    with pytest.raises(RuntimeError, match="another"), memory_advice(smaller_steps(TrainConfig())):
         raise RuntimeError("another")

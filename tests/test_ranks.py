@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,20 @@ def test_two_ranks_hear_the_same(tmp_path: Path) -> None:
         assert one[7] == repr(Verdict(15, False))
         assert "ranks disagree: steps 3 to 3, tasks 0 to 1" in one[8]
         assert "ranks disagree: steps 3 to 4, tasks 0 to 0" in one[9]
+
+
+def test_a_folder_that_a_rank_does_not_see_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks, file = Ranks(1), tmp_path / "run" / "config.toml"
+    monkeypatch.setattr("train.ranks.PATIENCE", 1.5)
+    with pytest.raises(InputError, match=r"rank 0 does not see config\.toml"):
+        ranks.check_shared(file)
+    file.parent.mkdir()
+    late = threading.Timer(0.5, file.touch)
+    late.start()
+    ranks.check_shared(file)
+    late.join()
 
 
 def test_one_rank_agrees_with_itself() -> None:

@@ -83,7 +83,7 @@ def whole(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (["optim.wight_decay=1"], r"unknown key wight_decay \(did you mean weight_decay\?\)"),
         (["data.size=30"], r"30 pixels are no multiple of the patch size 7 \(28 is\)"),
-        (["data.batch=5"], "a batch of 5 does not divide into micro-batches of 2 on 1 ranks"),
+        (["optim.clip_norm=0"], "optim.clip_norm must be positive; inf switches it off"),
         (["data.reader=stream", "data.workers=4"], "3 shards for 4 readers: 1 ranks with 4"),
         (["data.cache=nowhere"], "no index: no cache, or one that is not finished"),
         (["trackers=['tensorbord']"], "no such tracker: tensorbord"),

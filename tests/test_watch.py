@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -144,10 +144,19 @@ def test_watching_changes_nothing(tiny_cache: Path, held_out_cache: Path, tmp_pa
     assert tags["images"] == ["prediction"]
 
 
-def test_pq_of_held_out_samples(tiny_cache: Path, held_out_cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_pq_of_held_out_samples(
+    tiny_cache: Path,
+    held_out_cache: Path,
+    tmp_path: Path,
+    precision: Literal["fp32", "bf16"],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # On a GPU the decoder runs in the thread that runs the network: with whatever is on there.
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
     name = "evaluate.held_out:panoptic_quality"
     looks = ValidationConfig(cache=str(held_out_cache), every=5, metric=name)
-    train(make_config(tiny_cache, tmp_path, validation=looks, ema=0.9))
+    train(make_config(tiny_cache, tmp_path, validation=looks, ema=0.9, precision=precision))
     (line,) = (line for line in lines_of(tmp_path) if "validation" in line)
     assert 0 <= line["validation"]["pq"] <= 1
     # The very same afterwards, from the checkpoint: it was the average that was measured.
@@ -157,6 +166,24 @@ def test_pq_of_held_out_samples(tiny_cache: Path, held_out_cache: Path, tmp_path
     with torch.no_grad():
         again = panoptic_quality(model, state, samples)
     assert again.items() <= line["validation"].items()
+
+
+def test_a_look_that_a_kill_took_comes_with_resuming(
+    tiny_cache: Path, held_out_cache: Path, tmp_path: Path
+) -> None:
+    """The checkpoint is written before it."""
+    looks = ValidationConfig(cache=str(held_out_cache), every=2, samples=3)
+    config = make_config(tiny_cache, tmp_path, validation=looks, checkpoint_every=2)
+    train(config)
+    metrics = tmp_path / "metrics.jsonl"
+    whole = metrics.read_text()
+    lines = whole.splitlines()
+    assert "validation" in lines[-1]
+    metrics.write_text("".join(f"{line}\n" for line in lines[:-1]))
+    for _ in range(2):  # and comes once
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train(config, resume=True)
+        assert metrics.read_text() == whole
 
 
 def test_accuracies_of_perfect_and_of_empty_predictions(held_out_cache: Path) -> None:

@@ -42,7 +42,13 @@ def main(
     log = logging.getLogger(__name__)
     try:
         # Its imports can fail with a clear line.
-        from train.guards import alone, disk_advice, memory_advice, rank_advice  # noqa: PLC0415
+        from train.guards import (  # noqa: PLC0415
+            alone,
+            disk_advice,
+            memory_advice,
+            rank_advice,
+            smaller_steps,
+        )
         from train.loop import train  # noqa: PLC0415
         from train.signals import stop_with_launcher  # noqa: PLC0415
 
@@ -53,7 +59,7 @@ def main(
             guards.enter_context(disk_advice(Path(chosen.out)))
             if first:
                 guards.enter_context(alone(Path(chosen.out)))
-            guards.enter_context(memory_advice(chosen))
+            guards.enter_context(memory_advice(smaller_steps(chosen)))
             guards.enter_context(rank_advice())
             train(chosen, resume=resume)
     except InputError as error:

@@ -47,7 +47,7 @@ class Batch:
     label: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device; copies overlap with computation where memory is pinned."""
+        """The batch on a device; without waiting for the copies where memory is pinned."""
         return Batch(
             self.keys,
             *(getattr(self, name).to(device, non_blocking=True) for name in _TENSORS),

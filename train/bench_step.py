@@ -28,7 +28,7 @@ from train.batch import Batch, collate, jitter_colour
 from train.config import DataConfig, ModelConfig, RandomBackbone, TrainConfig
 from train.data import indexed_loader
 from train.encoding import make_encoding
-from train.guards import memory_advice
+from train.guards import memory_advice, smaller_steps
 from train.items import Augmentation, make_item
 from train.losses import instance_loss, semantic_loss
 from train.model import PanopticModel, Task
@@ -171,7 +171,7 @@ def bench_step(
             run = replace(
                 model, compile=fused, model=replace(model.model, gradient_checkpointing=recompute)
             )
-            with memory_advice(run):
+            with memory_advice(smaller_steps(run)):
                 timings.append(time_variant(name, run, classes, rounds, device))
             advance(1, name)
     where = (

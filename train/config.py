@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pipeline.errors import InputError
 
+Precision = Literal["bf16", "fp32"]
+
 
 @dataclass(frozen=True, slots=True)
 class DataConfig:
@@ -29,7 +31,8 @@ class DataConfig:
             shrinks is padded.
         colour: Strength of the jitter of brightness, contrast and saturation.
         batch: Samples an optimizer step, over all ranks and accumulated micro-batches.
-        micro_batch: Samples a rank puts through the network at once.
+        micro_batch: Samples a rank puts through the network at once, at most: less where its part
+            of the batch does not divide.
         workers: Loader processes a rank.
         upscale: Train at a larger `size` than the cache was rendered at; else that is refused, as
             photos and targets lack the detail.
@@ -108,8 +111,9 @@ class LossConfig:
         d: D, pixels of the network's input.
         w_min: Weight far away from every boundary.
         include_void: Unlabelled pixels count in the instance task (Table 2).
-        reduction: `mean` divides an image's weighted sum by its sum of weights; `sum` is the
-            paper's plain sum.
+        reduction: Of the pixel loss. `mean` divides an image's weighted sum by its sum of weights;
+            `sum` is the paper's plain sum, some 10^4 times as large: total variation and DICE stay
+            means, so weigh them anew.
         tv: Weight of the total variation.
         dice: Weight of DICE, in the instance task.
     """
@@ -139,7 +143,7 @@ class OptimConfig:
             its authors' later choice.
         weight_decay: Not on biases, norms, LayerScale and position embeddings.
         betas: Of AdamW.
-        clip_norm: Largest norm of the gradient.
+        clip_norm: Largest norm of the gradient; inf leaves gradients as they are.
     """
 
     lr: float = 5e-4
@@ -198,7 +202,7 @@ class TrainConfig:
     epochs: float = 200.0
     steps: int | None = None
     seed: int = 0
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = "bf16"
     compile: bool = False
     checkpoint_every: int = 1000
     keep: int = 3
@@ -224,6 +228,10 @@ class TrainConfig:
             ("model.taps must be rising block numbers from 1", sorted({0, *taps}) != [0, *taps]),
             ("model.strides must be positive", min(self.model.strides) < 1),
             ("loss.d must be positive", self.loss.d <= 0),
+            (
+                "optim.clip_norm must be positive; inf switches it off",
+                not self.optim.clip_norm > 0,
+            ),
             ("epochs and steps must be positive", min(self.epochs, self.steps or 1) <= 0),
             ("seed and data.workers must not be negative", min(self.seed, self.data.workers) < 0),
             ("keep, checkpoint_every and log_every must be positive", min(intervals) < 1),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, cast
@@ -109,21 +110,28 @@ class MicroBatches(Sampler[list[Place]]):
             yield from (mine[start : start + size] for start in range(0, len(mine), size))
 
 
-def accumulation(config: DataConfig, world: int) -> int:
-    """Micro-batches an optimizer step on each rank.
+def for_ranks(config: DataConfig, world: int) -> DataConfig:
+    """With the largest micro-batch, up to the one that is set, into which a rank's part divides.
 
     Raises:
-        InputError: The batch does not divide evenly.
+        InputError: The batch does not divide among the ranks.
     """
-    count, rest = divmod(config.batch, config.micro_batch * world)
+    part, rest = divmod(config.batch, world)
     if rest:
+        below = config.batch - rest
+        choices = [str(size) for size in (below, below + world) if size]
         raise InputError(
-            f"a batch of {config.batch} does not divide into micro-batches of"
-            f" {config.micro_batch} on {world} ranks",
-            where="data.batch, data.micro_batch",
-            remedy="choose sizes that do",
+            f"a batch of {config.batch} does not divide among {world} ranks",
+            where="data.batch",
+            remedy=f"--set data.batch={' or '.join(choices)}",
         )
-    return count
+    sizes = range(1, min(part, config.micro_batch) + 1)
+    return replace(config, micro_batch=max(size for size in sizes if part % size == 0))
+
+
+def accumulation(config: DataConfig, world: int) -> int:
+    """Micro-batches an optimizer step on each rank, see `for_ranks`."""
+    return config.batch // (config.micro_batch * world)
 
 
 def open_index(config: DataConfig) -> ShardIndex:
@@ -137,28 +145,29 @@ def open_index(config: DataConfig) -> ShardIndex:
     index = read_index(Storage(config.cache))
     if index.samples == 0:
         raise InputError("the cache is empty", where=config.cache)
-    check_rendered_size(config, index.settings)
+    check_rendered_size(config, index.settings, config.cache)
     return index
 
 
-def check_rendered_size(config: DataConfig, settings: Mapping[str, Any]) -> None:
+def check_rendered_size(config: DataConfig, settings: Mapping[str, Any], cache: str) -> None:
     """Raises InputError where training would enlarge a cache that was rendered smaller.
 
     Args:
         config: Of the training.
         settings: That the cache was rendered with.
+        cache: Its place.
     """
     fit, size = settings.get("fit"), settings.get("size")
     if size is not None and size < config.size and not config.upscale:
         raise InputError(
             f"rendered at {size} px, trained at {config.size} px",
-            where=config.cache,
+            where=cache,
             remedy=f"preprocess with --size {config.size}, lower data.size, or accept the blur"
             " with --set data.upscale=true",
             code="cache-size",
         )
     if fit == "squash" and config.fit != "squash":
-        log.warning("%s: squashed already; data.fit = %s changes nothing", config.cache, config.fit)
+        log.warning("%s: squashed already; data.fit = %s changes nothing", cache, config.fit)
 
 
 def repeats(config: DataConfig, samples: int, step: int) -> bool:

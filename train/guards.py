@@ -60,8 +60,11 @@ def not_finite(
 
 
 @contextmanager
-def memory_advice(config: TrainConfig) -> Iterator[None]:
+def memory_advice(remedy: str) -> Iterator[None]:
     """Turns running out of memory into one line that says what to lower.
+
+    Args:
+        remedy: What to lower.
 
     Raises:
         InputError: Memory ran out inside.
@@ -73,14 +76,19 @@ def memory_advice(config: TrainConfig) -> Iterator[None]:
         plain = not isinstance(error, torch.OutOfMemoryError | MemoryError)
         if plain and not any(sign in str(error) for sign in _NO_MEMORY):
             raise
-        data = config.data
-        remedies = [f"lower data.micro_batch, now {data.micro_batch}; the batch stays {data.batch}"]
-        if not config.model.gradient_checkpointing:
-            remedies.append("or set model.gradient_checkpointing=true")
-        remedies.append(f"or lower data.size, now {data.size}")
         raise InputError(
-            f"out of memory: {line[:120]}", remedy=", ".join(remedies), code="out-of-memory"
+            f"out of memory: {line[:120]}", remedy=remedy, code="out-of-memory"
         ) from None
+
+
+def smaller_steps(config: TrainConfig) -> str:
+    """What to lower where a training step takes too much memory."""
+    data = config.data
+    remedies = [f"lower data.micro_batch, now {data.micro_batch}; the batch stays {data.batch}"]
+    if not config.model.gradient_checkpointing:
+        remedies.append("or set model.gradient_checkpointing=true")
+    remedies.append(f"or lower data.size, now {data.size}")
+    return ", ".join(remedies)
 
 
 @contextmanager

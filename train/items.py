@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeVar
 
-import cv2
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
+from pipeline.photo import resize_photo
 from pipeline.sample import Sample, encode_distance
 from pipeline.targets import IndexMap, boundary, edge_distance, geometry, resize_index
 from train.config import DataConfig
@@ -73,7 +73,8 @@ def make_item(sample: Sample, config: DataConfig, augmentation: Augmentation) ->
     """Fits a cached sample to the network's input, with targets that stay exact.
 
     Centroids are computed anew from what is visible. Cached distances survive isotropic scaling,
-    flips and crops; a fit that changes the aspect ratio computes them anew.
+    flips and crops; a fit that changes the aspect ratio computes them anew, and so does one that
+    shrinks to less than half: the cache holds distances up to 127.5 of its own pixels.
 
     Raises:
         InputError: The photo is damaged.
@@ -86,7 +87,7 @@ def make_item(sample: Sample, config: DataConfig, augmentation: Augmentation) ->
     )
     index = resize_index(sample.index, (new_height, new_width))
     photo = decode_photo(sample, (new_height, new_width))
-    if config.fit == "squash" and height != width:
+    if 2 * new_height < height or (config.fit == "squash" and height != width):
         eds, eds_scale = encode_distance(edge_distance(boundary(index))), 1.0
     else:
         eds, eds_scale = resize_nearest(sample.eds, index.shape), new_height / height
@@ -137,11 +138,7 @@ def decode_photo(sample: Sample, size: tuple[int, int]) -> NDArray[np.uint8]:
             where=f"{sample.key}.jpg",
             remedy="run panoptic verify --deep",
         ) from None
-    if photo.shape[:2] == size:
-        return np.asarray(photo)
-    smaller = height < photo.shape[0]
-    mode = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(photo, (width, height), interpolation=mode))
+    return resize_photo(photo, size)
 
 
 def resize_nearest(values: NDArray[np.uint8], size: tuple[int, ...]) -> NDArray[np.uint8]:

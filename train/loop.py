@@ -21,7 +21,7 @@ from pipeline.progress import progress
 from train.batch import jitter_colour
 from train.checkpoint import save_checkpoint
 from train.config import LossConfig, TrainConfig
-from train.data import accumulation, iterate, open_index, repeats
+from train.data import accumulation, for_ranks, iterate, open_index, repeats
 from train.ema import Ema
 from train.encoding import make_encoding
 from train.guards import not_finite, rank_advice
@@ -40,7 +40,7 @@ from train.resume import MAY_CHANGE, check_same_run, flat
 from train.signals import stop_request
 from train.stream import make_loader
 from train.validation import open_held_out, validate
-from train.watch import Watch, draw_heads, installed_trackers
+from train.watch import Watch, draw_heads, has_validation, installed_trackers
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,12 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
     index = open_index(config.data)
     samples, categories = index.samples, index.categories
     steps = config.total_steps(samples)
-    micro_batches = accumulation(config.data, world)
+    data = for_ranks(config.data, world)
+    micro_batches = accumulation(data, world)
+    if main and data.micro_batch < config.data.micro_batch:
+        log.info(
+            "micro-batches of %d: %d ranks share a batch of %d", data.micro_batch, world, data.batch
+        )
     if main and config.data.batch > samples:
         log.warning("a batch of %d repeats the cache's %d samples", config.data.batch, samples)
     held_out = open_held_out(config, categories)
@@ -129,7 +134,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
         }
     )
     loader = make_loader(
-        config.data,
+        data,
         index,
         seed=config.seed,
         steps=range(first, steps),
@@ -146,11 +151,29 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
     if main:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.toml").write_bytes(tomli_w.dumps(config.to_dict()).encode())
+    ranks.check_shared(out / "config.toml")
     watch = Watch(accelerator, out, first)
 
     # The steps.
     warmup = round(config.optim.warmup_epochs * samples / config.data.batch)
+    if main and warmup >= steps:
+        log.warning("a warm-up of %d steps outlasts the run's %d", warmup, steps)
     last, note, asked = begun, "", 0
+
+    def look(done: int, distance: Distance) -> None:
+        """At held-out samples, where that is due after `done` steps."""
+        if held_out is not None and (done % config.validation.every == 0 or done == steps):
+            state = TrainState(done, index.fingerprint, config, categories)
+            watch.validation(
+                done,
+                validate(
+                    accelerator, watched, held_out, state, encoding=encoding, distance=distance
+                ),
+            )
+
+    # A run that ended between a checkpoint and its look has that before it.
+    if begun is not None and not ranks.first(lambda: has_validation(out / "metrics.jsonl", first)):
+        look(first, instance_distance(config.loss, (first - 1) / steps))
     with (
         progress("train", steps, "steps", first) as advance,
         stop_request() as request,
@@ -250,12 +273,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
             if asked:
                 break
 
-            # The look at held-out samples and at pictures.
-            if held_out is not None and (done % config.validation.every == 0 or done == steps):
-                measures = validate(
-                    accelerator, watched, held_out, state, encoding=encoding, distance=distance
-                )
-                watch.validation(done, measures)
+            # Held-out samples and pictures.
+            look(done, distance)
             if main and config.pictures_every and done % config.pictures_every == 0:
                 shown = next(held_out.batches(config, 0, 1)).to(device) if held_out else batch
                 with accelerator.autocast():

@@ -162,13 +162,13 @@ class ChannelNorm(nn.Module):
         return normed.permute(0, 3, 1, 2)
 
 
-def check_size(height: int, width: int, patch_size: int) -> None:
+def check_size(height: int, width: int, patch_size: int, *, where: str = "data.size") -> None:
     """Raises InputError for a size that patches do not tile: it would be floored silently."""
     for side in (height, width):
         if side % patch_size or side < patch_size:
             near = max(1, round(side / patch_size)) * patch_size
             raise InputError(
                 f"{side} pixels are no multiple of the patch size {patch_size}",
-                where="data.size",
+                where=where,
                 remedy=f"{near} is",
             )

@@ -7,8 +7,10 @@ left.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +19,9 @@ import torch.distributed as dist
 from pipeline.errors import InputError
 
 Value = TypeVar("Value")
+
+PATIENCE = 60.0
+"""Seconds to wait for a file that another machine wrote."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,23 @@ class Ranks:
                         where=name,
                         remedy="start every rank with the same command on a shared folder",
                     )
+
+    def check_shared(self, file: Path) -> None:
+        """Raises InputError on every rank where one does not see a file that the main rank wrote.
+
+        What a network's file system shows of other machines may be a minute old.
+        """
+        written = self.first(lambda: True)  # by now
+        end = time.monotonic() + PATIENCE
+        while not (seen := file.exists() and written) and time.monotonic() < end:
+            time.sleep(1)
+        for rank, theirs in enumerate(self.gather(seen)):
+            if not theirs:
+                raise InputError(
+                    f"rank {rank} does not see {file.name} that rank 0 has written",
+                    where=file.parent,
+                    remedy="the run's folder must be on a disk that all machines share",
+                )
 
     def check_disjoint(self, keys: Sequence[str], *, repeats: bool) -> None:
         """Raises InputError where two ranks hold the same samples.

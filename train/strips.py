@@ -106,7 +106,9 @@ def _strip(
     height, width = terms.target.shape[1:]
     shown = slice(strip.start, min(strip.stop + 1, height))
     inner = slice(0, strip.stop - strip.start)
-    source, upper, lower, part = _rows_between(shown, logits.shape[2], height, logits.device)
+    source, upper, lower, part = _rows_between(
+        shown.start, shown.stop, logits.shape[2], height, logits.device
+    )
     with torch.enable_grad():
         coarse = logits[:, :, source].float().detach().requires_grad_()
         size = (coarse.shape[2], width)
@@ -131,8 +133,9 @@ def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.compile(_count, dynamic=True)  # strips differ in height
 
 
+@cache
 def _rows_between(
-    shown: slice, coarse: int, full: int, device: torch.device
+    start: int, stop: int, coarse: int, full: int, device: torch.device
 ) -> tuple[slice, Tensor, Tensor, Tensor]:
     """The coarse rows that full-size rows lie between, as `F.interpolate` has it.
 
@@ -140,7 +143,7 @@ def _rows_between(
         The coarse rows needed; the row above and the one below each full-size row, counted from
         the first of them; (rows, 1, 1) float32, how far towards the one below.
     """
-    place = torch.arange(shown.start, shown.stop, dtype=torch.float64)
+    place = torch.arange(start, stop, dtype=torch.float64)
     place = ((place + 0.5) * (coarse / full) - 0.5).clamp_min(0)
     upper = place.long().clamp_max(coarse - 1)
     lower = (upper + 1).clamp_max(coarse - 1)

@@ -88,11 +88,15 @@ def summarize_model(config: TrainConfig, classes: int) -> ModelSummary:
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
         model(photo, "both")
     kept: dict[int, int] = {}
-    own = {id(parameter) for parameter in model.parameters()}
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    tokens = (config.data.size // model.patch_size) ** 2
 
     def keep(tensor: Tensor) -> Tensor:
-        if id(tensor) not in own:
-            kept[id(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        # A GPU's attention keeps no matrix of all tokens by all tokens; the meta device's does.
+        attention = tensor.dim() > 2 and tensor.shape[-1] == tensor.shape[-2] >= tokens
+        if storage._cdata not in own and not attention:
+            kept[storage._cdata] = storage.nbytes()
             held.append(tensor)
         return tensor
 
@@ -111,7 +115,7 @@ def summarize_model(config: TrainConfig, classes: int) -> ModelSummary:
         parameters={"total": total, **parts},
         size=config.data.size,
         patch_size=model.patch_size,
-        tokens=(config.data.size // model.patch_size) ** 2,
+        tokens=tokens,
         taps=config.model.taps,
         blocks=model.encoder.config.num_hidden_layers,
         features=features,

@@ -18,6 +18,7 @@ from pipeline.shards import ShardReader
 from pipeline.storage import Storage
 from train.batch import Batch, collate
 from train.config import LossConfig, TrainConfig
+from train.data import check_rendered_size
 from train.encoding import Encoding, grid_cells, nearest_cell, nearest_cells
 from train.items import Augmentation, make_item
 from train.losses import Distance, gather_rows, instance_loss, instance_weight, semantic_loss
@@ -36,6 +37,7 @@ class Metric(Protocol):
     ) -> Mapping[str, float]:
         """Measures a model, in evaluation mode, on samples; called on the main rank only.
 
+        The precision of its network runs is its own matter: no autocast is on.
         The other ranks wait meanwhile, for at most the time-out of the process group: keep it
         to minutes.
         """
@@ -95,6 +97,7 @@ def open_held_out(config: TrainConfig, categories: tuple[Category, ...]) -> Held
             where=cache,
             remedy="render both from annotations with the same categories",
         )
+    check_rendered_size(config.data, reader.index.settings, cache)
     count = min(config.validation.samples, len(reader))
     positions = tuple(number * len(reader) // count for number in range(count))
     name = config.validation.metric
@@ -144,28 +147,25 @@ def validate(
     cells = grid_cells(config.data.size)
     sums = torch.zeros(9, dtype=torch.float64, device=accelerator.device)
     rank, world = accelerator.process_index, accelerator.num_processes
-    with accelerator.autocast():
-        for batch in held_out.batches(config, rank, world):
-            here = batch.to(accelerator.device)
+    for batch in held_out.batches(config, rank, world):
+        here = batch.to(accelerator.device)
+        with accelerator.autocast():  # the network alone, as in training
             found = model(here.photo, "both")
-            full = found.resized(here.index.shape[1:])
-            images = len(here.keys)
-            losses = (
-                instance_loss(found.instance, here, encoding, config.loss, distance).total * images,
-                semantic_loss(found.semantic, here, config.loss).total * images,
-            )
-            hits = (
-                *label_hits(full.semantic, here),
-                *code_hits(full.instance, here, encoding, cells),
-            )
-            sums += torch.stack([here.eds_scale.new_tensor(images), *losses, *hits]).double()
-        images, instance, semantic, *pairs = accelerator.reduce(sums, "sum").tolist()
-        right, counted = pairs[::2], pairs[1::2]
-        names = ("semantic_accuracy", "code_accuracy", "void_accuracy")
-        values = {"instance_loss": instance / images, "semantic_loss": semantic / images}
-        values |= {n: r / max(1.0, c) for n, r, c in zip(names, right, counted, strict=True)}
-        if held_out.metric is not None and accelerator.is_main_process:
-            values |= held_out.metric(model, state, held_out.samples())
+        full = found.resized(here.index.shape[1:])
+        images = len(here.keys)
+        losses = (
+            instance_loss(found.instance, here, encoding, config.loss, distance).total * images,
+            semantic_loss(found.semantic, here, config.loss).total * images,
+        )
+        hits = (*label_hits(full.semantic, here), *code_hits(full.instance, here, encoding, cells))
+        sums += torch.stack([here.eds_scale.new_tensor(images), *losses, *hits]).double()
+    images, instance, semantic, *pairs = accelerator.reduce(sums, "sum").tolist()
+    right, counted = pairs[::2], pairs[1::2]
+    names = ("semantic_accuracy", "code_accuracy", "void_accuracy")
+    values = {"instance_loss": instance / images, "semantic_loss": semantic / images}
+    values |= {n: r / max(1.0, c) for n, r, c in zip(names, right, counted, strict=True)}
+    if held_out.metric is not None and accelerator.is_main_process:
+        values |= held_out.metric(model, state, held_out.samples())
     return values
 
 

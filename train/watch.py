@@ -122,6 +122,12 @@ def keep_lines(metrics: Path, step: int) -> None:
     temporary.replace(metrics)
 
 
+def has_validation(metrics: Path, step: int) -> bool:
+    """Whether the lines of a run hold what held-out samples say after a step."""
+    lines = map(json.loads, metrics.read_text().splitlines())
+    return any(line["step"] == step and "validation" in line for line in lines)
+
+
 @torch.no_grad()
 def draw_heads(
     model: PanopticModel, batch: Batch, encoding: Encoding, categories: Sequence[Category]
