@@ -45,6 +45,10 @@ Device = Annotated[str | None, typer.Option(help="Such as cuda; by default a GPU
 SemanticNoise = Annotated[
     float, typer.Option(min=0, help="Level of corruption of the semantic logits, 0 to 3.")
 ]
+PrecisionOption = Annotated[
+    Literal["fp32", "bf16"],
+    typer.Option("--precision", help="Of the network; bf16 is several times as fast on a GPU."),
+]
 Flip = Annotated[
     bool, typer.Option("--flip", help="Average with the mirrored picture: 2x the network.")
 ]
@@ -138,7 +142,11 @@ def preprocess(
     )
     _show(result.to_json(), as_json)
     if result.too_many:
-        log.error("%s: more images left out than --max-bad allows, see quarantine.jsonl", out)
+        log.error(
+            "%s: more images left out than --max-bad allows, see quarantine.jsonl (mend them and"
+            " run again with --retry)",
+            out,
+        )
         raise typer.Exit(3)
 
 
@@ -234,6 +242,7 @@ def evaluate(
     sizes: Sizes = None,
     device: Device = None,
     weights: WeightsOption = None,
+    precision: PrecisionOption = "fp32",
     as_json: Json = False,
 ) -> None:
     """Predict a split, score it, and write predictions, overlays and a report.
@@ -255,6 +264,7 @@ def evaluate(
             flip=flip,
             sizes=_sides(sizes),
             weights=weights,
+            precision=precision,
         ),
         dataset,
         out,
@@ -326,6 +336,7 @@ def predict(
     sizes: Sizes = None,
     device: Device = None,
     weights: WeightsOption = None,
+    precision: PrecisionOption = "fp32",
     as_json: Json = False,
 ) -> None:
     """Segment any pictures: overlays with labels, panoptic PNGs and their JSON.
@@ -337,7 +348,14 @@ def predict(
     from evaluate.predicted import predict_pictures
 
     paths = list_pictures(pictures)
-    predictor = Predictor(checkpoint, device, flip=flip, sizes=_sides(sizes), weights=weights)
+    predictor = Predictor(
+        checkpoint,
+        device,
+        flip=flip,
+        sizes=_sides(sizes),
+        weights=weights,
+        precision=precision,
+    )
     written = predict_pictures(predictor, paths, out)
     shown = {"pictures": written.pictures, "left_out": written.left_out, "json": str(written.json)}
     _show(shown, as_json)
@@ -584,6 +602,11 @@ def main() -> None:
         raise SystemExit(stop.exit_code) from None
     except BrokenPipeError:  # whoever reads what is printed, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except OSError as error:  # no rights, no such place, a disk that fails
+        if error.filename is None:
+            raise
+        log.error("%s: %s", error.filename, error.strerror)
         raise SystemExit(1) from None
 
 

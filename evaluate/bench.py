@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from evaluate.ceiling import Decoder, compare_decoders, one_by_one, ours
-from evaluate.decode import PanopticMap
+from evaluate.decode import DecodeConfig, PanopticMap
 from evaluate.pairs import read_pairs
 from evaluate.pq import GroupPQ, score_pairs
 from evaluate.rivals import full_search, painter, soft_votes, soft_votes_squared
 from pipeline.bench import Bench, Timing, bench_dataset, best_ms
 from pipeline.coco import CocoLayout, CocoPanoptic
+from train.encoding import grid_cells
 
 LEVELS = (0, 1, 2, 3)
 """Of corruption, see `corruption.corrupt`."""
@@ -105,7 +106,7 @@ def bench_decode(
         size: Side of the network's output.
         semantic_noise: Level of corruption of the logits, see `corruption.corrupt_logits`.
     """
-    whole = ours()
+    whole = ours(DecodeConfig(cells=grid_cells(size)))
 
     def alone(code: Tensor, logits: Tensor, isthing: Tensor, size: tuple[int, int]) -> PanopticMap:
         return whole([code], [logits], isthing, [size])[0]

@@ -19,7 +19,7 @@ from evaluate.measures import thing_ids
 from evaluate.scoring import ImageScore, Outcome, score_image, total_scores
 from pipeline.coco import Category, CocoPanoptic
 from pipeline.progress import progress
-from train.encoding import PositionalCode
+from train.encoding import PositionalCode, grid_cells
 
 TOGETHER = 1 << 21
 """Pixels of the network's output that are decoded at once, at most: 11 images of 420 x 420."""
@@ -49,7 +49,7 @@ def ceiling(
         noise: Level of corruption of the codes, see `corruption.corrupt`.
         semantic_noise: The same of the logits, see `corruption.corrupt_logits`.
         seed: Of the corruption; each image draws from its own generator.
-        config: Settings of the decoder.
+        config: Settings of the decoder; those of a prediction of that size where None.
 
     Returns:
         With the seconds of `encode` (reading and corrupting too), `decode` and `score`.
@@ -57,7 +57,7 @@ def ceiling(
     Raises:
         InputError: The split is empty, or one of its images cannot be used.
     """
-    decoders = {"ours": ours(config)}
+    decoders = {"ours": ours(config or DecodeConfig(cells=grid_cells(size)))}
     return compare_decoders(
         dataset, decoders, size=size, noise=noise, semantic_noise=semantic_noise, seed=seed
     )["ours"]

@@ -7,11 +7,14 @@ Each process takes the images [rank::world]. What was predicted before a kill is
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from evaluate.journal import Row, journal_files, read_journals
 from evaluate.page import write_report
@@ -64,7 +67,7 @@ def evaluate(
     """
     ranks = ranks or Ranks()
     check_dataset(predictor.categories, dataset)
-    identity = {**predictor.identity, "annotations": dataset.digest}
+    identity = identity_of(predictor, dataset)
     with ExitStack() as stack:
 
         def begin() -> dict[ImageId, Row]:
@@ -77,7 +80,7 @@ def evaluate(
         if done and ranks.main:
             logger.info("%s: goes on, %d images are predicted already", out, len(done))
         if ranks.main and not done:
-            (out / "panoptic.json").unlink(missing_ok=True)
+            forget(out)
         try:
             slices = ranks.gather(
                 lambda: predict_slice(
@@ -110,6 +113,30 @@ def evaluate(
                 title=title,
             )
     return outcome
+
+
+def identity_of(predictor: Predictor, dataset: CocoPanoptic) -> dict[str, Any]:
+    """What the predictions depend on; plain values."""
+    photos = "\n".join(str(record.photo) for record in dataset.records)
+    return {
+        **predictor.identity,
+        "annotations": dataset.digest,
+        "photos": hashlib.sha256(photos.encode(errors="surrogatepass")).hexdigest(),
+    }
+
+
+def forget(out: Path) -> None:
+    """Removes what a finished evaluation left here, and no other file."""
+    try:
+        rows = json.loads((out / "panoptic.json").read_bytes())["annotations"]
+        names = [Path(row["file_name"]).name for row in rows]
+    except (OSError, ValueError, KeyError, TypeError):
+        names = []
+    stale = [Path("panoptic", name) for name in names]
+    stale += [Path("overlays", name).with_suffix(".jpg") for name in names]
+    stale += map(Path, ("panoptic.json", "scores.json", "comparison.png", "report.html"))
+    for path in stale:
+        Storage(str(out / path.parent)).remove(path.name)
 
 
 def finish(
@@ -152,10 +179,16 @@ def finish(
 def check_dataset(categories: Sequence[Category], dataset: CocoPanoptic) -> None:
     """Raises InputError where a split cannot be scored with a model's categories."""
     check_scorable(dataset)
-    if tuple(categories) != dataset.categories:
-        ours, theirs = ({c.id for c in side} for side in (categories, dataset.categories))
-        raise InputError(
-            f"categories differ: {len(ours)} in the model, {len(theirs)} in the annotations",
-            where="categories",
-            remedy="evaluate on the dataset the model was trained for",
-        )
+    for ours, theirs in zip_longest(categories, dataset.categories):
+        if ours != theirs:
+            raise InputError(
+                f"categories differ: {_described(ours)} in the model, {_described(theirs)} in the"
+                " annotations",
+                remedy="evaluate on the dataset the model was trained for",
+            )
+
+
+def _described(category: Category | None) -> str:
+    if category is None:
+        return "none"
+    return f"{category.id} {category.name} ({'thing' if category.isthing else 'stuff'})"

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from evaluate.grid_decoder import GridDecoder
 from pipeline.errors import InputError
-from pipeline.storage import Storage
+from pipeline.storage import Storage, cannot_write
 from train.encoding import make_encoding
 from train.model import PanopticModel
 from train.restore import ARCHITECTURE, TrainState
@@ -105,7 +105,7 @@ def export_onnx(model: PanopticModel, state: TrainState, out: Path, cells: int) 
         cells: Of the decoding grid, an axis.
 
     Raises:
-        InputError: ONNX is not installed.
+        InputError: ONNX is not installed, or the file cannot be written.
     """
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise InputError(
@@ -141,7 +141,14 @@ def export_onnx(model: PanopticModel, state: TrainState, out: Path, cells: int) 
             logger.setLevel(level)
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
-    program.save(str(out / "model.onnx"))
+    path, half = out / "model.onnx", out / ".tmp-model.onnx"
+    try:
+        program.save(str(half))
+        half.replace(path)
+    except OSError as error:
+        raise cannot_write(error, path) from None
+    finally:
+        half.unlink(missing_ok=True)
     facts = {
         "input": {"photo": ["batch", 3, size, size], "dtype": "uint8", "colours": "RGB"},
         "outputs": MEANING,
@@ -151,7 +158,7 @@ def export_onnx(model: PanopticModel, state: TrainState, out: Path, cells: int) 
         "categories": [asdict(category) for category in state.categories],
     }
     storage.write("model.json", (json.dumps(facts, indent=1) + "\n").encode())
-    return out / "model.onnx"
+    return path
 
 
 def onnx_difference(

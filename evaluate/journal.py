@@ -9,20 +9,24 @@ The first line says what the predictions depend on, each further one is an image
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from pipeline.coco import ImageId
 from pipeline.errors import InputError
+from pipeline.storage import cannot_write
 
 Row = dict[str, Any]
+_NAME = re.compile(r"predictions(-\d+)?\.jsonl")
 
 
 def journal_files(folder: Path) -> list[Path]:
     """The journals of all processes that wrote here."""
-    return sorted(folder.glob("predictions*.jsonl"))
+    return sorted(path for path in folder.glob("*.jsonl") if _NAME.fullmatch(path.name))
 
 
 def read_journals(folder: Path, identity: Mapping[str, Any]) -> dict[ImageId, Row]:
@@ -61,21 +65,28 @@ class Journal:
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], rank: int = 0) -> None:
-        path = folder / (f"predictions-{rank}.jsonl" if rank else "predictions.jsonl")
+        self._path = folder / (f"predictions-{rank}.jsonl" if rank else "predictions.jsonl")
         try:
-            self._file = path.open("a+")
+            self._file = self._path.open("a+")
+            self._file.seek(0)
+            whole = self._file.read().rpartition("\n")[0]
+            self._file.truncate(len(f"{whole}\n".encode()) if whole else 0)
         except OSError as error:
-            raise InputError(f"cannot write: {error.strerror}", where=path) from None
-        self._file.seek(0)
-        whole = self._file.read().rpartition("\n")[0]
-        self._file.truncate(len(f"{whole}\n".encode()) if whole else 0)
+            raise cannot_write(error, self._path) from None
         if not whole:
             self.note(dict(identity))
 
     def note(self, row: Row) -> None:
-        """Adds a line; it is in the kernel's hands, out of a kill's reach, on return."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        """Adds a line; it is in the kernel's hands, out of a kill's reach, on return.
+
+        Raises:
+            InputError: It cannot be written.
+        """
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise cannot_write(error, self._path) from None
 
     def __enter__(self) -> Journal:
         return self
@@ -86,7 +97,8 @@ class Journal:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # what could not be written has been said
+            self._file.close()
 
 
 def _check(found: Mapping[str, Any], identity: Mapping[str, Any], path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from pipeline.coco import Category, ImageId, SegmentInfo, read_categories
+from pipeline.coco import Category, ImageId, SegmentInfo, flag, is_area, is_file, read_categories
 from pipeline.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -167,9 +167,7 @@ def _find_pngs(folder: Path, annotations: Path, rows: Mapping[ImageId, Any]) -> 
         for image, row in rows.items()
     }
     missing = [
-        image
-        for image, name in names.items()
-        if name not in present and not (folder / name).is_file()
+        image for image, name in names.items() if name not in present and not is_file(folder / name)
     ]
     if missing:
         raise InputError(
@@ -203,7 +201,11 @@ def _segments(row: Any, known: Set[int], where: str, *, trusted: bool) -> tuple[
                 "id is not in 1..2^24-1", where=place, remedy="renumber", code="segment-id"
             )
         area = _area(info, place) if trusted else None
-        segments[id_] = SegmentInfo(id_, category_id, info.get("iscrowd", 0) == 1, area)
+        try:
+            iscrowd = trusted and flag(info.get("iscrowd", 0), "iscrowd")
+        except ValueError as error:
+            raise _shape_error(str(error), place) from None
+        segments[id_] = SegmentInfo(id_, category_id, iscrowd, area)
     return tuple(segments.values())
 
 
@@ -218,8 +220,8 @@ def _scores(row: Any) -> dict[int, float]:
 
 def _area(info: Any, where: str) -> int:
     area = _get(info, "area", int | float, where)
-    if area < 0 or not float(area).is_integer():
-        raise _shape_error(f"area {area} is no number of pixels", where)
+    if not is_area(area):
+        raise _shape_error(f"area {str(area)[:40]} is no number of pixels", where)
     return int(area)
 
 

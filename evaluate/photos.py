@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from pipeline.draw import Picture
 from pipeline.errors import InputError
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
+ORIENTATION = 0x0112
+"""The EXIF tag."""
+TURNS: dict[Any, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By its value, what makes a picture upright."""
 
 
 def read_picture(path: Path | str, *, upright: bool = True) -> Picture:
@@ -31,9 +45,13 @@ def read_picture(path: Path | str, *, upright: bool = True) -> Picture:
         InputError: Missing, damaged, no picture, or so large that it may be an attack.
     """
     try:
-        with Image.open(path) as image:
-            if upright:
-                ImageOps.exif_transpose(image, in_place=True)
+        with Image.open(path) as file:
+            image: Image.Image = file
+            # By the tag alone: writing all tags anew, as Pillow's own function does, trips over
+            # those of an odd type.
+            turn = file.getexif().get(ORIENTATION) if upright else None
+            if turn in TURNS:
+                image = image.transpose(TURNS[turn])
             if image.mode.startswith("I"):  # 16 bits of gray, which Pillow would cut off at 255
                 gray = np.asarray(image, np.int64).clip(0, 65535) // 257
                 return np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
@@ -41,7 +59,7 @@ def read_picture(path: Path | str, *, upright: bool = True) -> Picture:
     except FileNotFoundError:
         raise InputError("no such picture", where=path, code="picture-missing") from None
     # A damaged header makes Pillow raise all of these.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         what = str(error).removesuffix(f" {str(path)!r}")
         raise InputError(
             f"not a readable picture: {what}", where=path, code="picture-damaged"
@@ -56,15 +74,19 @@ def list_pictures(paths: Sequence[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for path in paths:
-        if path.is_dir():
+        try:
+            if not path.is_dir():
+                path.stat()
+                found.append(path)
+                continue
             inside = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
-            if not inside:
-                raise InputError("no JPEG or PNG in this folder", where=path)
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            raise InputError("no such picture or folder", where=path)
+        except FileNotFoundError:
+            raise InputError("no such picture or folder", where=path) from None
+        except OSError as error:
+            raise InputError(f"cannot be read: {error.strerror}", where=path) from None
+        if not inside:
+            raise InputError("no JPEG or PNG in this folder", where=path)
+        found += inside
     return found
 
 

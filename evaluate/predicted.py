@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
@@ -22,6 +24,9 @@ from pipeline.progress import progress
 from pipeline.storage import Storage
 
 logger = logging.getLogger(__name__)
+
+LONGEST_STEM = 200
+"""Bytes; file systems take 255 for a whole name."""
 
 
 @dataclass
@@ -104,7 +109,11 @@ def predict_pictures(predictor: Predictor, paths: Sequence[Path], out: Path) -> 
     Storage(str(out / "overlays")).create()
     names = unique_names(path.stem for path in paths)
     bad: list[InputError] = []
-    with progress("predict", len(paths), "pictures") as advance:
+    with (
+        progress("predict", len(paths), "pictures") as advance,
+        ExitStack() as stack,
+    ):
+        stack.callback(writer.finish)  # of what there is, also when it is stopped
         for path, name, reading in zip(paths, names, read_ahead(paths, 4), strict=True):
             try:
                 photo = reading.result()
@@ -122,14 +131,17 @@ def predict_pictures(predictor: Predictor, paths: Sequence[Path], out: Path) -> 
             advance()
     if len(bad) == len(paths):
         raise bad[0] if len(bad) == 1 else InputError(f"none of {len(bad)} pictures can be used")
-    return Written(writer.finish(), len(paths) - len(bad), len(bad))
+    return Written(out / "panoptic.json", len(paths) - len(bad), len(bad))
 
 
 def unique_names(stems: Iterable[str]) -> list[str]:
-    """The stems, with `_2`, `_3` behind those that were there before."""
+    """The stems, with `_2`, `_3` behind those that were there before.
+
+    They are cut where a file system could not take them with what comes behind.
+    """
     taken: set[str] = set()
     names = []
-    for stem in stems:
+    for stem in (os.fsdecode(os.fsencode(each)[:LONGEST_STEM]) for each in stems):
         choices = chain([stem], (f"{stem}_{number}" for number in count(2)))
         names.append(next(name for name in choices if name not in taken))
         taken.add(names[-1])

@@ -16,7 +16,7 @@ from evaluate.overlap import check_listed, check_sizes, count_pairs
 from evaluate.pairs import ImagePair
 from evaluate.pool import map_pairs
 from evaluate.pq import ImageStat, PQResult, match_overlap, total_pq
-from pipeline.coco import Category, CocoPanoptic, ImageId, SegmentInfo
+from pipeline.coco import Category, CocoPanoptic, ImageId, SegmentInfo, is_area
 from pipeline.errors import InputError
 
 
@@ -111,6 +111,15 @@ def check_scorable(dataset: CocoPanoptic) -> None:
         )
     if not dataset.records:
         raise InputError("the split has no images", remedy="choose another split")
+    for record in dataset.records:
+        for segment in record.segments:
+            if segment.area is not None and not is_area(segment.area):
+                raise InputError(
+                    f"area {str(segment.area)[:40]} is no number of pixels",
+                    where=f"image {record.image_id}, segment {segment.id}",
+                    remedy="evaluation never repairs ground truth: mend it",
+                    code="area-wrong",
+                )
 
 
 def score_image(

@@ -26,6 +26,7 @@ from pipeline.draw import Picture
 from pipeline.errors import InputError
 from pipeline.ids import read_ids
 from pipeline.progress import progress
+from train.guards import memory_advice
 
 Outcomes = dict[int, tuple[Row, ImageScore]]
 """Row of `panoptic.json` and score, by position in the split."""
@@ -85,11 +86,14 @@ def predict_slice(
             clock.start()
             pictures = [next(photos).result() for _ in places]
             clock.lap("read")
-            # Always of one size: rounding of a network depends on its batch's.
-            heads = predictor.heads([*pictures, *pictures[:1] * (batch - len(pictures))])
-            clock.lap("network")
             records = [dataset.records[at] for at in places]
-            results = decoded(predictor, heads[: len(places)], pictures, records)
+            check_photos(records, pictures)
+            with memory_advice("lower --batch, or ask for fewer or smaller --sizes"):
+                # Always of one size: rounding of a network depends on its batch's.
+                heads = predictor.heads([*pictures, *pictures[:1] * (batch - len(pictures))])
+                predictor.wait()
+                clock.lap("network")
+                results = decoded(predictor, heads[: len(places)], pictures, records)
             clock.lap("decode")
             outcomes |= kept.result()
             advance(len(kept.result()))
@@ -152,6 +156,19 @@ def decoded(
         ) from None
 
 
+def check_photos(records: Sequence[PanopticRecord], photos: Sequence[Picture]) -> None:
+    """Raises InputError where a photo has another size than it is annotated with."""
+    for record, photo in zip(records, photos, strict=True):
+        found, wanted = photo.shape[:2], (record.height, record.width)
+        if found != wanted:
+            raise InputError(
+                f"sizes differ: photo {found}, JSON {wanted}",
+                where=record.photo,
+                remedy="evaluation never repairs a dataset: mend or remove the image",
+                code="size-mismatch",
+            )
+
+
 def score_row(
     record: PanopticRecord, row: Row, ids: NDArray[np.int32], things: frozenset[int]
 ) -> ImageScore:
@@ -159,7 +176,7 @@ def score_row(
     infos = row["segments_info"]
     return score_image(
         record.image_id,
-        read_ids(record.png),
+        read_ids(record.png, (record.height, record.width)),
         record.segments,
         ids,
         {info["id"]: info["category_id"] for info in infos},

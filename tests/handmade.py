@@ -11,7 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.image import encode_jpeg
+from pipeline.photo import encode_jpeg
 from pipeline.sample import Sample, Segment, encode_distance
 from pipeline.targets import IndexMap, compute_targets, index_dtype
 

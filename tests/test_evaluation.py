@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ import torch
 from conftest import Run
 
 from evaluate import slices
-from evaluate.evaluation import evaluate
+from evaluate.evaluation import evaluate, identity_of
 from evaluate.heads import Heads
 from evaluate.journal import Journal, read_journals
 from evaluate.predict import Predictor
@@ -143,8 +147,8 @@ def test_another_checkpoint_is_not_mixed_in(
     facts.write_text(facts.read_text() + "\n")
     out = tmp_path / "out"
     (out / "panoptic").mkdir(parents=True)
-    annotations = read_dataset(CocoLayout.of(tiny_root, "val")).digest
-    with Journal(out, {**Predictor(other, "cpu").identity, "annotations": annotations}):
+    dataset = read_dataset(CocoLayout.of(tiny_root, "val"))
+    with Journal(out, identity_of(Predictor(other, "cpu"), dataset)):
         pass
     code, _, err = run(
         *("evaluate", "--checkpoint", trained, "--coco", tiny_root, "--split", "val"),
@@ -154,6 +158,83 @@ def test_another_checkpoint_is_not_mixed_in(
     assert "another checkpoint" in err
     assert len(err.splitlines()) == 1
     assert not list((out / "panoptic").iterdir())
+
+
+def test_photos_of_another_folder_are_not_mixed_in(
+    predictor: Predictor, tiny_dataset: CocoPanoptic, tmp_path: Path
+) -> None:
+    with Journal(tmp_path, identity_of(predictor, tiny_dataset)):
+        pass
+    records = [replace(r, photo=tmp_path / r.file_name) for r in tiny_dataset.records]
+    with pytest.raises(InputError, match="another photos lies here"):
+        evaluate(predictor, replace(tiny_dataset, records=tuple(records)), tmp_path)
+
+
+def test_what_an_earlier_evaluation_left_goes_and_nothing_else(
+    predictor: Predictor, tiny_dataset: CocoPanoptic, tmp_path: Path
+) -> None:
+    evaluate(predictor, tiny_dataset, tmp_path, overlays=12)
+    mine = [tmp_path / "predictions_notes.jsonl", tmp_path / "panoptic" / "mine.png"]
+    for path in mine:
+        path.write_text("mine")
+    evaluate(predictor, tiny_dataset.head(3), tmp_path, overlays=2)
+    assert all(path.read_text() == "mine" for path in mine)
+    assert len(list((tmp_path / "panoptic").iterdir())) == 3 + 1
+    assert len(list((tmp_path / "overlays").iterdir())) == 2
+    assert json.loads((tmp_path / "scores.json").read_text())["images"] == 3
+
+
+def test_a_photo_of_another_size_is_the_datasets_fault(
+    predictor: Predictor, tiny_dataset: CocoPanoptic, tmp_path: Path
+) -> None:
+    first, *rest = tiny_dataset.records
+    wrong = (replace(first, height=first.height + 1), *rest)
+    with pytest.raises(InputError, match="sizes differ: photo") as caught:
+        evaluate(predictor, replace(tiny_dataset, records=wrong), tmp_path)
+    assert caught.value.where == str(first.photo)
+
+
+@pytest.mark.parametrize("area", ["123", -1, math.nan, 2.5, 10**400])
+def test_areas_that_are_none_are_refused(
+    predictor: Predictor, tiny_dataset: CocoPanoptic, tmp_path: Path, area: Any
+) -> None:
+    first, *rest = tiny_dataset.records
+    segments = (replace(first.segments[0], area=area), *first.segments[1:])
+    wrong = (replace(first, segments=segments), *rest)
+    with pytest.raises(InputError, match="is no number of pixels"):
+        evaluate(predictor, replace(tiny_dataset, records=wrong), tmp_path)
+
+
+def test_out_of_memory_says_what_to_lower(
+    predictor: Predictor, tiny_dataset: CocoPanoptic, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def greedy(_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(predictor, "heads", greedy)
+    with pytest.raises(InputError, match="lower --batch"):
+        evaluate(predictor, tiny_dataset, tmp_path)
+
+
+def test_a_journal_on_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: Any) -> None:
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with Journal(tmp_path, {}) as journal:
+        monkeypatch.setattr(journal, "_file", Full())
+        with pytest.raises(InputError, match="No space left"):
+            journal.note({"image_id": 1})
+
+
+def test_damaged_weights_are_not_evaluated(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(next((trained / "checkpoints").iterdir()), folder)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-400, os.SEEK_END)
+        file.write(bytes(100))
+    with pytest.raises(InputError, match="SHA-256"):
+        Predictor(folder, "cpu")
 
 
 def test_journals_of_all_processes_are_read(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run
-from PIL import Image
+from PIL import Image, ImageOps
 
 from evaluate.heads import Heads
 from evaluate.photos import read_picture
 from evaluate.predict import Predictor
 from evaluate.predicted import predict_pictures, unique_names
+from pipeline.draw import Picture
 from pipeline.errors import InputError
 from pipeline.ids import read_ids
 
@@ -91,6 +95,26 @@ def test_exif_turns_photos_but_not_annotated_ones(tmp_path: Path) -> None:
     assert read_picture(path, upright=False).shape == (64, 48, 3)
 
 
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_that_of_pillow(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path / "a.png", Image.fromarray(GRAY), exif=exif)
+    with Image.open(path) as image:
+        wanted = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert np.array_equal(read_picture(path), wanted)
+
+
+def test_an_odd_exif_tag_is_no_damage(tmp_path: Path) -> None:
+    turned = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
+    text = struct.pack(">HHII", 291, 2, 6, 38)  # where a number should be
+    exif = b"MM\0*" + struct.pack(">IH", 8, 2) + turned + text + bytes(4) + b"hello\0"
+    path = saved(tmp_path / "a.jpg", Image.fromarray(GRAY), exif=b"Exif\0\0" + exif)
+    with Image.open(path) as image, pytest.raises(struct.error):
+        ImageOps.exif_transpose(image)
+    assert read_picture(path).shape == (64, 48, 3)
+
+
 def test_unreadable_pictures_are_said(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("hello")
     (tmp_path / "empty.jpg").touch()
@@ -139,6 +163,57 @@ def test_a_network_that_says_nan_names_the_picture(
 
 def test_names_are_unique() -> None:
     assert unique_names(["a", "a_2", "a", "a", "b"]) == ["a", "a_2", "a_3", "a_4", "b"]
+    long = unique_names(["x" * 250, "x" * 251, "\N{SNOWMAN}" * 80])
+    assert len(set(long)) == 3
+    assert all(len(os.fsencode(name)) < 220 for name in long)
+
+
+def test_a_picture_with_a_long_name_costs_nothing(run: Run, trained: Path, tmp_path: Path) -> None:
+    for name in ("a" * 250, "b"):
+        saved(tmp_path / f"{name}.png", Image.fromarray(GRAY))
+    code, out, _ = run(
+        "predict", tmp_path, "--checkpoint", trained, "--out", tmp_path / "o", "--json"
+    )
+    assert (code, json.loads(out)["pictures"]) == (0, 2)
+
+
+def test_stopped_it_leaves_the_json_of_what_is_done(
+    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [saved(tmp_path / f"{name}.png", Image.fromarray(GRAY)) for name in "abc"]
+    run_network, runs = predictor.heads, 0
+
+    def stopped(photos: Sequence[Picture]) -> list[Heads]:
+        nonlocal runs
+        runs += 1
+        if runs == 3:
+            raise KeyboardInterrupt
+        return run_network(photos)
+
+    monkeypatch.setattr(predictor, "heads", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        predict_pictures(predictor, paths, tmp_path / "out")
+    rows = json.loads((tmp_path / "out" / "panoptic.json").read_text())["annotations"]
+    assert [row["file_name"] for row in rows] == ["a.png", "b.png"]
+
+
+def test_bf16_predicts_nearly_the_same(trained: Path) -> None:
+    exact, fast = Predictor(trained, "cpu"), Predictor(trained, "cpu", precision="bf16")
+    assert exact.identity != fast.identity
+    photo = np.repeat(GRAY[..., None], 3, axis=2)
+    one, other = (predictor.heads([photo])[0] for predictor in (exact, fast))
+    assert one.semantic.dtype == other.semantic.dtype == torch.float32
+    assert not torch.equal(one.semantic, other.semantic)
+    assert (one.semantic - other.semantic).abs().max() < 0.1 * one.semantic.abs().max()
+
+
+def test_a_callers_autocast_does_not_reach_the_decoder(predictor: Predictor) -> None:
+    photo = np.repeat(GRAY[..., None], 3, axis=2)
+    heads = predictor.heads([photo])
+    wanted = predictor.decode(heads, [(48, 64)])[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = predictor.decode(heads, [(48, 64)])[0]
+    assert np.array_equal(found.ids, wanted.ids)
 
 
 @pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:77"])
@@ -245,5 +320,5 @@ def test_other_categories_are_refused(run: Run, trained: Path, root: Path, tmp_p
         *("--out", tmp_path / "out", "--json"),
     )
     assert (code, out) == (1, "")
-    assert "categories differ" in err
+    assert "categories differ: none in the model, 900 new (thing) in the annotations" in err
     assert not (tmp_path / "out").exists()
