@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from evaluate.assign import assign
+from evaluate.confidence import confidences
 from evaluate.instances import DecodeConfig, find_instances, measure_noise, stride_of
 from evaluate.pixels import NotFiniteError, Pixels
 from evaluate.rescue import rescue
@@ -148,7 +150,12 @@ def decode_pixels(
             map_.view(some.shape).int().cpu().numpy() for map_ in (member, some.labels)
         )
         rescue(some, found, members=members, labels=labels, noise=noises, config=config)
-        for image, owner, label in zip(images, members, labels, strict=True):
-            painting = paint(owner, label, some.things, min_instance_area=config.min_instance_area)
-            maps[image] = number(painting, sizes[image], min_stuff_area=config.min_stuff_area)
+        paintings = [
+            paint(owner, label, some.things, min_instance_area=config.min_instance_area)
+            for owner, label in zip(members, labels, strict=True)
+        ]
+        for image, one, scores in zip(images, paintings, confidences(some, paintings), strict=True):
+            maps[image] = number(
+                replace(one, scores=scores), sizes[image], min_stuff_area=config.min_stuff_area
+            )
     return [maps[image] for image in range(len(sizes))]

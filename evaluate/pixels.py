@@ -47,6 +47,7 @@ class Pixels:
         spans: Which of `inside` each image has.
         shape: (B, h, w).
         things: (C,) whether a category is a thing, on the processor.
+        logits: B times (C, h w), as given.
     """
 
     codes: Tensor
@@ -57,6 +58,7 @@ class Pixels:
     spans: tuple[slice, ...]
     shape: tuple[int, int, int]
     things: NDArray[np.bool_]
+    logits: tuple[Tensor, ...]
 
     @classmethod
     def of(
@@ -73,7 +75,8 @@ class Pixels:
             NotFiniteError: Those of an image hold NaN or infinite values.
         """
         images, (height, width) = len(instance), instance[0].shape[-2:]
-        scores = [packed_argmax(logits.flatten(1).float()) for logits in semantic]
+        logits = tuple(each.flatten(1) for each in semantic)
+        scores = [packed_argmax(each.float()) for each in logits]
         codes = [to_positional(code.flatten(1).float(), encoding) for code in instance]
         best, labels, code = (
             parts[0] if images == 1 else torch.cat(parts, dim=-1)
@@ -87,7 +90,7 @@ class Pixels:
         inside = places(thing)
         spans = spans_of(inside, images, height * width)
         shape, things = (images, height, width), isthing.cpu().numpy()
-        return cls(code, labels, thing, strength, inside, spans, shape, things)
+        return cls(code, labels, thing, strength, inside, spans, shape, things, logits)
 
     @property
     def area(self) -> int:
@@ -108,8 +111,10 @@ class Pixels:
             inside.append(self.inside[self.spans[old]] + (new - old) * self.area)
             spans.append(slice(end, end := end + len(inside[-1])))
         shape = (len(images), *self.shape[1:])
+        logits = tuple(self.logits[image] for image in images)
+        inside_ = torch.cat(inside)
         return Pixels(
-            codes, labels, thing, strength, torch.cat(inside), tuple(spans), shape, self.things
+            codes, labels, thing, strength, inside_, tuple(spans), shape, self.things, logits
         )
 
 

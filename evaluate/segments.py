@@ -25,7 +25,7 @@ class DecodedSegment:
         id: Positive, unique in its map.
         label: Contiguous category label.
         isthing: Whether it is an instance.
-        score: Share of its pixels whose semantic label agrees, in [0, 1].
+        score: How sure the network is of an instance, in [0, 1], see `confidence.py`; 1 for stuff.
         area: Native pixels.
     """
 
@@ -56,7 +56,8 @@ class Painting:
     Attributes:
         values: (h, w) int32: 0 = void, v = row v - 1 of the tables below.
         labels: (R,) contiguous category of each row: all C categories as stuff, then instances.
-        scores: (R,) share of pixels whose semantic label agrees.
+        scores: (R,) how sure it is: of instances the share of pixels whose semantic label agrees,
+            or `confidence.confidences`; 1 for stuff.
         categories: C.
     """
 

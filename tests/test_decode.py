@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import elsewhere
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evaluate.cells import nearest_cells, neighbour_distance, off_grid, packed_argmax
+from evaluate.confidence import SAMPLES, sample
 from evaluate.decode import DecodeConfig, PanopticMap, decode, together
 from evaluate.peaks import Instances, Rules, choose, find_candidates
 from evaluate.pixels import Pixels, places, to_positional
@@ -559,6 +562,15 @@ def test_a_picture_of_48_megapixels(noise: float) -> None:
         assert thing.area == pytest.approx((index == 1).mean() * result.ids.size, rel=0.02)
 
 
+def assert_same(one: PanopticMap, other: PanopticMap) -> None:
+    """But for the rounding of scores."""
+    assert np.array_equal(one.ids, other.ids)
+    first, second = ([replace(s, score=0.0) for s in map_.segments] for map_ in (one, other))
+    assert first == second
+    scores = [[segment.score for segment in map_.segments] for map_ in (one, other)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+
 def scenes() -> list[tuple[Tensor, Tensor]]:
     """Heads that take every way through the decoder: clean, noisy, faint, nothing, two sizes."""
     found = []
@@ -600,8 +612,7 @@ def test_a_batch_decodes_as_its_images_do(monkeypatch: pytest.MonkeyPatch) -> No
     found = decode_scenes(pairs)
     for one, other in zip(found, alone, strict=True):
         check(one)
-        assert np.array_equal(one.ids, other.ids)
-        assert one.segments == other.segments
+        assert_same(one, other)
     assert [sum(s.isthing for s in one.segments) for one in found] == [3, 3, 0, 2, 3, 3, 3]
 
 
@@ -618,8 +629,7 @@ def test_another_device_decodes_as_the_processor_does() -> None:
         decode_scenes(away * 3)
         assert device.waits == twice > 0
     for one, other in zip(here, there, strict=True):
-        assert np.array_equal(one.ids, other.ids)
-        assert one.segments == other.segments
+        assert_same(one, other)
 
 
 def test_what_is_decoded_together_is_of_one_size_and_not_too_much() -> None:
@@ -715,8 +725,39 @@ def test_threads_change_nothing() -> None:
     finally:
         torch.set_num_threads(before)
     for one, other in zip(*found, strict=True):
-        assert np.array_equal(one.ids, other.ids)
-        assert one.segments == other.segments
+        assert_same(one, other)
+
+
+# Confidence.
+
+
+def test_confidence_is_probability_times_length() -> None:
+    index = np.zeros((60, 80), np.int64)
+    disc(index, 1, 20, 20, 12)
+    disc(index, 2, 55, 30, 15)
+    code, logits = heads(index, [0, 1])
+    code[:, torch.from_numpy(index == 2)] *= 0.8
+    logits[:, torch.from_numpy(index == 1)] /= 4  # 2 for its category, 0 for three others
+    result = decode(code[None], logits[None], encoding=CODE, isthing=ISTHING, sizes=[(60, 80)])[0]
+    assert_recovers(result, index, [0, 1])
+    first, second, stuff = (
+        next(s.score for s in result.segments if s.label == label) for label in (0, 1, 2)
+    )
+    assert stuff == 1
+    assert first == pytest.approx(np.exp(2) / (np.exp(2) + 3), abs=1e-4)
+    assert second == pytest.approx(0.8 * np.exp(8) / (np.exp(8) + 3), abs=1e-4)
+
+
+def test_samples_are_some_of_each_instance() -> None:
+    values = np.random.default_rng(0).integers(0, 9, (41, 30)).repeat(3, 0).repeat(3, 1)
+    places, rows = sample(values.astype(np.int32), 4)
+    assert (values.ravel()[places] == rows + 1).all()
+    assert len(set(places.tolist())) == len(places)
+    assert np.unique(rows).tolist() == [4, 5, 6, 7]
+    assert all(SAMPLES <= count < 2 * SAMPLES for count in np.bincount(rows)[4:])
+    for row in (4, 7):  # from top to bottom
+        y = places[rows == row] // values.shape[1]
+        assert y.max() - y.min() > values.shape[0] * 0.8
 
 
 def test_no_image_no_map() -> None:
