@@ -21,8 +21,8 @@ from pipeline.coco import Category, CocoPanoptic
 from pipeline.progress import progress
 from train.encoding import PositionalCode, grid_cells
 
-TOGETHER = 1 << 21
-"""Pixels of the network's output that are decoded at once, at most: 11 images of 420 x 420."""
+BATCH, LARGEST = 8, 1 << 21
+"""Images that are decoded at once, and pixels of the network's output that these may have."""
 
 Decoder = Callable[[Tensor, Tensor, Tensor, tuple[int, int]], PanopticMap]
 """Of (4L, h, w) codes, (C, h, w) logits, (C,) bool things and native (H, W)."""
@@ -116,7 +116,7 @@ def compare_decoders(
     )
     with progress(f"noise {noise:g}", count, "images") as advance:
         encoding.start()
-        while batch := list(islice(images, max(1, TOGETHER // size**2))):
+        while batch := list(islice(images, max(1, min(BATCH, LARGEST // size**2)))):
             encoding.lap("encode")
             codes, logits = [image.code for image in batch], [image.logits for image in batch]
             sizes = [(image.ids.shape[0], image.ids.shape[1]) for image in batch]
