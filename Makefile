@@ -47,14 +47,14 @@ ifeq ($(COCO),)
 	@echo "Truth beside prediction: $(DEMO)/evaluate/val/comparison.png"
 	@echo "The report:              $(DEMO)/evaluate/val/report.html"
 else
-	$(BIN)/panoptic preprocess --coco "$(COCO)" --split "$(SPLIT)" --out $(DEMO)/$(SPLIT)/cache \
+	$(BIN)/panoptic preprocess --coco "$(COCO)" --split "$(SPLIT)" --out "$(DEMO)/$(SPLIT)/cache" \
 	    --fit squash --size 96 --workers 2
 	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
 	    --dynamo_backend no -m train configs/demo_coco.toml \
-	    --set out=$(DEMO)/$(SPLIT)/train --set data.cache=$(DEMO)/$(SPLIT)/cache --resume
+	    --set "out=$(DEMO)/$(SPLIT)/train" --set "data.cache=$(DEMO)/$(SPLIT)/cache" --resume
 	@echo "PQ on photos it trained on:"
-	$(BIN)/panoptic evaluate --checkpoint $(DEMO)/$(SPLIT)/train --coco "$(COCO)" --split "$(SPLIT)" \
-	    --limit 200 --out $(DEMO)/$(SPLIT)/evaluate
+	$(BIN)/panoptic evaluate --checkpoint "$(DEMO)/$(SPLIT)/train" --coco "$(COCO)" --split "$(SPLIT)" \
+	    --limit 200 --out "$(DEMO)/$(SPLIT)/evaluate"
 	@echo "Truth beside prediction: $(DEMO)/$(SPLIT)/evaluate/comparison.png"
 	@echo "The report:              $(DEMO)/$(SPLIT)/evaluate/report.html"
 endif

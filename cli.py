@@ -45,6 +45,7 @@ Device = Annotated[str | None, typer.Option(help="Such as cuda; by default a GPU
 SemanticNoise = Annotated[
     float, typer.Option(min=0, help="Level of corruption of the semantic logits, 0 to 3.")
 ]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")]
 PrecisionOption = Annotated[
     Literal["fp32", "bf16"],
     typer.Option("--precision", help="Of the network; bf16 is several times as fast on a GPU."),
@@ -125,9 +126,18 @@ def preprocess(
     dataset = read_dataset(layout)
     if dry_run:
         outlook = look(
-            dataset, config, workers=workers, max_bad=max_bad, split=name, storage=Storage(out)
+            dataset,
+            config,
+            workers=workers,
+            max_bad=max_bad,
+            split=name,
+            storage=Storage(out),
+            retry=retry,
         )
         _show(outlook, as_json)
+        if outlook["too_many"]:
+            log.error("%s: more images would be left out than --max-bad allows", out)
+            raise typer.Exit(3)
         return
     result = render(
         dataset,
@@ -142,11 +152,7 @@ def preprocess(
     )
     _show(result.to_json(), as_json)
     if result.too_many:
-        log.error(
-            "%s: more images left out than --max-bad allows, see quarantine.jsonl (mend them and"
-            " run again with --retry)",
-            out,
-        )
+        log.error("%s: more images left out than --max-bad allows, see quarantine.jsonl", out)
         raise typer.Exit(3)
 
 
@@ -165,8 +171,7 @@ def verify(
         _print_json(report.to_json())
     else:
         for problem in report.problems:
-            place = f"{problem.shard} {problem.sample}" if problem.sample else problem.shard
-            print(f"{place}: {problem.problem}")
+            print(problem)
         sound = "sound" if deep else "sound by names and sizes, --deep reads the bytes"
         state = sound if report.ok else f"{len(report.problems)} problems"
         print(f"{report.shards} shards, {report.samples} samples: {state}")
@@ -214,6 +219,7 @@ def ceiling(
     noise: Annotated[float, typer.Option(min=0, help="Level of corruption, 0 to 3.")] = 0.0,
     semantic_noise: SemanticNoise = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the corruption.")] = 0,
+    limit: Limit = None,
     as_json: Json = False,
 ) -> None:
     """Score the ground truth, encoded, corrupted and decoded: the best a network could reach."""
@@ -221,7 +227,7 @@ def ceiling(
     from pipeline.coco import read_dataset
 
     layout, _ = _layout(coco, split, images, panoptic_json, panoptic_dir)
-    dataset = read_dataset(layout)
+    dataset = read_dataset(layout).head(limit)
     result = measure(dataset, size=size, noise=noise, semantic_noise=semantic_noise, seed=seed)
     _show_scores(result.pq, dataset.categories, result.to_json(), as_json, by_category=False)
 
@@ -236,7 +242,7 @@ def evaluate(
     panoptic_json: Annotations = None,
     panoptic_dir: Pngs = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 8,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
+    limit: Limit = None,
     overlays: Annotated[int, typer.Option(min=0, help="Images to draw.")] = 16,
     flip: Flip = False,
     sizes: Sizes = None,
@@ -534,7 +540,7 @@ def _show(values: dict[str, Any], as_json: bool) -> None:
         _print_json(values)
     else:
         rows = [
-            (name, f"{value:,}" if isinstance(value, int) else str(value))
+            (name, f"{value:,}" if isinstance(value, int) and value is not True else str(value))
             for name, value in values.items()
         ]
         _print_table(("", ""), rows, left=2)
@@ -604,9 +610,8 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except OSError as error:  # no rights, no such place, a disk that fails
-        if error.filename is None:
-            raise
-        log.error("%s: %s", error.filename, error.strerror)
+        what = error.strerror or str(error) or type(error).__name__
+        log.error("%s: %s", error.filename, what) if error.filename else log.error("%s", what)
         raise SystemExit(1) from None
 
 

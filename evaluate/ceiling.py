@@ -114,7 +114,7 @@ def compare_decoders(
     images = corrupted_images(
         dataset, size=size, noise=noise, semantic_noise=semantic_noise, seed=seed
     )
-    with progress(f"noise {noise:g}", count, "images") as advance:
+    with progress(f"noise {noise:g} and {semantic_noise:g}", count, "images") as advance:
         encoding.start()
         while batch := list(islice(images, max(1, min(BATCH, LARGEST // size**2)))):
             encoding.lap("encode")

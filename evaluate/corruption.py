@@ -135,8 +135,8 @@ def corrupt_logits(logits: Tensor, level: float, generator: torch.Generator) -> 
     As `corrupt`: a Gaussian blur of sigma `level` pixels, which rounds corners and loses what is
     thin; plus smooth noise, which moves borders and, where it exceeds the true category's lead,
     flips whole regions; plus white noise. Each category has its own noise, and it grows with the
-    root of the level, for categories flip from some amplitude on. On COCO photos at 420 px, levels
-    1 to 3 leave a mean IoU of 95, 75 and 54 percent.
+    root of the level, for categories flip from some amplitude on. On 16 COCO photos at 420 px,
+    levels 1 to 3 leave a mean IoU of 94, 70 and 49 percent.
 
     Args:
         logits: (C, h, w) float32, see `perfect_heads`.

@@ -66,7 +66,7 @@ def run_tasks(
             # One task a thread. More would lie waiting on the workers, take memory, and share the
             # blame when a worker dies, and they would win milliseconds in a task of seconds. The
             # threads are counted anew, for workers come and go.
-            free = max(1, sum(client.nthreads().values())) - len(names)
+            free = max(1, _threads(client) or 0) - len(names)
             for shard in itertools.islice(waiting, max(0, free)):
                 key = f"{shard.name}-{run}"
                 names[key] = shard.name
@@ -94,18 +94,19 @@ def _completed(futures: as_completed, client: Client) -> Iterator[Future]:
         if now - looked < LOOK_SECONDS:
             continue
         looked = now
-        if _has_workers(client):
+        if _threads(client) != 0:
             seen, told = now, False
         elif now - seen > DESERTED_SECONDS and not told:
             log.warning("all Dask workers are gone: waiting for new ones (start dask worker)")
             told = True
 
 
-def _has_workers(client: Client) -> bool:
+def _threads(client: Client) -> int | None:
+    """Those of all workers; None where the scheduler is gone, which its futures will tell."""
     try:
-        return client.status != "running" or bool(client.nthreads())
-    except (OSError, TimeoutError):  # the scheduler is gone: its futures will say so
-        return True
+        return sum(client.nthreads().values()) if client.status == "running" else None
+    except (OSError, TimeoutError):
+        return None
 
 
 def _result(future: Future, name: str, scheduler: str | None) -> Any:
@@ -115,7 +116,7 @@ def _result(future: Future, name: str, scheduler: str | None) -> Any:
         raise InputError(
             f"its worker died {error.allowed_failures + 1} times, most likely out of memory",
             where=f"shard {name}",
-            remedy="give fewer --workers or smaller shards by --samples-per-shard, and go on",
+            remedy="go on with fewer --workers, or in another folder with --samples-per-shard 64",
             code="worker-killed",
         ) from None
     except ImportError as error:

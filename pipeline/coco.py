@@ -188,7 +188,7 @@ def read_dataset(layout: CocoLayout) -> CocoPanoptic:
         raise InputError(
             f"cannot read: {error.strerror}", where=error.filename or source, code="unreadable"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(
             f"not a COCO panoptic annotation file: {type(error).__name__} {error}",
             where=source,
@@ -210,11 +210,11 @@ def _parse(source: Path) -> dict[str, Any]:
 
 
 def _segment_or_row(row: dict[str, Any]) -> dict[str, Any] | SegmentInfo:
-    if "category_id" not in row:
+    if "category_id" not in row or "file_name" in row:
         return row
     try:
         return _segment(row)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):  # JSON may hold Infinity
         return row  # the image it belongs to will be named
 
 
@@ -299,7 +299,7 @@ def _join(
         except InputError as error:
             file = str(image.get("file_name", ""))
             rejections.append(Rejection.of(image["id"], file, error))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             file = str(image.get("file_name", ""))
             message = f"malformed annotation: {type(error).__name__} {error}"
             rejections.append(Rejection(image["id"], file, "annotation-malformed", message))

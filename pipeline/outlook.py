@@ -17,9 +17,10 @@ from pipeline.errors import InputError
 from pipeline.image import check_files, render_image
 from pipeline.plan import allowed, is_claimed, make_plan
 from pipeline.progress import progress
-from pipeline.render import finished_shards
+from pipeline.render import finished_shards, left_out
 from pipeline.shards import pack_shard
 from pipeline.storage import Storage
+from pipeline.task import FinishedShard
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ def dry_run(
     max_bad: float,
     split: str = "",
     storage: Storage | None = None,
+    retry: bool = False,
     tried: int = 8,
 ) -> dict[str, Any]:
     """What rendering would do, found without decoding more than a few images.
@@ -49,6 +51,7 @@ def dry_run(
         max_bad: See `render`.
         split: Its name.
         storage: The cache's folder, if it is to be looked at: nothing is written.
+        retry: See `render`.
         tried: Images that are rendered, in memory, to tell bytes and time.
 
     Returns:
@@ -59,12 +62,16 @@ def dry_run(
     Raises:
         InputError: The folder was begun with other settings.
     """
-    plan = make_plan(dataset, split, config)
-    done: set[str] = set()
-    if storage is not None and is_claimed(storage, plan):
-        done = set(finished_shards(storage, plan))
     records = dataset.records
-    found = [*dataset.rejections, *find_damage(records)]
+    images = len(records) + len(dataset.rejections)
+    plan, limit = make_plan(dataset, split, config), allowed(max_bad, images)
+    done: dict[str, FinishedShard] = {}
+    if storage is not None:
+        is_claimed(storage, plan)  # else it raises
+        done = finished_shards(storage, plan, retry=retry)
+    found = list(left_out(plan, list(done.values())))
+    known = {rejection.image_id for rejection in found}
+    found += [one for one in find_damage(records) if one.image_id not in known]
     for rejection in found[:SHOWN]:
         log.warning("left out: %s, image %s", rejection.message, rejection.image_id)
     if found[SHOWN:]:
@@ -74,7 +81,6 @@ def dry_run(
     good = [record for record in records if record.image_id not in bad]
     sizes, seconds = _try(good[:: max(1, len(good) // tried)][:tried], dataset, config)
     left = sum(len(shard.records) for shard in plan.shards if shard.name not in done)
-    images = len(records) + len(dataset.rejections)
     total = sum(sizes) * len(good) // max(1, len(sizes))
     free = free_bytes(storage) if storage is not None else None
     missing = total * left // max(1, len(records))
@@ -84,7 +90,7 @@ def dry_run(
     return {
         "images": images,
         "quarantined": len(found),
-        "too_many": len(found) > allowed(max_bad, images),
+        "too_many": len(found) > limit,
         "shards": len(plan.shards),
         "done": len(done),
         "bytes": total,

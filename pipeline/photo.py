@@ -21,36 +21,36 @@ _JPEG_SIGNATURE = b"\xff\xd8"
 
 
 def resize_photo(photo: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Resizes (H, W, 3) to another (height, width): by area where it shrinks, else bilinear.
+    """Resizes (H, W, 3) to another (height, width): a side that shrinks by area, else bilinear.
 
     Rendering, training and prediction all do it here, so that a network sees the same picture.
     """
-    if photo.shape[:2] == size:
-        return photo
-    height, width = size
-    smaller = height * width < photo.shape[0] * photo.shape[1]
-    mode = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(photo, (width, height), interpolation=mode), np.uint8)
+    # Apart, for OpenCV averages by area only where no side grows, and else skips pixels.
+    smaller = min(size[0], photo.shape[0]), min(size[1], photo.shape[1])
+    for (height, width), mode in ((smaller, cv2.INTER_AREA), (size, cv2.INTER_LINEAR)):
+        if photo.shape[:2] != (height, width):
+            resized = cv2.resize(photo, (width, height), interpolation=mode)
+            photo = np.asarray(resized, np.uint8)
+    return photo
 
 
 @dataclass(frozen=True, slots=True)
 class Photo:
-    """A photo.
+    """A photo, as its file's bytes, as pixels, or both.
 
     Attributes:
-        data: JPEG bytes; of a colour JPEG, the file's own.
-        size: (height, width).
-        rgb: (H, W, 3) uint8, where the settings ask for another size.
+        data: Those of a colour JPEG, which may be kept.
+        rgb: (H, W, 3) uint8, of any other, and where the settings ask for another size.
     """
 
-    data: bytes
-    size: tuple[int, int]
-    rgb: NDArray[np.uint8] | None = None
+    data: bytes | None
+    rgb: NDArray[np.uint8] | None
 
     def resized(self, size: tuple[int, int], quality: int) -> bytes:
-        """JPEG bytes at another size; the file's own where the size stays."""
-        if size == self.size or self.rgb is None:
+        """JPEG bytes at a size (height, width); the file's own where that is its own."""
+        if self.data is not None and (self.rgb is None or self.rgb.shape[:2] == size):
             return self.data
+        assert self.rgb is not None
         return encode_jpeg(resize_photo(self.rgb, size), quality)
 
 
@@ -64,7 +64,7 @@ def encode_jpeg(rgb: NDArray[np.uint8], quality: int) -> bytes:
 
 
 def read_photo(record: PanopticRecord, repairs: Counter[str], config: RenderConfig) -> Photo:
-    """Reads a JPEG or PNG strictly; converts PNG, grayscale and CMYK.
+    """Reads a JPEG or PNG strictly; makes RGB of PNG, grayscale and CMYK.
 
     Raises:
         InputError: Missing, damaged, of another kind, or of another size than annotated.
@@ -84,9 +84,8 @@ def read_photo(record: PanopticRecord, repairs: Counter[str], config: RenderConf
             check_jpeg(data)
     except ValueError as error:
         raise _damaged(record, error) from None
-    if rgb is not None and colours in {"PNG", "CMYK", "YCCK", "Gray"}:
-        data = encode_jpeg(rgb, config.jpeg_quality)
-    return Photo(data, (record.height, record.width), rgb)
+    own = colours not in {"PNG", "CMYK", "YCCK", "Gray"}
+    return Photo(data if own else None, rgb)
 
 
 def check_photo(record: PanopticRecord) -> None:

@@ -49,7 +49,15 @@ class Plan:
 
 
 def make_plan(dataset: CocoPanoptic, split: str, config: RenderConfig) -> Plan:
-    """Cuts the images, in a fixed permutation of their sorted keys, into shards."""
+    """Cuts the images, in a fixed permutation of their sorted keys, into shards.
+
+    Raises:
+        InputError: The split's name is none that shards could bear.
+    """
+    if split.startswith(".") or "/" in split:
+        raise InputError(
+            "shards are named after the split: no / and no leading dot", where=f"--split {split}"
+        )
     order = np.random.default_rng(config.seed).permutation(len(dataset.records))
     records = [dataset.records[position] for position in order]
     step = config.samples_per_shard
@@ -82,16 +90,21 @@ def claim(storage: Storage, plan: Plan) -> None:
         storage.write(PLAN_NAME, encode_plan(plan.fingerprint, settings))
 
 
-def claimed_by(storage: Storage) -> str | None:
-    """The fingerprint of the plan that a folder was begun with; None where there is none."""
+def claimed_by(storage: Storage, file: str = PLAN_NAME) -> str | None:
+    """The fingerprint of the plan that a folder or a shard is of; None where nothing says so.
+
+    Args:
+        storage: The folder.
+        file: The plan, or a shard's sidecar.
+    """
     try:
-        return str(json.loads(storage.read(PLAN_NAME))["fingerprint"])
+        return str(json.loads(storage.read(file))["fingerprint"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
 def is_claimed(storage: Storage, plan: Plan) -> bool:
-    """Whether a folder was begun with this plan already.
+    """Whether a folder was begun with this plan already; where its file is lost, it was not.
 
     Raises:
         InputError: It was begun with another one, or holds something else.
@@ -119,6 +132,7 @@ def is_claimed(storage: Storage, plan: Plan) -> bool:
         what = "holds tars but no plan"
     except (ValueError, KeyError, TypeError, AttributeError):
         what = "plan damaged"
-    if any(name.endswith(".tar") for name in storage.sizes()):
+    names = [name for name in storage.sizes() if name.endswith(".tar")]
+    if any(claimed_by(storage, name[:-3] + "json") != plan.fingerprint for name in names):
         raise InputError(what, where=storage.path(PLAN_NAME), remedy="use another folder")
     return False

@@ -129,7 +129,7 @@ def render(
         index = make_index(plan, dataset.categories, shards, len(rejections), quarantine)
         storage.write(QUARANTINE_NAME, quarantine)
         storage.write(INDEX_NAME, encode_index(index))
-    _report(shards, rejections)
+    _report(plan, shards)
     return RenderResult(
         images=images,
         written=index.samples,
@@ -240,14 +240,16 @@ def _check_strictly(shards: Iterable[FinishedShard]) -> None:
             raise InputError(f"{code} in {count} places", where=shard.entry.name, code="strict")
 
 
-def _report(shards: Sequence[FinishedShard], rejections: Sequence[Rejection]) -> None:
+def _report(plan: Plan, shards: Sequence[FinishedShard]) -> None:
     repairs: Counter[str] = Counter()
     for shard in shards:
         repairs.update(shard.repairs)
     for code, count in sorted(repairs.items()):
         if count:
             log.warning("mended: %s, %d times", code, count)
-    for code, count in sorted(Counter(r.code for r in rejections).items()):
+    for code, count in sorted(Counter(r.code for r in left_out(plan, shards)).items()):
         log.warning("left out: %s, %d images, see %s", code, count, QUARANTINE_NAME)
-    if rejections:
-        log.info("what is mended comes in with --retry")
+    if any(shard.rejections for shard in shards):
+        log.info("pictures that are mended come in with --retry")
+    if plan.rejections:
+        log.info("files that were missing and annotations, once mended, need a new cache")

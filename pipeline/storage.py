@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import uuid
@@ -55,7 +56,10 @@ class Storage:
         try:
             filesystem, path = fsspec.core.url_to_fs(self.url)
         except (ValueError, ImportError) as error:
-            raise InputError(f"no such kind of URL: {error}", where=self.url) from None
+            what = (
+                "a package is missing" if isinstance(error, ImportError) else "no such kind of URL"
+            )
+            raise InputError(f"{what}: {error}", where=self.url) from None
         return filesystem, path.rstrip("/")
 
     def create(self) -> None:
@@ -64,7 +68,8 @@ class Storage:
         if folder is None:
             filesystem, path = self._remote()
             try:
-                filesystem.makedirs(path, exist_ok=True)
+                with _said(self.url):
+                    filesystem.makedirs(path, exist_ok=True)
             except OSError as error:
                 raise cannot_write(error, self.url) from None
             return
@@ -103,9 +108,10 @@ class Storage:
     def _put(self, name: str, data: bytes) -> None:
         filesystem, path = self._remote()
         try:
-            filesystem.pipe_file(f"{path}/{name}", data)
-            filesystem.invalidate_cache()
-            size = filesystem.size(f"{path}/{name}")
+            with _said(self.path(name)):
+                filesystem.pipe_file(f"{path}/{name}", data)
+                filesystem.invalidate_cache()
+                size = filesystem.size(f"{path}/{name}")
         except OSError as error:
             raise cannot_write(error, self.path(name)) from None
         if size != len(data):
@@ -117,7 +123,8 @@ class Storage:
         if folder is not None:
             return (folder / name).read_bytes()
         filesystem, path = self._remote()
-        return bytes(filesystem.cat_file(f"{path}/{name}"))
+        with _said(self.path(name)):
+            return bytes(filesystem.cat_file(f"{path}/{name}"))
 
     def sizes(self) -> dict[str, int]:
         """The size of every file here, by name, without temporary files."""
@@ -133,21 +140,23 @@ class Storage:
                     if not entry.name.startswith(_TEMPORARY) and entry.is_file()
                 }
         else:
-            filesystem, path = self._remote()
-            filesystem.invalidate_cache()
-            if not filesystem.exists(path):
-                return {}
-            files = [row for row in filesystem.ls(path, detail=True) if row["type"] == "file"]
-            unknown = [row["name"] for row in files if row["size"] is None]  # over HTTP
-            told = dict(zip(unknown, filesystem.sizes(unknown), strict=True)) if unknown else {}
-            found = {
-                row["name"].rsplit("/", 1)[-1]: told.get(row["name"], row["size"]) for row in files
-            }
+            with _said(self.url):
+                found = self._remote_sizes()
         return {
             name: size
             for name, size in found.items()
             if not name.startswith(_TEMPORARY) and name != _LOCK
         }
+
+    def _remote_sizes(self) -> dict[str, int]:
+        filesystem, path = self._remote()
+        filesystem.invalidate_cache()
+        if not filesystem.exists(path):
+            return {}
+        files = [row for row in filesystem.ls(path, detail=True) if row["type"] == "file"]
+        unknown = [row["name"] for row in files if row["size"] is None]  # over HTTP
+        told = dict(zip(unknown, filesystem.sizes(unknown), strict=True)) if unknown else {}
+        return {row["name"].rsplit("/", 1)[-1]: told.get(row["name"], row["size"]) for row in files}
 
     def remove(self, name: str) -> None:
         """Removes a file if it is there; InputError where that is not possible."""
@@ -159,8 +168,12 @@ class Storage:
                 raise cannot_write(error, folder / name) from None
             return
         filesystem, path = self._remote()
-        if filesystem.exists(f"{path}/{name}"):
-            filesystem.rm_file(f"{path}/{name}")
+        try:
+            with _said(self.path(name)):
+                if filesystem.exists(f"{path}/{name}"):
+                    filesystem.rm_file(f"{path}/{name}")
+        except OSError as error:
+            raise cannot_write(error, self.path(name)) from None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -200,6 +213,21 @@ class Storage:
             finally:
                 _sweep(folder)
                 path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _said(where: str) -> Iterator[None]:
+    """Makes an OSError with a place of whatever a library behind fsspec raises.
+
+    HTTP's, for one, raises errors of its own for a server that refuses or cuts an answer short.
+    """
+    try:
+        yield
+    except (FileNotFoundError, InputError):
+        raise
+    except Exception as error:
+        what = getattr(error, "strerror", None) or f"{type(error).__name__} {error}".rstrip()
+        raise OSError(errno.EIO, what, where) from error
 
 
 def _flock(lock: IO[str], folder: Path) -> None:

@@ -105,7 +105,12 @@ def verify(storage: Storage, *, deep: bool = False, threads: int | None = None) 
         deep: Read the tars too: hash each one, decode every sample and compute its targets anew.
         threads: Shards under check at a time, each of them whole in memory; by default a thread
             for each core.
+
+    Raises:
+        InputError: There is no such folder.
     """
+    if storage.local is not None and not storage.local.is_dir():
+        raise InputError("no such folder", where=storage.url, remedy="give a cache's folder")
     sizes = storage.sizes()
     problems: list[Problem] = []
     index: ShardIndex | None = None

@@ -22,6 +22,7 @@ from pipeline.config import RenderConfig
 from pipeline.errors import InputError
 from pipeline.ids import ids_to_rgb, read_ids
 from pipeline.manifest import read_index, read_sidecar
+from pipeline.outlook import dry_run
 from pipeline.plan import allowed
 from pipeline.render import RenderResult, render
 from pipeline.sample import Sample
@@ -84,6 +85,21 @@ def run(root: Path, **settings: Any) -> RenderResult:
     dataset = read_dataset(CocoLayout.of(root, "val"))
     storage, config = Storage(str(root / "cache")), RenderConfig(samples_per_shard=2)
     return render(dataset, "val", storage, config, **{"workers": 0, "max_bad": 2, **settings})
+
+
+def outlook(root: Path, **settings: Any) -> dict[str, Any]:
+    dataset = read_dataset(CocoLayout.of(root, "val"))
+    storage, config = Storage(str(root / "cache")), RenderConfig(samples_per_shard=2)
+    return dry_run(dataset, config, workers=0, max_bad=2, split="val", storage=storage, **settings)
+
+
+def test_what_no_retry_brings_back_is_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Victim(root).photo.unlink()
+    with caplog.at_level(logging.INFO, "pipeline"):
+        assert run(root).quarantined == 1
+    told = "files that were missing and annotations, once mended, need a new cache"
+    assert told in caplog.messages
+    assert not any("--retry" in message for message in caplog.messages)
 
 
 def quarantine(root: Path) -> list[dict[str, Any]]:
@@ -352,8 +368,11 @@ def test_mended_images_come_in_with_retry(root: Path, caplog: pytest.LogCaptureF
     cut_photo(victim)
     with caplog.at_level(logging.INFO, "pipeline"):
         assert run(root).quarantined == 1
-    assert "what is mended comes in with --retry" in caplog.messages
+    assert "pictures that are mended come in with --retry" in caplog.messages
     victim.photo.write_bytes(whole)
+    assert outlook(root)["quarantined"] == 1
+    retried = outlook(root, retry=True)
+    assert (retried["quarantined"], retried["done"]) == (0, 1)
     assert run(root).quarantined == 1
     assert run(root, retry=True).quarantined == 0
 

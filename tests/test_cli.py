@@ -66,6 +66,7 @@ def test_exit_code_3_when_more_is_left_out_than_allowed(
     assert code == 3
     assert json.loads(out)["quarantined"] == 1
     assert "quarantine.jsonl" in err
+    assert run(*arguments, "--out", tmp_path / "a", "--max-bad", 0, "--dry-run")[0] == 3
     line = json.loads((tmp_path / "a" / "quarantine.jsonl").read_text())
     assert line["file"] == photo.name
     assert line["code"] == "photo-damaged"

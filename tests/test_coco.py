@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 import zlib
 from collections.abc import Callable
@@ -132,6 +133,10 @@ def edit_segment(**values: Any) -> Callable[[dict[str, Any]], None]:
         (edit("images", file_name="gone.jpg"), ["photo-missing"]),
         (edit("annotations", file_name="gone.png"), ["png-missing"]),
         (edit("images", width="wide"), ["annotation-malformed"]),
+        (edit("images", width=math.inf), ["annotation-malformed"]),
+        (edit_segment(id=math.inf), ["annotation-malformed"]),
+        (edit_segment(category_id=math.inf), ["annotation-malformed"]),
+        (edit("images", category_id=3), []),
         (edit("annotations", segments_info=None), ["annotation-malformed"]),
         (edit_segment(category_id=99), ["category-unknown"]),
         (edit_segment(id=0), ["segment-id"]),
@@ -194,6 +199,7 @@ def test_a_rejection_tells_no_folder(root: Path) -> None:
         b' [{"id": 1, "name": "", "isthing": 1}]}',
         b'{"images": [], "annotations": [], "categories": [{"id": 1, "name": "", "isthing": "0"}]}',
         b'{"images": [], "annotations": [], "categories": []}',
+        b'{"images": [], "annotations": [], "categories": [{"id": Infinity}]}',
         b'{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}',
     ],
 )  # fmt: skip

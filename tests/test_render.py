@@ -199,11 +199,36 @@ def test_a_folder_of_other_tars_is_refused(tiny_dataset: CocoPanoptic, tmp_path:
         run(tiny_dataset, tmp_path)
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"fingerprint": "x", "settings": 3}', None])
+def test_a_lost_plan_is_written_again_where_the_shards_are_of_it(
+    tiny_dataset: CocoPanoptic, cache: Path, content: str | None
+) -> None:
+    before = hashes(cache)
+    (cache / "plan.json").unlink()
+    if content is not None:
+        (cache / "plan.json").write_text(content)
+    assert outlook(tiny_dataset, Storage(str(cache)))["done"] == 3
+    run(tiny_dataset, cache)
+    assert hashes(cache) == before
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"fingerprint": "x", "settings": 3}'])
-def test_a_damaged_plan_is_refused(tiny_dataset: CocoPanoptic, cache: Path, content: str) -> None:
+def test_a_damaged_plan_is_refused_where_a_shard_may_be_of_another(
+    tiny_dataset: CocoPanoptic, cache: Path, content: str
+) -> None:
     (cache / "plan.json").write_text(content)
+    (cache / "train-00001.json").unlink()
     with pytest.raises(InputError, match="plan damaged"):
         run(tiny_dataset, cache)
+
+
+@pytest.mark.parametrize("split", ["../other", "a/b", ".hidden", ".."])
+def test_a_split_that_cannot_name_a_shard_is_refused(
+    tiny_dataset: CocoPanoptic, tmp_path: Path, split: str
+) -> None:
+    with pytest.raises(InputError, match="no leading dot"):
+        render(tiny_dataset, split, Storage(str(tmp_path / "cache")), CONFIG, workers=0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_said_and_the_run_goes_on_later(

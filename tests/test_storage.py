@@ -58,6 +58,27 @@ def test_sizes_that_a_listing_does_not_tell_are_asked_for(
     assert storage.sizes() == {"a.tar": 4}
 
 
+@pytest.mark.parametrize("call", ["read", "write", "create", "sizes", "remove"])
+def test_what_a_library_raises_is_an_error_with_a_place(
+    monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """As HTTP's does for a server that refuses, or cuts an answer short."""
+
+    class RefusedError(Exception):
+        pass
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RefusedError("403, message='Forbidden'")
+
+    filesystem, storage = fsspec.filesystem("memory"), Storage(f"memory://{uuid.uuid4().hex}")
+    for name in ("cat_file", "pipe_file", "makedirs", "exists"):
+        monkeypatch.setattr(filesystem, name, refuse)
+    arguments = {"read": ("a",), "write": ("a", b""), "remove": ("a",)}.get(call, ())
+    with pytest.raises((OSError, InputError), match="Forbidden") as caught:
+        getattr(storage, call)(*arguments)
+    assert storage.url in str(caught.value)
+
+
 def test_a_disk_without_locks_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unable(*_: Any) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))

@@ -18,6 +18,7 @@ from handmade import make_sample
 
 from pipeline.coco import Category
 from pipeline.config import fingerprint
+from pipeline.errors import InputError
 from pipeline.manifest import (
     SampleEntry,
     ShardEntry,
@@ -257,7 +258,9 @@ def test_every_problem_is_reported(cache: Path) -> None:
 
 
 def test_a_folder_that_is_no_cache_is_said(tmp_path: Path) -> None:
-    report = check(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        check(tmp_path / "nowhere")
+    report = check(tmp_path)
     assert [str(problem) for problem in report.problems] == [
         "index.json: no index: no cache, or one that is not finished"
     ]
