@@ -26,11 +26,10 @@ from train.batch import Batch, collate, jitter_colour
 from train.config import DataConfig
 from train.data import (
     MicroBatches,
-    accumulation,
     check_rendered_size,
-    for_ranks,
     indexed_loader,
     iterate,
+    micro_batch_sizes,
     open_index,
     step_places,
 )
@@ -122,17 +121,27 @@ def test_steps_span_epochs_and_epochs_differ() -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "micro", "accumulated"), [(1, 4, 6), (2, 4, 3), (4, 3, 2), (8, 3, 1), (24, 1, 1)]
+    ("batch", "world", "sizes"),
+    [
+        (24, 1, (4, 4, 4, 4, 4, 4)),
+        (24, 4, (3, 3)),
+        (24, 24, (1,)),
+        (26, 2, (4, 3, 3, 3)),
+        (7, 1, (4, 3)),
+        (3, 1, (3,)),
+    ],
 )
-def test_micro_batches_fit_the_ranks(world: int, micro: int, accumulated: int) -> None:
-    config = for_ranks(DataConfig(batch=24, micro_batch=4), world)
-    assert (config.micro_batch, accumulation(config, world)) == (micro, accumulated)
+def test_micro_batches_are_few_and_equal(batch: int, world: int, sizes: tuple[int, ...]) -> None:
+    config = DataConfig(batch=batch, micro_batch=4)
+    assert micro_batch_sizes(config, world) == sizes
+    found = micro_batches(config, 100, range(2), world - 1, world)
+    assert [len(each) for each in found] == [*sizes, *sizes]
 
 
 @pytest.mark.parametrize(("world", "choices"), [(5, "20 or 25"), (48, "48")])
 def test_a_batch_that_does_not_divide_is_refused(world: int, choices: str) -> None:
     with pytest.raises(InputError, match=rf"batch of 24 .* {world} ranks .*data.batch={choices}\)"):
-        for_ranks(DataConfig(batch=24), world)
+        micro_batch_sizes(DataConfig(batch=24), world)
 
 
 # Augmentation

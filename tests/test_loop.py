@@ -408,11 +408,28 @@ def test_two_ranks_train_as_one_that_accumulates(tiny_cache: Path, tmp_path: Pat
     last = latest_checkpoint(tmp_path / "two/checkpoints")
     assert last is not None
     assert {path.name for path in last.glob("rng_*")} == {"rng_0.pt", "rng_1.pt"}
-    a, b = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
-    for name, value in a.items():
-        if not name.endswith("k_proj.bias"):  # no gradient but noise, which Adam scales up
-            torch.testing.assert_close(value, b[name], atol=2e-5, rtol=1e-3)
+    assert_close(weights_of(tmp_path / "one"), weights_of(tmp_path / "two"))
     assert train_run(replace(two, steps=5), resume=True).name == "step_0000005"
+
+
+def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    for name, value in one.items():
+        if not name.endswith("k_proj.bias"):  # no gradient but noise, which Adam scales up
+            torch.testing.assert_close(value, other[name], atol=2e-5, rtol=1e-3)
+
+
+def test_micro_batches_of_unequal_size_train_as_one(tiny_cache: Path, tmp_path: Path) -> None:
+    runs = []
+    for micro in (5, 3, 2):  # 5, 3 + 2, 2 + 2 + 1
+        config = make_config(tiny_cache, tmp_path / str(micro), steps=4)
+        data = replace(config.data, batch=5, micro_batch=micro)
+        train_run(replace(config, data=data, model=replace(config.model, drop_path=0.0)))
+        runs.append(tmp_path / str(micro))
+    for run in runs[1:]:
+        for one, other in zip(untimed(runs[0]), untimed(run), strict=True):
+            assert one.pop("task") == other.pop("task")
+            assert one == pytest.approx(other, rel=1e-3)
+        assert_close(weights_of(runs[0]), weights_of(run))
 
 
 # Asked to stop

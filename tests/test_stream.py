@@ -69,9 +69,16 @@ def test_the_same_sample_is_the_same_item(tiny_cache: Path) -> None:
             assert (batch.photo[row] == by_key[key]).all()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_micro_batches_come_in_the_sizes_of_a_step(tiny_cache: Path, workers: int) -> None:
+    config = replace(SMALL, cache=str(tiny_cache), batch=5, micro_batch=2, workers=workers)
+    sizes = [len(batch.keys) for batch in islice(stream(config), 7)]
+    assert sizes == [2, 2, 1, 2, 2, 1, 2]
+
+
 @pytest.mark.parametrize("world", [1, 3])
 def test_ranks_share_the_shards_and_never_end(tiny_cache: Path, world: int) -> None:
-    config = replace(SMALL, cache=str(tiny_cache))
+    config = replace(SMALL, cache=str(tiny_cache), batch=4 * world)
     seen = Counter[str]()
     for rank in range(world):
         for batch in islice(stream(config, rank=rank, world=world), 12 // world):

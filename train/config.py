@@ -31,8 +31,8 @@ class DataConfig:
             shrinks is padded.
         colour: Strength of the jitter of brightness, contrast and saturation.
         batch: Samples an optimizer step, over all ranks and accumulated micro-batches.
-        micro_batch: Samples a rank puts through the network at once, at most: less where its part
-            of the batch does not divide.
+        micro_batch: Samples a rank puts through the network at once, at most: its part of the
+            batch is cut into as few micro-batches as that allows, of equal sizes up to one.
         workers: Loader processes a rank.
         upscale: Train at a larger `size` than the cache was rendered at; else that is refused, as
             photos and targets lack the detail.

@@ -9,10 +9,10 @@ every batch is full, and resuming is starting at another step.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import replace
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any, cast
 
 import cv2
@@ -100,18 +100,18 @@ class MicroBatches(Sampler[list[Place]]):
         self._steps, self._rank, self._world = steps, rank, world
 
     def __len__(self) -> int:
-        return len(self._steps) * accumulation(self._config, self._world)
+        return len(self._steps) * len(micro_batch_sizes(self._config, self._world))
 
     def __iter__(self) -> Iterator[list[Place]]:
-        size = self._config.micro_batch
+        sizes = micro_batch_sizes(self._config, self._world)
         for step in self._steps:
             places = step_places(self._seed, self._samples, self._config.batch, step)
-            mine = places[self._rank :: self._world]
-            yield from (mine[start : start + size] for start in range(0, len(mine), size))
+            mine = iter(places[self._rank :: self._world])
+            yield from (list(islice(mine, size)) for size in sizes)
 
 
-def for_ranks(config: DataConfig, world: int) -> DataConfig:
-    """With the largest micro-batch, up to the one that is set, into which a rank's part divides.
+def micro_batch_sizes(config: DataConfig, world: int) -> tuple[int, ...]:
+    """What a rank puts through the network for an optimizer step: as few as can be, as equal.
 
     Raises:
         InputError: The batch does not divide among the ranks.
@@ -125,13 +125,8 @@ def for_ranks(config: DataConfig, world: int) -> DataConfig:
             where="data.batch",
             remedy=f"--set data.batch={' or '.join(choices)}",
         )
-    sizes = range(1, min(part, config.micro_batch) + 1)
-    return replace(config, micro_batch=max(size for size in sizes if part % size == 0))
-
-
-def accumulation(config: DataConfig, world: int) -> int:
-    """Micro-batches an optimizer step on each rank, see `for_ranks`."""
-    return config.batch // (config.micro_batch * world)
+    size, larger = divmod(part, count := math.ceil(part / config.micro_batch))
+    return (size + 1,) * larger + (size,) * (count - larger)
 
 
 def open_index(config: DataConfig) -> ShardIndex:

@@ -21,7 +21,7 @@ from pipeline.progress import progress
 from train.batch import jitter_colour
 from train.checkpoint import save_checkpoint
 from train.config import LossConfig, TrainConfig
-from train.data import accumulation, for_ranks, iterate, open_index, repeats
+from train.data import iterate, micro_batch_sizes, open_index, repeats
 from train.ema import Ema
 from train.encoding import make_encoding
 from train.guards import not_finite, rank_advice
@@ -87,12 +87,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
     index = open_index(config.data)
     samples, categories = index.samples, index.categories
     steps = config.total_steps(samples)
-    data = for_ranks(config.data, world)
-    micro_batches = accumulation(data, world)
-    if main and data.micro_batch < config.data.micro_batch:
-        log.info(
-            "micro-batches of %d: %d ranks share a batch of %d", data.micro_batch, world, data.batch
-        )
+    sizes = micro_batch_sizes(config.data, world)
     if main and config.data.batch > samples:
         log.warning("a batch of %d repeats the cache's %d samples", config.data.batch, samples)
     held_out = open_held_out(config, categories)
@@ -134,7 +129,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
         }
     )
     loader = make_loader(
-        data,
+        config.data,
         index,
         seed=config.seed,
         steps=range(first, steps),
@@ -174,6 +169,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
     # A run that ended between a checkpoint and its look has that before it.
     if begun is not None and not ranks.first(lambda: has_validation(out / "metrics.jsonl", first)):
         look(first, instance_distance(config.loss, (first - 1) / steps))
+        watch.curves()
     with (
         progress("train", steps, "steps", first) as advance,
         stop_request() as request,
@@ -186,8 +182,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
             distance = instance_distance(config.loss, step / steps)
             set_learning_rate(optimizer, rate := learning_rate(config.optim, step, steps, warmup))
             network.train()
-            terms, keys = torch.zeros(micro_batches, 4, device=device), list[tuple[str, ...]]()
-            for number in range(micro_batches):
+            terms, keys = torch.zeros(len(sizes), 4, device=device), list[tuple[str, ...]]()
+            for number, size in enumerate(sizes):
                 waiting = time.perf_counter()
                 batch = next(batches).to(device)
                 waited += time.perf_counter() - waiting
@@ -196,7 +192,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
                     repeated = repeats(config.data, samples, step)
                     ranks.check_disjoint(batch.keys, repeats=repeated)
                 # Gradients meet between ranks once a step, in its last backward pass.
-                final = number == micro_batches - 1
+                final, share = number == len(sizes) - 1, size / sum(sizes)
                 with nullcontext() if final else accelerator.no_sync(network):
                     prediction = network(jitter_colour(batch.photo, batch.colour, batch.void), task)
                     if task == "instance":
@@ -212,9 +208,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
                         losses = semantic_loss(
                             prediction.semantic, batch, config.loss, compiled=config.compile
                         )
-                    accelerator.backward(losses.total / micro_batches)
+                    accelerator.backward(losses.total * share)
                 parts = (losses.total, losses.pixel, losses.tv, losses.dice)
-                terms[number] = torch.stack([part.detach() for part in parts])
+                terms[number] = torch.stack([part.detach() for part in parts]) * share
 
             # The verdict, before the weights change: what is not finite reaches no checkpoint.
             norm = accelerator.clip_grad_norm_(network.parameters(), config.optim.clip_norm)
@@ -237,7 +233,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
             # The record.
             done = step + 1
             if done % config.log_every == 0 or done == steps:
-                total, pixel, tv, dice = accelerator.reduce(terms.mean(0), "mean").tolist()
+                total, pixel, tv, dice = accelerator.reduce(terms.sum(0), "mean").tolist()
                 seconds = time.perf_counter() - started
                 line = {
                     "step": done,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterator
+from itertools import count, islice
 from typing import Any
 
 import fsspec
@@ -25,7 +26,7 @@ from pipeline.shards import ShardReader
 from pipeline.storage import Storage
 from train.batch import Batch, collate
 from train.config import DataConfig
-from train.data import indexed_loader, prepare_worker
+from train.data import indexed_loader, micro_batch_sizes, prepare_worker
 from train.items import Item, draw_augmentation, make_item
 
 BUFFER = 256
@@ -63,22 +64,19 @@ class ShardStream(IterableDataset[Batch]):
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         part, parts = self._rank * workers + number, self._world * workers
-        items: list[Item] = []
-        for item in self._items(part, parts):
-            items.append(item)
-            if len(items) == self._config.micro_batch:
-                yield collate(items)
-                items = []
+        sizes, items = micro_batch_sizes(self._config, self._world), self._items(part, parts)
+        for turn in count(number, workers):  # the loader takes one of each process in turn
+            yield collate(list(islice(items, sizes[turn % len(sizes)])))
 
     def _items(self, part: int, parts: int) -> Iterator[Item]:
         random = np.random.default_rng([self._seed, self._first, part])
         buffer: list[dict[str, Any]] = []
-        for count, sample in enumerate(self._samples(part, parts)):
+        for turn, sample in enumerate(self._samples(part, parts)):
             buffer.append(sample)
-            if len(buffer) < BUFFER and count < self._index.samples // parts:
+            if len(buffer) < BUFFER and turn < self._index.samples // parts:
                 continue
             members = buffer.pop(int(random.integers(len(buffer))))
-            place = (self._first, count * parts + part)
+            place = (self._first, turn * parts + part)
             augmentation = draw_augmentation(self._config, self._seed, place)
             yield make_item(decode_sample(members["__key__"], members), self._config, augmentation)
 
