@@ -15,7 +15,7 @@ from evaluate.pixels import Pixels, places, spans_of
 from evaluate.smoothing import find_regions, radius_of_means, smooth
 
 Amplitudes = Callable[[slice], Tensor]
-"""Gives those of some pixels along each of K instances, a (K, P) float32 of its own."""
+"""Gives those of some pixels along each of K instances, (K, P) float32."""
 
 
 def assign(
@@ -40,7 +40,11 @@ def assign(
     most = max(len(one.labels) for one in found)
     if most == 0:
         return member
-    banks = [one.prototypes.to(device) / (channels / 2) for one in found]
+    # Side by side: each copy to a device may wait for it.
+    padded = side_by_side([one.prototypes / (channels / 2) for one in found], device)
+    owners = side_by_side([one.labels for one in found], device)
+    kinds = side_by_side([one.labels.unique() for one in found], device)
+    banks = [bank[: len(one.labels)] for bank, one in zip(padded, found, strict=True)]
     # No code is nearer to an instance than its length allows: most pixels of stuff are settled.
     bar = 0.5 + config.trust
     outside = places(~pixels.thing & (pixels.strength > bar**2 * channels / 2))
@@ -51,7 +55,6 @@ def assign(
     inside, values = pixels.inside, pixels.codes.index_select(1, pixels.inside)
     project = most > channels  # smoothing is linear: before or after, where it costs less
     if not project:
-        padded = pad_sequence(banks, batch_first=True)  # (B, most, 4L)
         parts = [bank @ values[:, span] for bank, span in zip(padded, pixels.spans, strict=True)]
         values = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     if any(radii):
@@ -60,12 +63,17 @@ def assign(
         inside = regions.pixels  # in another order, but image by image as before
     labels = pixels.labels.index_select(0, inside)
     bar = 0.5 - config.trust + config.label_amplitude
-    for one, bank, span in zip(found, banks, pixels.spans, strict=True):
-        value = values[:, span]
-        amplitudes = products(bank, value) if project else rows(value, len(bank))
-        rewarded = agreeing(amplitudes, one.labels, labels[span], config.label_amplitude)
+    for bank, own, kind, span in zip(banks, owners, kinds, pixels.spans, strict=True):
+        value, count = values[:, span], len(bank)
+        amplitudes = products(bank, value) if project else rows(value, count)
+        rewarded = agreeing(amplitudes, own[:count], kind, labels[span], config.label_amplitude)
         claim(member, inside[span], rewarded, bar)
     return member
+
+
+def side_by_side(tables: Sequence[Tensor], device: torch.device) -> Tensor:
+    """B tables of (K, ...) as one (B, most, ...) on a device; negative where one has no row."""
+    return pad_sequence(list(tables), batch_first=True, padding_value=-1).to(device)
 
 
 def products(bank: Tensor, code: Tensor) -> Amplitudes:
@@ -78,19 +86,24 @@ def rows(amplitudes: Tensor, count: int) -> Amplitudes:
     return lambda part: amplitudes[:count, part]
 
 
-def agreeing(amplitudes: Amplitudes, owners: Tensor, labels: Tensor, reward: float) -> Amplitudes:
+def agreeing(
+    amplitudes: Amplitudes, owners: Tensor, kinds: Tensor, labels: Tensor, reward: float
+) -> Amplitudes:
     """Amplitudes, with a reward where labels agree.
 
     Args:
         amplitudes: Of K instances and P pixels.
-        owners: (K,) int64 labels of the instances, on the processor.
+        owners: (K,) int64 labels of the instances.
+        kinds: (C',) int64, each label among them once, and others.
         labels: (P,) int64 labels of the pixels.
         reward: What to add.
+
+    Returns:
+        Of the instances and pixels, in memory of their own.
     """
-    kinds = owners.unique()
-    rewards = reward * (owners[:, None] == kinds).float().to(labels.device)
-    kinds = kinds.to(labels.device)[:, None]
-    return lambda part: torch.addmm(amplitudes(part), rewards, (kinds == labels[part]).float())
+    rewards = reward * (owners[:, None] == kinds).float()
+    same = kinds[:, None]
+    return lambda part: torch.addmm(amplitudes(part), rewards, (same == labels[part]).float())
 
 
 def claim(member: Tensor, own: Tensor, amplitudes: Amplitudes, bar: float) -> None:
@@ -99,7 +112,8 @@ def claim(member: Tensor, own: Tensor, amplitudes: Amplitudes, bar: float) -> No
     Args:
         member: (N,) int64, is written into: k = instance k - 1, 0 = none.
         own: (P,) int64, which of them the pixels are.
-        amplitudes: Of the pixels; those of no instance claim nothing.
+        amplitudes: Of the pixels, in memory that may be written into; those of no instance claim
+            nothing.
         bar: Amplitude.
     """
     for part in chunks(len(own), member.device):

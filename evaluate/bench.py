@@ -20,7 +20,6 @@ from evaluate.pq import GroupPQ, score_pairs
 from evaluate.rivals import full_search, painter, soft_votes, soft_votes_squared
 from pipeline.bench import Bench, Timing, bench_dataset, best_ms
 from pipeline.coco import CocoLayout, CocoPanoptic
-from train.encoding import grid_cells
 
 LEVELS = (0, 1, 2, 3)
 """Of corruption, see `corruption.corrupt`."""
@@ -100,13 +99,15 @@ def bench_decode(
 ) -> DecodeBench:
     """Corrupts the ground truth's codes, and decodes them by ours and by other decoders.
 
+    All have the paper's grid of 80 x 80 cells, whatever the size.
+
     Args:
         layout: A real dataset; made-up scenes where None.
         images: How many; the full search takes seconds for each.
         size: Side of the network's output.
         semantic_noise: Level of corruption of the logits, see `corruption.corrupt_logits`.
     """
-    whole = ours(DecodeConfig(cells=grid_cells(size)))
+    whole = ours(DecodeConfig())
 
     def alone(code: Tensor, logits: Tensor, isthing: Tensor, size: tuple[int, int]) -> PanopticMap:
         return whole([code], [logits], isthing, [size])[0]

@@ -21,8 +21,8 @@ from pipeline.coco import Category, CocoPanoptic
 from pipeline.progress import progress
 from train.encoding import PositionalCode, grid_cells
 
-BATCH, LARGEST = 8, 1 << 21
-"""Images that are decoded at once, and pixels of the network's output that these may have."""
+BATCH, LARGEST = 8, 1 << 29
+"""Images that are decoded at once, and bytes that their heads may have."""
 
 Decoder = Callable[[Tensor, Tensor, Tensor, tuple[int, int]], PanopticMap]
 """Of (4L, h, w) codes, (C, h, w) logits, (C,) bool things and native (H, W)."""
@@ -114,23 +114,30 @@ def compare_decoders(
     images = corrupted_images(
         dataset, size=size, noise=noise, semantic_noise=semantic_noise, seed=seed
     )
-    with progress(f"noise {noise:g} and {semantic_noise:g}", count, "images") as advance:
+    channels = PositionalCode().channels + len(dataset.categories)
+    step = max(1, min(BATCH, LARGEST // (4 * channels * size**2)))
+
+    def decode_some() -> int:
+        """Draws, decodes and scores the next few; how many these were."""
         encoding.start()
-        while batch := list(islice(images, max(1, min(BATCH, LARGEST // size**2)))):
-            encoding.lap("encode")
-            codes, logits = [image.code for image in batch], [image.logits for image in batch]
-            sizes = [(image.ids.shape[0], image.ids.shape[1]) for image in batch]
-            for name, decoder in decoders.items():
-                clocks[name].start()
-                results = decoder(codes, logits, isthing, sizes)
-                clocks[name].lap("decode")
-                found[name] += [
-                    _score(image, result, dataset.categories, things)
-                    for image, result in zip(batch, results, strict=True)
-                ]
-                clocks[name].lap("score")
-            advance(len(batch))
-            encoding.start()
+        batch = list(islice(images, step))
+        encoding.lap("encode")
+        codes, logits = [image.code for image in batch], [image.logits for image in batch]
+        sizes = [(image.ids.shape[0], image.ids.shape[1]) for image in batch]
+        for name, decoder in decoders.items() if batch else ():
+            clocks[name].start()
+            results = decoder(codes, logits, isthing, sizes)
+            clocks[name].lap("decode")
+            found[name] += [
+                _score(image, result, dataset.categories, things)
+                for image, result in zip(batch, results, strict=True)
+            ]
+            clocks[name].lap("score")
+        return len(batch)
+
+    with progress(f"noise {noise:g} and {semantic_noise:g}", count, "images") as advance:
+        while some := decode_some():
+            advance(some)
     return {
         name: Outcome(
             total_scores(images, dataset.categories),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from evaluate.pixels import Pixels
 from evaluate.segments import Painting
 
 STRIDE = 2
-"""One pixel in so many, on either axis, may be looked at,"""
+"""One pixel in so many, on either axis, is looked at,"""
 SAMPLES = 16
 """and of each instance up to twice so many are."""
 
@@ -30,43 +31,54 @@ def confidences(pixels: Pixels, paintings: Sequence[Painting]) -> list[NDArray[n
         paintings: Theirs.
 
     Returns:
-        For each image (R,), see `Painting.scores`, which stay for stuff and where no pixel is
-        looked at.
+        For each image (R,), 1 for stuff.
     """
-    samples = [sample(one.values, one.categories) for one in paintings]
-    device, harmonics = pixels.codes.device, pixels.codes.shape[0] // 4
+    samples = [sample(one) for one in paintings]
+    ends = np.cumsum([0, *(len(rows) for _, rows in samples)]).tolist()
+    spans = [slice(start, end) for start, end in pairwise(ends)]
+    own, labels = torch.from_numpy(  # one copy to the device
+        np.concatenate(
+            [
+                (places, one.labels[rows])
+                for one, (places, rows) in zip(paintings, samples, strict=True)
+            ],
+            axis=1,
+        )
+    ).to(pixels.codes.device)
     chances, lengths = [], []
-    for image, (one, (places, rows)) in enumerate(zip(paintings, samples, strict=True)):
-        own, labels = (torch.from_numpy(each).to(device) for each in (places, one.labels[rows]))
-        logits = pixels.logits[image].index_select(1, own).float()
-        chances.append(logits.softmax(0).gather(0, labels[None])[0])
-        strength = pixels.strength.index_select(0, own + image * pixels.area)
-        lengths.append((strength / (2 * harmonics)).sqrt().clamp_max(1))
+    for image, span in enumerate(spans):
+        logits = pixels.logits[image].index_select(1, own[span]).float()
+        chances.append(logits.softmax(0).gather(0, labels[None, span])[0])
+        strength = pixels.strength.index_select(0, own[span] + image * pixels.area)
+        lengths.append((strength / (pixels.codes.shape[0] // 2)).sqrt().clamp_max(1))
     sure = (torch.cat(chances) * torch.cat(lengths)).cpu().double().numpy()
-    found, end = [], 0
-    for one, (_, rows) in zip(paintings, samples, strict=True):
-        own_sure, end = sure[end : end + len(rows)], end + len(rows)
+    found = []
+    for one, (_, rows), span in zip(paintings, samples, spans, strict=True):
         count = np.bincount(rows, minlength=len(one.labels))
-        total = np.bincount(rows, own_sure, minlength=len(one.labels))
-        found.append(np.where(count > 0, total / count.clip(1), one.scores))
+        total = np.bincount(rows, sure[span], minlength=len(one.labels))
+        found.append(np.where(count > 0, total / count.clip(1), 1.0))
     return found
 
 
-def sample(values: NDArray[np.int32], categories: int) -> tuple[Places, Places]:
+def sample(painting: Painting) -> tuple[Places, Places]:
     """Some pixels of each instance, spread evenly over it.
 
-    Args:
-        values: (h, w), see `Painting`.
-        categories: Up to this value it is no instance.
-
     Returns:
-        (n,) flat indices and (n,) rows, sorted by row.
+        (n,) flat indices and (n,) rows, sorted by row; each instance that is shown has one.
     """
+    values, categories = painting.values, painting.categories
     sparse = values[::STRIDE, ::STRIDE]
     y, x = np.nonzero(sparse > categories)
     rows = sparse[y, x].astype(np.intp) - 1
+    places = (y * values.shape[1] + x) * STRIDE
+    unseen = np.bincount(rows, minlength=len(painting.labels)) == 0
+    unseen[:categories] = False
+    if unseen.any():  # so thin that no such pixel is one of theirs
+        thin = np.flatnonzero(np.append(False, unseen)[values])
+        rows = np.append(rows, values.ravel()[thin] - 1)
+        places = np.append(places, thin)
     order = np.argsort(rows, kind="stable")
-    rows, places = rows[order], (y[order] * values.shape[1] + x[order]) * STRIDE
+    rows, places = rows[order], places[order]
     count = np.bincount(rows)
     rank = np.arange(len(rows)) - (count.cumsum() - count)[rows]
     kept = rank % np.maximum(count // SAMPLES, 1)[rows] == 0

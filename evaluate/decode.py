@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from typing import Any
 
@@ -67,7 +66,14 @@ def decode(
     """
     settings = config or DecodeConfig()
 
+    device = instance[0].device.type if len(sizes) else "cpu"
+
     def run(images: list[int]) -> list[PanopticMap]:
+        known = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if known else nullcontext():
+            return decode_alike(images)  # whatever the caller has on
+
+    def decode_alike(images: list[int]) -> list[PanopticMap]:
         try:
             pixels = Pixels.of(
                 [instance[image] for image in images],
@@ -85,7 +91,6 @@ def decode(
             ) from None
         return decode_pixels(pixels, [sizes[image] for image in images], settings)
 
-    device = instance[0].device.type if len(sizes) else "cpu"
     shapes = [(code.shape[-2], code.shape[-1]) for code in instance]
     groups = list(together(shapes, on_gpu=device != "cpu"))
     if device == "cpu":
@@ -155,7 +160,5 @@ def decode_pixels(
             for owner, label in zip(members, labels, strict=True)
         ]
         for image, one, scores in zip(images, paintings, confidences(some, paintings), strict=True):
-            maps[image] = number(
-                replace(one, scores=scores), sizes[image], min_stuff_area=config.min_stuff_area
-            )
+            maps[image] = number(one, scores, sizes[image], min_stuff_area=config.min_stuff_area)
     return [maps[image] for image in range(len(sizes))]

@@ -24,6 +24,7 @@ from evaluate.predicted import PredictionWriter
 from evaluate.ranks import Ranks
 from evaluate.scoring import ImageScore, Outcome, check_scorable, total_scores
 from evaluate.slices import predict_slice
+from evaluate.superseded import sweep
 from pipeline.coco import Category, CocoPanoptic, ImageId
 from pipeline.errors import InputError
 from pipeline.interrupt import Interrupted
@@ -79,8 +80,6 @@ def evaluate(
         done = ranks.gather(begin)[0]
         if done and ranks.main:
             logger.info("%s: goes on, %d images are predicted already", out, len(done))
-        if ranks.main and not done:
-            forget(out)
         try:
             slices = ranks.gather(
                 lambda: predict_slice(
@@ -125,20 +124,6 @@ def identity_of(predictor: Predictor, dataset: CocoPanoptic) -> dict[str, Any]:
     }
 
 
-def forget(out: Path) -> None:
-    """Removes what a finished evaluation left here, and no other file."""
-    try:
-        rows = json.loads((out / "panoptic.json").read_bytes())["annotations"]
-        names = [Path(row["file_name"]).name for row in rows]
-    except (OSError, ValueError, KeyError, TypeError):
-        names = []
-    stale = [Path("panoptic", name) for name in names]
-    stale += [Path("overlays", name).with_suffix(".jpg") for name in names]
-    stale += map(Path, ("panoptic.json", "scores.json", "comparison.png", "report.html"))
-    for path in stale:
-        Storage(str(out / path.parent)).remove(path.name)
-
-
 def finish(
     predictor: Predictor,
     dataset: CocoPanoptic,
@@ -150,7 +135,7 @@ def finish(
     overlays: int,
     title: str,
 ) -> None:
-    """Writes JSONs, pictures and the report, and removes the journals last."""
+    """Writes JSONs, pictures and the report; removes an earlier one's and the journals last."""
     PredictionWriter(out, predictor.categories).finish(rows)
     scores = json.dumps(outcome.to_json(), indent=1).encode() + b"\n"
     Storage(str(out)).write("scores.json", scores)
@@ -172,6 +157,7 @@ def finish(
         facts=facts,
         values=outcome.to_json(),
     )
+    sweep(out, rows, overlays)
     for path in journal_files(out):
         path.unlink()
 

@@ -2,6 +2,7 @@
 
     model.safetensors, backbone.json, state.json, complete.json    a checkpoint without its training
     model.onnx                                                     photo -> panoptic map
+    model.onnx.data                                                its weights, above 1.5 GB
     model.json                                                     what a user of it must know
 
 In Python, `Predictor("DIR")` loads the folder. `model.onnx` takes `photo`, (B, 3, S, S) uint8 RGB,
@@ -15,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import warnings
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -141,14 +143,11 @@ def export_onnx(model: PanopticModel, state: TrainState, out: Path, cells: int) 
             logger.setLevel(level)
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
-    path, half = out / "model.onnx", out / ".tmp-model.onnx"
+    path = out / "model.onnx"
     try:
-        program.save(str(half))
-        half.replace(path)
+        _save(program, path)
     except OSError as error:
         raise cannot_write(error, path) from None
-    finally:
-        half.unlink(missing_ok=True)
     facts = {
         "input": {"photo": ["batch", 3, size, size], "dtype": "uint8", "colours": "RGB"},
         "outputs": MEANING,
@@ -159,6 +158,23 @@ def export_onnx(model: PanopticModel, state: TrainState, out: Path, cells: int) 
     }
     storage.write("model.json", (json.dumps(facts, indent=1) + "\n").encode())
     return path
+
+
+def _save(program: torch.onnx.ONNXProgram, path: Path) -> None:
+    """Writes a model, and beside it the weights of one that ONNX takes for too large for a file."""
+    weights, half = path.with_name(f"{path.name}.data"), path.with_name(f".{path.name}")
+    shutil.rmtree(half, ignore_errors=True)  # of one that was killed
+    try:
+        half.mkdir()
+        # Under its final name, which the model knows its weights by.
+        program.save(str(half / path.name))
+        if (half / weights.name).exists():
+            (half / weights.name).replace(weights)
+        else:
+            weights.unlink(missing_ok=True)
+        (half / path.name).replace(path)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
 
 
 def onnx_difference(

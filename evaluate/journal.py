@@ -107,7 +107,7 @@ def _check(found: Mapping[str, Any], identity: Mapping[str, Any], path: Path) ->
         return
     other = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
     raise InputError(
-        f"an unfinished evaluation with another {' and '.join(other)} lies here",
+        f"an unfinished evaluation lies here, which differs in {' and '.join(other)}",
         where=path,
         remedy="finish it, choose another --out, or remove its predictions*.jsonl",
         code="journal-differs",

@@ -173,15 +173,14 @@ class Predictor:
 
     def decode(self, heads: Sequence[Heads], sizes: Sequence[tuple[int, int]]) -> list[PanopticMap]:
         """The panoptic maps of pictures of (height, width); see `evaluate.decode.decode`."""
-        with torch.autocast(self._device.type, enabled=False):  # whatever the caller has on
-            return decode(
-                [one.instance for one in heads],
-                [one.semantic for one in heads],
-                encoding=self.encoding,
-                isthing=self._isthing,
-                sizes=sizes,
-                config=self._decoding,
-            )
+        return decode(
+            [one.instance for one in heads],
+            [one.semantic for one in heads],
+            encoding=self.encoding,
+            isthing=self._isthing,
+            sizes=sizes,
+            config=self._decoding,
+        )
 
     def head_pictures(self, heads: Heads) -> tuple[Picture, Picture]:
         """The instance head as centroid colours and the semantic head's categories (Figure 8)."""

@@ -22,6 +22,7 @@ from pipeline.errors import InputError
 from pipeline.ids import ids_to_rgb
 from pipeline.progress import progress
 from pipeline.storage import Storage
+from train.guards import memory_advice
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +37,12 @@ class PredictionWriter:
     Attributes:
         folder: Gets `panoptic/*.png` and `panoptic.json`, COCO's layout of a prediction.
         categories: By label.
+        rows: Those noted so far.
     """
 
     folder: Path
     categories: Sequence[Category]
-    _rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         Storage(str(self.folder / "panoptic")).create()
@@ -62,7 +64,7 @@ class PredictionWriter:
                 for segment in result.segments
             ],
         }
-        self._rows.append(row)
+        self.rows.append(row)
         return row
 
     def finish(self, rows: Sequence[dict[str, Any]] | None = None) -> Path:
@@ -70,7 +72,7 @@ class PredictionWriter:
         categories = [
             {"id": c.id, "name": c.name, "isthing": int(c.isthing)} for c in self.categories
         ]
-        annotations = self._rows if rows is None else rows
+        annotations = self.rows if rows is None else rows
         content = {"annotations": annotations, "categories": categories}
         Storage(str(self.folder)).write("panoptic.json", json.dumps(content).encode())
         return self.folder / "panoptic.json"
@@ -113,11 +115,11 @@ def predict_pictures(predictor: Predictor, paths: Sequence[Path], out: Path) -> 
         progress("predict", len(paths), "pictures") as advance,
         ExitStack() as stack,
     ):
-        stack.callback(writer.finish)  # of what there is, also when it is stopped
         for path, name, reading in zip(paths, names, read_ahead(paths, 4), strict=True):
             try:
                 photo = reading.result()
-                result = predictor([photo])[0]
+                with memory_advice("ask for fewer or smaller --sizes, or another --device"):
+                    result = predictor([photo])[0]
             except InputError as error:
                 error.where = error.where or str(path)
                 if len(paths) > 1:
@@ -125,6 +127,8 @@ def predict_pictures(predictor: Predictor, paths: Sequence[Path], out: Path) -> 
                 bad.append(error)
                 advance()
                 continue
+            if not writer.rows:
+                stack.callback(writer.finish)  # of what there is, also when it is stopped
             writer.add(f"{name}{path.suffix}", name, result)
             overlay = out / "overlays" / f"{name}.jpg"
             write_overlay(overlay, photo, predicted_map(result), predictor.categories)
@@ -141,7 +145,7 @@ def unique_names(stems: Iterable[str]) -> list[str]:
     """
     taken: set[str] = set()
     names = []
-    for stem in (os.fsdecode(os.fsencode(each)[:LONGEST_STEM]) for each in stems):
+    for stem in (os.fsencode(each)[:LONGEST_STEM].decode(errors="ignore") for each in stems):
         choices = chain([stem], (f"{stem}_{number}" for number in count(2)))
         names.append(next(name for name in choices if name not in taken))
         taken.add(names[-1])

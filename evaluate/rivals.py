@@ -217,4 +217,5 @@ def _finish(member: Tensor, logits: Tensor, isthing: Tensor, size: tuple[int, in
     member += int(numbers[0] > 0)  # 0 stays void, also where there is none
     owner, labels = (map_.numpy().astype(np.int32) for map_ in (member, logits.argmax(0)))
     painting = paint(owner, labels, isthing.numpy(), min_instance_area=MIN_AREA)
-    return number(painting, size, min_stuff_area=MIN_STUFF)
+    scores = np.ones(len(painting.labels))  # nobody ranks them
+    return number(painting, scores, size, min_stuff_area=MIN_STUFF)

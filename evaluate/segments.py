@@ -56,14 +56,11 @@ class Painting:
     Attributes:
         values: (h, w) int32: 0 = void, v = row v - 1 of the tables below.
         labels: (R,) contiguous category of each row: all C categories as stuff, then instances.
-        scores: (R,) how sure it is: of instances the share of pixels whose semantic label agrees,
-            or `confidence.confidences`; 1 for stuff.
         categories: C.
     """
 
     values: Values
     labels: NDArray[np.int64]
-    scores: NDArray[np.float64]
     categories: int
 
 
@@ -91,11 +88,9 @@ def paint(
     shown = np.where(valid, np.arange(count) + categories, 0).astype(np.int32)[member]
     stuff = np.where(things, 0, np.arange(categories) + 1).astype(np.int32)[labels]
     values = np.where(shown > 0, shown, stuff)
-    scores = np.concatenate([np.ones(categories), winning[1:] / area[1:].clip(1)])
     return Painting(
         values=values,
         labels=np.concatenate([np.arange(categories), votes.argmax(1)[1:]]),
-        scores=scores,
         categories=categories,
     )
 
@@ -182,11 +177,18 @@ def _vote(
     return winner
 
 
-def number(painting: Painting, size: tuple[int, int], *, min_stuff_area: int) -> PanopticMap:
+def number(
+    painting: Painting,
+    scores: NDArray[np.float64],
+    size: tuple[int, int],
+    *,
+    min_stuff_area: int,
+) -> PanopticMap:
     """Resizes to native and gives ids 1, 2, ... to what is left.
 
     Args:
         painting: See `paint`.
+        scores: (R,) of its rows, see `DecodedSegment`.
         size: Native (H, W).
         min_stuff_area: Native pixels below which a stuff segment becomes void.
     """
@@ -205,7 +207,7 @@ def number(painting: Painting, size: tuple[int, int], *, min_stuff_area: int) ->
         ids[found].tolist(),
         painting.labels[found - 1].tolist(),
         (~stuff[found]).tolist(),
-        painting.scores[found - 1].tolist(),
+        scores[found - 1].tolist(),
         area[found].tolist(),
         strict=True,
     )

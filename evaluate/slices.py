@@ -21,6 +21,7 @@ from evaluate.predict import Predictor
 from evaluate.predicted import PredictionWriter
 from evaluate.ranks import Ranks
 from evaluate.scoring import ImageScore, score_image
+from evaluate.superseded import supersede
 from pipeline.coco import CocoPanoptic, ImageId, PanopticRecord
 from pipeline.draw import Picture
 from pipeline.errors import InputError
@@ -79,7 +80,7 @@ def predict_slice(
         ThreadPoolExecutor(1, "keep") as behind,
     ):
         # While the network is at a batch, the one before it is written and scored.
-        keeper = Keeper(PredictionWriter(out, predictor.categories), journal, things)
+        keeper = Keeper(out, PredictionWriter(out, predictor.categories), journal, things)
         kept: Future[Outcomes] = Future()
         kept.set_result({})
         for places in chunks(rest, batch):
@@ -108,12 +109,14 @@ class Keeper:
     """Writes, notes and scores predictions.
 
     Attributes:
+        out: Where they go.
         writer: Of their PNGs.
         journal: Of their rows.
         things: Ids of the thing categories.
         clock: Tells the time of `write` and `score`.
     """
 
+    out: Path
     writer: PredictionWriter
     journal: Journal
     things: frozenset[int]
@@ -126,6 +129,7 @@ class Keeper:
         results: Sequence[PanopticMap],
     ) -> Outcomes:
         """The outcomes of a batch, by position in the split."""
+        supersede(self.out)
         found: Outcomes = {}
         for at, record, result in zip(places, records, results, strict=True):
             self.clock.start()

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 DEVICE = torch.device("meta")
 """Of those that PyTorch knows, one that needs no driver."""
 WAITS = {"_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "masked_select", "bincount"}
-"""Operations whose result, or its size, the processor must know."""
+"""Operations whose result, or its size, the processor must know; copies wait, too."""
 
 
 class Elsewhere(Tensor):
@@ -85,7 +85,8 @@ class Device(TorchDispatchMode):
         to_processor = copies and (
             (device is not None and device.type == "cpu") or (name == "copy_" and not away[0])
         )
-        self.waits += name in WAITS or to_processor
+        from_processor = copies and not all(away)
+        self.waits += name in WAITS or to_processor or from_processor
         if device is not None:
             kwargs["device"] = torch.device("cpu")
         outcome = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))

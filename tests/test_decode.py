@@ -339,11 +339,11 @@ def test_shrinking_takes_the_nearest_pixel() -> None:
 def test_native_areas_do_not_depend_on_the_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = np.array([0, 3, 4, 5, 6, 7, 8])  # void, two kinds of stuff, four instances
     values = np.random.default_rng(0).choice(shown, (20, 30)).astype(np.int32)
-    painting = Painting(values, np.array([0, 1, 2, 3, 0, 1, 0, 1]), np.ones(8), 4)
-    whole = number(painting, (61, 77), min_stuff_area=400)
+    painting = Painting(values, np.array([0, 1, 2, 3, 0, 1, 0, 1]), 4)
+    whole = number(painting, np.ones(8), (61, 77), min_stuff_area=400)
     check(whole)
     monkeypatch.setattr("evaluate.segments.STRIP", 100)
-    strips = number(painting, (61, 77), min_stuff_area=400)
+    strips = number(painting, np.ones(8), (61, 77), min_stuff_area=400)
     assert np.array_equal(whole.ids, strips.ids)
     assert whole.segments == strips.segments
 
@@ -750,7 +750,7 @@ def test_confidence_is_probability_times_length() -> None:
 
 def test_samples_are_some_of_each_instance() -> None:
     values = np.random.default_rng(0).integers(0, 9, (41, 30)).repeat(3, 0).repeat(3, 1)
-    places, rows = sample(values.astype(np.int32), 4)
+    places, rows = sample(Painting(values.astype(np.int32), np.arange(8), 4))
     assert (values.ravel()[places] == rows + 1).all()
     assert len(set(places.tolist())) == len(places)
     assert np.unique(rows).tolist() == [4, 5, 6, 7]
@@ -758,6 +758,14 @@ def test_samples_are_some_of_each_instance() -> None:
     for row in (4, 7):  # from top to bottom
         y = places[rows == row] // values.shape[1]
         assert y.max() - y.min() > values.shape[0] * 0.8
+
+
+def test_an_instance_too_thin_to_be_sampled_is_looked_at_all_the_same() -> None:
+    values = np.zeros((40, 50), np.int32)
+    values[7, 3:20], values[9:30, 21], values[10, 30:40] = 5, 6, 8
+    places, rows = sample(Painting(values, np.arange(9), 4))
+    assert (values.ravel()[places] == rows + 1).all()
+    assert np.unique(rows).tolist() == [4, 5, 7]
 
 
 def test_no_image_no_map() -> None:

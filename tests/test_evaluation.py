@@ -17,12 +17,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run
+from handmade import hashes
 
-from evaluate import slices
+from evaluate import evaluation, slices
 from evaluate.evaluation import evaluate, identity_of
 from evaluate.heads import Heads
 from evaluate.journal import Journal, read_journals
 from evaluate.predict import Predictor
+from evaluate.predicted import predict_pictures
 from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
 from pipeline.errors import InputError
 
@@ -155,7 +157,7 @@ def test_another_checkpoint_is_not_mixed_in(
         *("--out", out, "--device", "cpu"),
     )
     assert code == 1
-    assert "another checkpoint" in err
+    assert "differs in checkpoint" in err
     assert len(err.splitlines()) == 1
     assert not list((out / "panoptic").iterdir())
 
@@ -166,7 +168,7 @@ def test_photos_of_another_folder_are_not_mixed_in(
     with Journal(tmp_path, identity_of(predictor, tiny_dataset)):
         pass
     records = [replace(r, photo=tmp_path / r.file_name) for r in tiny_dataset.records]
-    with pytest.raises(InputError, match="another photos lies here"):
+    with pytest.raises(InputError, match="differs in photos"):
         evaluate(predictor, replace(tiny_dataset, records=tuple(records)), tmp_path)
 
 
@@ -182,6 +184,55 @@ def test_what_an_earlier_evaluation_left_goes_and_nothing_else(
     assert len(list((tmp_path / "panoptic").iterdir())) == 3 + 1
     assert len(list((tmp_path / "overlays").iterdir())) == 2
     assert json.loads((tmp_path / "scores.json").read_text())["images"] == 3
+    assert not (tmp_path / "superseded.json").exists()
+
+
+def test_an_evaluation_that_predicts_nothing_leaves_the_earlier_one(
+    predictor: Predictor, tiny_dataset: CocoPanoptic, tmp_path: Path
+) -> None:
+    evaluate(predictor, tiny_dataset, tmp_path)
+    before = hashes(tmp_path)
+    first, *rest = tiny_dataset.records
+    records = (replace(first, photo=tmp_path / "gone.jpg"), *rest)
+    with pytest.raises(InputError, match=r"gone\.jpg"):
+        evaluate(predictor, replace(tiny_dataset, records=records), tmp_path)
+    (tmp_path / "predictions.jsonl").unlink()
+    assert hashes(tmp_path) == before
+
+
+def test_a_killed_evaluation_is_no_finished_one_and_its_next_sweeps(
+    predictor: Predictor,
+    tiny_dataset: CocoPanoptic,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    evaluate(predictor, tiny_dataset, tmp_path, overlays=12)
+    few = tiny_dataset.head(3)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(predictor, few, tmp_path, overlays=2)
+    for name in ("panoptic.json", "scores.json", "report.html", "comparison.png"):
+        assert not (tmp_path / name).exists()
+    evaluate(predictor, few, tmp_path, overlays=2)
+    assert len(list((tmp_path / "panoptic").iterdir())) == 3
+    assert len(list((tmp_path / "overlays").iterdir())) == 2
+
+
+def test_what_predict_left_stays(
+    predictor: Predictor, tiny_dataset: CocoPanoptic, tmp_path: Path
+) -> None:
+    predict_pictures(predictor, [record.photo for record in tiny_dataset.records[3:6]], tmp_path)
+    before = hashes(tmp_path)
+    evaluate(predictor, tiny_dataset.head(3), tmp_path, overlays=0)
+    after = hashes(tmp_path)
+    assert {
+        name: after[name] for name in before if name != "panoptic.json"
+    }.items() <= before.items()
 
 
 def test_a_photo_of_another_size_is_the_datasets_fault(
@@ -246,7 +297,7 @@ def test_journals_of_all_processes_are_read(tmp_path: Path) -> None:
         journal.note({"image_id": "c"})
     (tmp_path / "predictions-2.jsonl").write_text('{"chec')
     assert read_journals(tmp_path, identity).keys() == {0, 1, "c"}
-    with pytest.raises(InputError, match="another decoding lies here"):
+    with pytest.raises(InputError, match="differs in decoding"):
         read_journals(tmp_path, {**identity, "decoding": {}})
     with Journal(tmp_path, identity, 2) as journal:
         journal.note({"image_id": 5})

@@ -81,10 +81,14 @@ def test_a_folder_that_a_rank_does_not_see_is_said(
 ) -> None:
     ranks, file = Ranks(1), tmp_path / "run" / "config.toml"
     monkeypatch.setattr("train.ranks.PATIENCE", 1.5)
+    monkeypatch.setattr(ranks, "first", lambda _: b"what rank 0 has written")
     with pytest.raises(InputError, match=r"rank 0 does not see config\.toml"):
         ranks.check_shared(file)
     file.parent.mkdir()
-    late = threading.Timer(0.5, file.touch)
+    file.write_text("of an earlier run on this machine's own disk")
+    with pytest.raises(InputError, match=r"rank 0 does not see config\.toml"):
+        ranks.check_shared(file)
+    late = threading.Timer(0.5, file.write_bytes, [b"what rank 0 has written"])
     late.start()
     ranks.check_shared(file)
     late.join()

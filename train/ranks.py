@@ -61,9 +61,11 @@ class Ranks:
 
         What a network's file system shows of other machines may be a minute old.
         """
-        written = self.first(lambda: True)  # by now
+        wanted = self.first(lambda: _content(file))
         end = time.monotonic() + PATIENCE
-        while not (seen := file.exists() and written) and time.monotonic() < end:
+        while not (seen := wanted is not None and _content(file) == wanted):
+            if time.monotonic() > end:
+                break
             time.sleep(1)
         for rank, theirs in enumerate(self.gather(seen)):
             if not theirs:
@@ -132,3 +134,10 @@ class Ranks:
             dist.broadcast_object_list(found, src=0, group=self._group)
         value: Value = found[0]
         return value
+
+
+def _content(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        return None

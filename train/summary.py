@@ -89,12 +89,14 @@ def summarize_model(config: TrainConfig, classes: int) -> ModelSummary:
         model(photo, "both")
     kept: dict[int, int] = {}
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    encoder = model.encoder.config
     tokens = (config.data.size // model.patch_size) ** 2
+    rows = tokens + 1 + getattr(encoder, "num_register_tokens", 0)
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         # A GPU's attention keeps no matrix of all tokens by all tokens; the meta device's does.
-        attention = tensor.dim() > 2 and tensor.shape[-1] == tensor.shape[-2] >= tokens
+        attention = tensor.shape[-3:] == (encoder.num_attention_heads, rows, rows)
         if storage._cdata not in own and not attention:
             kept[storage._cdata] = storage.nbytes()
             held.append(tensor)
@@ -117,7 +119,7 @@ def summarize_model(config: TrainConfig, classes: int) -> ModelSummary:
         patch_size=model.patch_size,
         tokens=tokens,
         taps=config.model.taps,
-        blocks=model.encoder.config.num_hidden_layers,
+        blocks=encoder.num_hidden_layers,
         features=features,
         flops_per_image=forward.get_total_flops(),
         train_flops_per_image=round(
