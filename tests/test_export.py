@@ -78,6 +78,26 @@ def test_onnx_equals_pytorch(run: Run, trained: Path, tmp_path: Path) -> None:
         assert np.allclose(heads.semantic.numpy(), logit, atol=1e-4)
 
 
+def test_weights_too_large_for_one_file_lie_beside_it(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    one, out = Predictor(trained, "cpu"), tmp_path / "new"
+    limit = "torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD"
+    with monkeypatch.context() as patch:
+        patch.setattr(limit, 0)
+        (tmp_path / "new" / ".model.onnx").mkdir(parents=True)  # of one that was killed
+        export_onnx(one.model, one.state, out, one.cells)
+    assert {path.name for path in out.iterdir()} == {"model.onnx", "model.onnx.data", "model.json"}
+    moved = out.rename(tmp_path / "moved")
+    difference = onnx_difference(one.model, one.state, moved / "model.onnx", one.cells)
+    assert difference is not None
+    assert max(difference.values()) < 1e-3
+    export_onnx(one.model, one.state, moved, one.cells)
+    assert {path.name for path in moved.iterdir()} == {"model.onnx", "model.json"}
+
+
 def test_without_onnx_one_line_says_so(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -165,7 +164,7 @@ def test_names_are_unique() -> None:
     assert unique_names(["a", "a_2", "a", "a", "b"]) == ["a", "a_2", "a_3", "a_4", "b"]
     long = unique_names(["x" * 250, "x" * 251, "\N{SNOWMAN}" * 80])
     assert len(set(long)) == 3
-    assert all(len(os.fsencode(name)) < 220 for name in long)
+    assert all(len(name.encode()) < 220 for name in long)  # whole characters
 
 
 def test_a_picture_with_a_long_name_costs_nothing(run: Run, trained: Path, tmp_path: Path) -> None:
@@ -175,6 +174,30 @@ def test_a_picture_with_a_long_name_costs_nothing(run: Run, trained: Path, tmp_p
         "predict", tmp_path, "--checkpoint", trained, "--out", tmp_path / "o", "--json"
     )
     assert (code, json.loads(out)["pictures"]) == (0, 2)
+
+
+def test_a_failure_leaves_what_an_earlier_call_wrote(
+    predictor: Predictor, tiny_root: Path, tmp_path: Path
+) -> None:
+    photos = sorted((tiny_root / "val").iterdir())[:2]
+    before = predict_pictures(predictor, photos, tmp_path / "out").json.read_bytes()
+    (tmp_path / "bad.jpg").write_bytes(b"none")
+    with pytest.raises(InputError):
+        predict_pictures(predictor, [tmp_path / "bad.jpg"], tmp_path / "out")
+    assert (tmp_path / "out" / "panoptic.json").read_bytes() == before
+
+
+def test_a_device_without_memory_is_one_line(
+    predictor: Predictor, tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(Predictor, "heads", full)
+    photo = next((tiny_root / "val").iterdir())
+    with pytest.raises(InputError, match=r"out of memory.*--sizes") as caught:
+        predict_pictures(predictor, [photo], tmp_path)
+    assert caught.value.where == str(photo)
 
 
 def test_stopped_it_leaves_the_json_of_what_is_done(
