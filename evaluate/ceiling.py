@@ -21,7 +21,7 @@ from pipeline.coco import Category, CocoPanoptic
 from pipeline.progress import progress
 from train.encoding import PositionalCode, grid_cells
 
-BATCH, LARGEST = 8, 1 << 29
+BATCH, LARGEST = 8, 1 << 30
 """Images that are decoded at once, and bytes that their heads may have."""
 
 Decoder = Callable[[Tensor, Tensor, Tensor, tuple[int, int]], PanopticMap]
