@@ -127,9 +127,9 @@ def predict_pictures(predictor: Predictor, paths: Sequence[Path], out: Path) -> 
                 bad.append(error)
                 advance()
                 continue
-            if not writer.rows:
-                stack.callback(writer.finish)  # of what there is, also when it is stopped
             writer.add(f"{name}{path.suffix}", name, result)
+            if len(writer.rows) == 1:
+                stack.callback(writer.finish)  # of what there is, also when it is stopped
             overlay = out / "overlays" / f"{name}.jpg"
             write_overlay(overlay, photo, predicted_map(result), predictor.categories)
             advance()
