@@ -3,121 +3,180 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from evaluate.cells import chunks, packed_argmax
+from evaluate.cells import Tags, chunks, room_for
 from evaluate.instances import DecodeConfig
+from evaluate.parallel import in_parallel
 from evaluate.peaks import Instances
-from evaluate.pixels import Pixels, places, spans_of
-from evaluate.smoothing import find_regions, radius_of_means, smooth
-
-Amplitudes = Callable[[slice], Tensor]
-"""Gives those of some pixels along each of K instances, (K, P) float32."""
+from evaluate.pixels import Pixels, places
+from evaluate.smoothing import Means, Smoother
 
 
 def assign(
-    pixels: Pixels, found: Sequence[Instances], radii: Sequence[int], config: DecodeConfig
+    pixels: Pixels,
+    smoother: Smoother | None,
+    found: Sequence[Instances],
+    noise: Sequence[float],
+    config: DecodeConfig,
 ) -> Tensor:
     """The instance nearest to each pixel's code, unless void is nearer.
 
     |x - g|^2 - |x|^2 = 2L - 2 x . g, so an instance beats void if x . g / 2L, the amplitude,
-    exceeds 1/2.
+    exceeds 1/2. Smoothed codes hardly change from a pixel to the next: of these, those of every
+    second column are compared, and the pixels between take the instance of a neighbour.
 
     Args:
         pixels: B images.
+        smoother: Theirs; None where codes are clean.
         found: K instances of each.
-        radii: Of the smoothing of codes within thing classes, pixels, for each.
+        noise: Of each, see `measure_noise`.
         config: Settings.
 
     Returns:
-        (N,) int64: 0 = none, k = instance k - 1 of the pixel's image.
+        (N,) int32: 0 = none, k = instance k - 1 of the pixel's image.
     """
-    member = torch.zeros_like(pixels.labels)
-    device, channels = pixels.codes.device, pixels.codes.shape[0]
+    member, channels = torch.zeros_like(pixels.labels), pixels.codes.shape[0]
     most = max(len(one.labels) for one in found)
     if most == 0:
         return member
-    # Side by side: each copy to a device may wait for it.
-    padded = side_by_side([one.prototypes / (channels / 2) for one in found], device)
-    owners = side_by_side([one.labels for one in found], device)
-    kinds = side_by_side([one.labels.unique() for one in found], device)
-    banks = [bank[: len(one.labels)] for bank, one in zip(padded, found, strict=True)]
+    banks = Banks.of(found, pixels, config.label_amplitude)
     # No code is nearer to an instance than its length allows: most pixels of stuff are settled.
     bar = 0.5 + config.trust
     outside = places(~pixels.thing & (pixels.strength > bar**2 * channels / 2))
-    codes = pixels.codes.index_select(1, outside)
-    for bank, span in zip(banks, spans_of(outside, len(found), pixels.area), strict=True):
-        claim(member, outside[span], products(bank, codes[:, span]), bar)
+    banks.claim(member, Means.unsmoothed(pixels, outside), bar)
 
-    inside, values = pixels.inside, pixels.codes.index_select(1, pixels.inside)
-    project = most > channels  # smoothing is linear: before or after, where it costs less
-    if not project:
-        parts = [bank @ values[:, span] for bank, span in zip(padded, pixels.spans, strict=True)]
-        values = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    if any(radii):
-        regions = find_regions(pixels.labels.view(pixels.shape), inside)
-        values = smooth(values, regions, radius_of_means(regions, radii, pixels.area))
-        inside = regions.pixels  # in another order, but image by image as before
-    labels = pixels.labels.index_select(0, inside)
     bar = 0.5 - config.trust + config.label_amplitude
-    for bank, own, kind, span in zip(banks, owners, kinds, pixels.spans, strict=True):
-        value, count = values[:, span], len(bank)
-        amplitudes = products(bank, value) if project else rows(value, count)
-        rewarded = agreeing(amplitudes, own[:count], kind, labels[span], config.label_amplitude)
-        claim(member, inside[span], rewarded, bar)
+    rest, radii = pixels.inside, [config.smoothing_radius(each) // 2 for each in noise]
+    if smoother is not None and any(radii):
+        along = banks.padded if most < channels else None  # smoothing is linear: before or after
+        means = smoother.means(radii, along=along, step=(1, 2))
+        banks.claim(member, means, bar, labels=pixels.labels, multiplied=along is not None)
+        rest = spread(member, pixels)
+    banks.claim(member, Means.unsmoothed(pixels, rest), bar, labels=pixels.labels)
     return member
 
 
-def side_by_side(tables: Sequence[Tensor], device: torch.device) -> Tensor:
+@dataclass(frozen=True)
+class Banks:
+    """The instances of B images, to be compared with codes.
+
+    Attributes:
+        padded: (B, most, 4L) what codes are multiplied with to get amplitudes.
+        counts: How many rows each image has.
+        rewards: (B, most, C) float32, what is added where labels agree.
+    """
+
+    padded: Tensor
+    counts: tuple[int, ...]
+    rewards: Tensor
+
+    @classmethod
+    def of(cls, found: Sequence[Instances], pixels: Pixels, reward: float) -> Banks:
+        """Of the instances found in B images."""
+        # Side by side: each copy to a device may wait for it.
+        device, half = pixels.codes.device, pixels.codes.shape[0] / 2
+        padded = side_by_side([one.prototypes for one in found], device) / half
+        owners = side_by_side([one.labels for one in found], device)
+        every = torch.arange(len(pixels.things), device=device)
+        counts = tuple(len(one.labels) for one in found)
+        return cls(padded, counts, reward * (owners[..., None] == every))
+
+    def claim(
+        self,
+        member: Tensor,
+        means: Means,
+        bar: float,
+        *,
+        labels: Tensor | None = None,
+        multiplied: bool = False,
+    ) -> None:
+        """Gives each pixel to the instance with the largest amplitude, if that exceeds `bar`.
+
+        Args:
+            member: (N,) int32, is written into: k = instance k - 1, 0 = none.
+            means: Codes of M pixels.
+            bar: Amplitude.
+            labels: (N,) int32; to be given where amplitudes are rewarded.
+            multiplied: Means are of amplitudes.
+        """
+        for number, span in enumerate(means.spans):
+            count, pixels, values = self.counts[number], means.pixels[span], means.values[:, span]
+            if count == 0 or len(pixels) == 0:
+                continue
+            best, index = largest(
+                values[:count] if multiplied else values,
+                bank=None if multiplied else self.padded[number, :count],
+                rewards=self.rewards[number, :count],
+                labels=None if labels is None else labels.index_select(0, pixels),
+            )
+            member.scatter_(0, pixels, torch.where(best > bar, index.add_(1), 0))
+
+
+def side_by_side(tables: Sequence[NDArray[Any]], device: torch.device) -> Tensor:
     """B tables of (K, ...) as one (B, most, ...) on a device; negative where one has no row."""
-    return pad_sequence(list(tables), batch_first=True, padding_value=-1).to(device)
+    rows = [torch.from_numpy(table) for table in tables]
+    return pad_sequence(rows, batch_first=True, padding_value=-1).to(device)
 
 
-def products(bank: Tensor, code: Tensor) -> Amplitudes:
-    """Of (K, 4L) instances with (4L, P) codes."""
-    return lambda part: bank @ code[:, part]
-
-
-def rows(amplitudes: Tensor, count: int) -> Amplitudes:
-    """The first `count` of (at least K, P) amplitudes."""
-    return lambda part: amplitudes[:count, part]
-
-
-def agreeing(
-    amplitudes: Amplitudes, owners: Tensor, kinds: Tensor, labels: Tensor, reward: float
-) -> Amplitudes:
-    """Amplitudes, with a reward where labels agree.
+def largest(
+    values: Tensor, bank: Tensor | None, rewards: Tensor, labels: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The largest amplitude of P pixels, and whose it is.
 
     Args:
-        amplitudes: Of K instances and P pixels.
-        owners: (K,) int64 labels of the instances.
-        kinds: (C',) int64, each label among them once, and others.
-        labels: (P,) int64 labels of the pixels.
-        reward: What to add.
+        values: (4L, P) float32 codes, or (K, P) amplitudes.
+        bank: (K, 4L) what to multiply codes with; None for amplitudes.
+        rewards: (K, C) to be added, by instance and label.
+        labels: (P,) int32; None adds nothing.
 
     Returns:
-        Of the instances and pixels, in memory of their own.
+        (P,) float32 and (P,) int32.
     """
-    rewards = reward * (owners[:, None] == kinds).float()
-    same = kinds[:, None]
-    return lambda part: torch.addmm(amplitudes(part), rewards, (same == labels[part]).float())
+    count = len(rewards)
+    tags, best = Tags.of(count, values.device), values.new_empty(values.shape[1])
+
+    def begin() -> Callable[[tuple[Tensor, ...]], None]:
+        room, products = room_for(count, values), room_for(count, values)
+
+        def search(part: tuple[Tensor, ...]) -> None:
+            out, amplitudes, *label = part
+            sums, some = room[:, : len(out)], products[:, : len(out)]
+            if bank is not None:
+                amplitudes = torch.mm(bank, amplitudes, out=some)
+            if label:
+                amplitudes = torch.index_select(rewards, 1, *label, out=sums).add_(amplitudes)
+            tags.maximum(amplitudes, out, room=sums)
+
+        return search
+
+    in_parallel(begin, chunks(best, values, *([] if labels is None else [labels])))
+    return best, tags.read(best)
 
 
-def claim(member: Tensor, own: Tensor, amplitudes: Amplitudes, bar: float) -> None:
-    """Gives each pixel to the instance with the largest amplitude, if that exceeds `bar`.
+def spread(member: Tensor, pixels: Pixels) -> Tensor:
+    """Gives pixels of thing classes in odd columns the instance of a neighbour in their row.
 
     Args:
-        member: (N,) int64, is written into: k = instance k - 1, 0 = none.
-        own: (P,) int64, which of them the pixels are.
-        amplitudes: Of the pixels, in memory that may be written into; those of no instance claim
-            nothing.
-        bar: Amplitude.
+        member: (N,) int32, is written into.
+        pixels: B images; a neighbour counts if it is of the same label, the left one first.
+
+    Returns:
+        (P,) int64 flat indices of those that have no such neighbour.
     """
-    for part in chunks(len(own), member.device):
-        values = amplitudes(part)
-        if len(values):
-            best, index = packed_argmax(values, spoil=True)
-            member[own[part]] = torch.where(best > bar, index + 1, 0)
+    own, labels, thing = (map_.view(pixels.shape) for map_ in (member, pixels.labels, pixels.thing))
+    todo, width = torch.zeros_like(thing), pixels.shape[2]
+    todo[..., 1::2] = thing[..., 1::2]
+    for beside, count in ((0, width // 2), (2, (width - 1) // 2)):
+        its = (..., slice(beside, beside + 2 * count, 2))
+        odd = (..., slice(1, 1 + 2 * count, 2))
+        same = todo[odd] & (labels[odd] == labels[its])
+        own[odd] = torch.where(same, own[its], own[odd])
+        todo[odd] &= ~same
+    return places(todo)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from evaluate.parallel import in_parallel
 from train.encoding import cell_centres, gamma
 
 CHUNK = 8192
 """Pixels worked on at once: their scores stay in the processor's cache."""
-PRODUCTS = 2048
-"""The same of products with the grid, which are made and read at once."""
 DEVICE_CHUNK = 1 << 18
 """The same elsewhere, where only memory counts."""
 
@@ -24,8 +23,8 @@ class NearestCells:
     """The nearest cell of each of P codes.
 
     Attributes:
-        column: (P,) int64.
-        row: (P,) int64.
+        column: (P,) int32.
+        row: (P,) int32.
         amplitude: (2, P) projections on the cell's gamma(u) and gamma(v), over |gamma|^2: 1 for a
             clean code, 0 for void.
     """
@@ -35,14 +34,23 @@ class NearestCells:
     amplitude: Tensor
 
 
-def chunks(size: int, device: torch.device, step: int = CHUNK) -> Iterator[slice]:
-    """Slices of `step` pixels on a processor, of `DEVICE_CHUNK` elsewhere."""
-    step = step if device.type == "cpu" else DEVICE_CHUNK
-    for start in range(0, size, step):
-        yield slice(start, start + step)
+def chunk_of(device: torch.device) -> int:
+    """Pixels that are worked on at once."""
+    return CHUNK if device.type == "cpu" else DEVICE_CHUNK
 
 
-def packed_argmax(scores: Tensor, *, spoil: bool = False) -> tuple[Tensor, Tensor]:
+def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of so many pixels, the last dimension, of all tensors at once."""
+    step = chunk_of(tensors[0].device)
+    return zip(*(tensor.split(step, -1) for tensor in tensors), strict=True)
+
+
+def room_for(rows: int, pixels: Tensor) -> Tensor:
+    """(rows, P) float32 of undefined values, for the chunks of (..., N) pixels."""
+    return pixels.new_empty(rows, min(chunk_of(pixels.device), pixels.shape[-1]))
+
+
+def packed_argmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum over the first dimension and its index, several times faster than `torch.max`.
 
     A plain maximum is vectorised, one with indices is not: so the index rides in the lowest bits
@@ -51,22 +59,27 @@ def packed_argmax(scores: Tensor, *, spoil: bool = False) -> tuple[Tensor, Tenso
 
     Args:
         scores: (n, P) float32.
-        spoil: They may be overwritten, which is faster where they are fresh in the cache.
 
     Returns:
-        (P,) float32 maxima, not finite where a score is not finite, and (P,) int64 indices.
+        (P,) float32 maxima, not finite where a score is not finite, and (P,) int32 indices.
     """
-    tags = _Tags.of(len(scores), scores.device)
-    best = torch.empty(scores.shape[1], dtype=torch.float32, device=scores.device)
-    room = torch.empty(0, dtype=torch.float32, device=scores.device)
-    for part in chunks(len(best), scores.device):
-        some = scores[:, part]
-        tags.maximum(some, best[part], room=some if spoil else room.resize_(some.shape))
+    tags, best = Tags.of(len(scores), scores.device), scores.new_empty(scores.shape[1])
+
+    def begin() -> Callable[[tuple[Tensor, ...]], None]:
+        room = room_for(len(scores), scores)
+
+        def search(part: tuple[Tensor, ...]) -> None:
+            some, out = part
+            tags.maximum(some, out, room[:, : some.shape[1]])
+
+        return search
+
+    in_parallel(begin, chunks(scores, best))
     return best, tags.read(best)
 
 
 @dataclass(frozen=True)
-class _Tags:
+class Tags:
     """The index of each of n candidates, in the lowest bits of a float.
 
     Attributes:
@@ -79,19 +92,27 @@ class _Tags:
 
     @classmethod
     @cache
-    def of(cls, count: int, device: torch.device) -> _Tags:
+    def of(cls, count: int, device: torch.device) -> Tags:
+        """Those of n candidates."""
         values = torch.arange(count - 1, -1, -1, dtype=torch.int32, device=device)
         return cls(~((1 << (count - 1).bit_length()) - 1), values[:, None])
 
-    def maximum(self, scores: Tensor, out: Tensor, *, room: Tensor) -> None:
-        """Writes the tagged maxima of (n, P) float32 to (P,); `room` is overwritten."""
-        bits = torch.bitwise_and(scores.view(torch.int32), self.kept, out=room.view(torch.int32))
+    def maximum(self, scores: Tensor, out: Tensor, room: Tensor) -> None:
+        """Writes the tagged maxima of (n, P) float32 to (P,).
+
+        Args:
+            scores: Of few pixels, see `chunks`.
+            out: The maxima.
+            room: (n, P) float32 that may be written into; may be the scores themselves.
+        """
+        bits = room.view(torch.int32)
+        torch.bitwise_and(scores.view(torch.int32), self.kept, out=bits)
         bits.bitwise_or_(self.values)
         torch.amax(room, 0, out=out)
 
     def read(self, best: Tensor) -> Tensor:
-        """(..., P) int64 indices that (..., P) float32 maxima carry."""
-        return (len(self.values) - 1) - (best.view(torch.int32) & ~self.kept).long()
+        """(..., P) int32 indices that (..., P) float32 maxima carry."""
+        return (best.view(torch.int32) & ~self.kept).neg_().add_(len(self.values) - 1)
 
 
 def nearest_cells(code: Tensor, cells: int) -> NearestCells:
@@ -105,12 +126,22 @@ def nearest_cells(code: Tensor, cells: int) -> NearestCells:
     """
     harmonics = code.shape[0] // 4
     grid, size = axis_codes(harmonics, cells, code.device), code.shape[1]
-    tags = _Tags.of(cells, code.device)
+    tags = Tags.of(cells, code.device)
     best = code.new_empty(2, size)
-    for part in chunks(size, code.device, PRODUCTS):
-        for half, found in zip(code[:, part].chunk(2), best[:, part], strict=True):
-            products = grid @ half
-            tags.maximum(products, found, room=products)
+
+    def begin() -> Callable[[tuple[Tensor, ...]], None]:
+        room = room_for(cells, code)
+
+        def search(part: tuple[Tensor, ...]) -> None:
+            some, out = part
+            products = room[:, : some.shape[1]]
+            for half, found in zip(some.chunk(2), out, strict=True):
+                torch.mm(grid, half, out=products)
+                tags.maximum(products, found, room=products)
+
+        return search
+
+    in_parallel(begin, chunks(code, best))
     column, row = tags.read(best)
     return NearestCells(column=column, row=row, amplitude=best / harmonics)
 

@@ -9,21 +9,21 @@ codes hold beside the nearest grid point, and smoothing and suppression follow f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from evaluate.assign import assign
 from evaluate.confidence import confidences
-from evaluate.instances import DecodeConfig, find_instances, measure_noise, stride_of
+from evaluate.instances import DecodeConfig, find_instances, measure_noise
+from evaluate.parallel import each_image
 from evaluate.pixels import NotFiniteError, Pixels
 from evaluate.rescue import rescue
 from evaluate.segments import DecodedSegment, PanopticMap, number, paint
+from evaluate.smoothing import Smoother
 from pipeline.errors import InputError
 from pipeline.heap import keep_heap
 from train.encoding import Encoding
@@ -32,8 +32,6 @@ __all__ = ["DecodeConfig", "DecodedSegment", "PanopticMap", "decode"]
 
 TOGETHER = 1 << 22
 """Pixels that a GPU decodes at once: 23 images of 420 x 420."""
-THREADS = 8
-"""Images that a processor decodes at once, at most: each takes up to 0.45 KB of memory a pixel."""
 
 
 def decode(
@@ -47,8 +45,7 @@ def decode(
 ) -> list[PanopticMap]:
     """Decodes a batch of predictions, on the device that holds them.
 
-    A GPU works on many images at once. On a processor each image has a thread, as many as PyTorch
-    has: most of the work is on pieces that fit its cache and are too small to share.
+    A GPU works on many images at once, a processor on one with each thread; see `parallel.py`.
 
     Args:
         instance: B times (channels, h, w) predicted codes; h and w may differ.
@@ -70,8 +67,9 @@ def decode(
 
     def run(images: list[int]) -> list[PanopticMap]:
         known = torch.amp.is_autocast_available(device)
-        with torch.autocast(device, enabled=False) if known else nullcontext():
-            return decode_alike(images)  # whatever the caller has on
+        off = torch.autocast(device, enabled=False) if known else nullcontext()
+        with torch.inference_mode(), off:  # whatever the caller has on
+            return decode_alike(images)
 
     def decode_alike(images: list[int]) -> list[PanopticMap]:
         try:
@@ -95,8 +93,7 @@ def decode(
     groups = list(together(shapes, on_gpu=device != "cpu"))
     if device == "cpu":
         keep_heap()
-        with _threads(len(groups)) as map_:
-            found = list(map_(run, groups))
+        found = each_image(run, groups)
     else:
         found = [run(images) for images in groups]
     maps = {
@@ -105,21 +102,6 @@ def decode(
         for image, one in zip(images, some, strict=True)
     }
     return [maps[image] for image in range(len(sizes))]
-
-
-@contextmanager
-def _threads(tasks: int) -> Iterator[Callable[..., Iterable[Any]]]:
-    """A `map` over so many tasks with a thread for each, while PyTorch itself has one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        if min(tasks, threads) < 2:
-            yield map
-        else:
-            with ThreadPoolExecutor(min(tasks, threads, THREADS), "decode") as pool:
-                yield pool.map
-    finally:
-        torch.set_num_threads(threads)
 
 
 def together(sizes: Sequence[tuple[int, int]], *, on_gpu: bool) -> Iterator[list[int]]:
@@ -141,19 +123,16 @@ def decode_pixels(
     batch, not an image. From the instance of each pixel on, the work is the processor's.
     """
     noise = measure_noise(pixels, config)
-    radii = [min(round(config.smooth_votes * each), config.max_smooth) for each in noise]
-    kinds: dict[tuple[int, bool], list[int]] = {}  # alike in how they vote
-    for image, (each, radius) in enumerate(zip(noise, radii, strict=True)):
-        kinds.setdefault((stride_of(each, config), radius > 0), []).append(image)
+    kinds: dict[bool, list[int]] = {}  # clean or not: alike in how they vote
+    for image, each in enumerate(noise):
+        kinds.setdefault(config.is_clean(each), []).append(image)
     maps: dict[int, PanopticMap] = {}
-    for images in kinds.values():
-        some = pixels.take(images)
-        noises, reach = [noise[image] for image in images], [radii[image] for image in images]
-        found = find_instances(some, noises, reach, config)
-        member = assign(some, found, [radius // 2 for radius in reach], config)
-        members, labels = (
-            map_.view(some.shape).int().cpu().numpy() for map_ in (member, some.labels)
-        )
+    for clean, images in kinds.items():
+        some, noises = pixels.take(images), [noise[image] for image in images]
+        smoother = None if clean else Smoother.of(some)
+        found = find_instances(some, smoother, noises, config)
+        member = assign(some, smoother, found, noises, config)
+        members, labels = (map_.view(some.shape).cpu().numpy() for map_ in (member, some.labels))
         rescue(some, found, members=members, labels=labels, noise=noises, config=config)
         paintings = [
             paint(owner, label, some.things, min_instance_area=config.min_instance_area)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,7 +59,8 @@ def add_faint(bins: Bins, found: Instances, rules: Rules, *, cells: int) -> Inst
     if len(bins.weight) == 0:
         return found
     # At full length, as if the blur had shortened nothing, distances mean what they mean elsewhere.
-    amplitude = nearest_cells(bins.code.T.contiguous(), cells).amplitude.mean(0).clamp(0.1, 1)
+    code = torch.from_numpy(bins.code).T.contiguous()
+    amplitude = nearest_cells(code, cells).amplitude.mean(0).clamp_(0.1, 1).numpy()
     bins = replace(bins, code=bins.code / amplitude[:, None])
     candidates = candidates_of(bins, find_candidates(bins, cells, radius=1), radius=1)
     more = choose(bins, candidates, rules, found)
@@ -80,9 +82,10 @@ def split(bins: Bins, found: Instances, rules: Rules, *, cells: int, gap: float)
     """
     if len(found.labels) == 0:
         return found
-    cost, order = bin_costs(bins, found, rules.label_cost).amin(1).clamp_max(rules.cap).sort()
-    share = bins.weight[order].cumsum(0)
-    median = float(cost[(share < share[-1] / 2).sum()])
+    cost = np.minimum(bin_costs(bins, found, rules.label_cost).min(1), rules.cap)
+    order = cost.argsort()
+    share = bins.weight[order].cumsum()
+    median = float(cost[order][np.searchsorted(share, share[-1] / 2)])
     rules = replace(rules, gap=max(gap, SCATTER * median))
     candidates = candidates_of(bins, find_candidates(bins, cells, radius=0), radius=0)
     return _joined(found, choose(bins, candidates, rules, found))
@@ -90,5 +93,6 @@ def split(bins: Bins, found: Instances, rules: Rules, *, cells: int, gap: float)
 
 def _joined(first: Instances, second: Instances) -> Instances:
     return Instances(
-        torch.cat([first.prototypes, second.prototypes]), torch.cat([first.labels, second.labels])
+        np.concatenate([first.prototypes, second.prototypes]),
+        np.concatenate([first.labels, second.labels]),
     )

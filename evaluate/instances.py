@@ -13,7 +13,7 @@ from evaluate.cells import nearest_cells, neighbour_distance, off_grid
 from evaluate.faint import add_faint, at_home, split
 from evaluate.peaks import Instances, Rules, candidates_of, choose, find_candidates, refine
 from evaluate.pixels import Pixels, places
-from evaluate.smoothing import find_regions, radius_of_means, smooth
+from evaluate.smoothing import Means, Smoother
 from evaluate.votes import Bins, Votes, bin_votes
 from train.encoding import GRID_CELLS
 
@@ -21,6 +21,9 @@ SAMPLING = 16
 """One pixel in so many is enough to measure the noise, and"""
 SAMPLES = 4096
 """about so many are at most."""
+CLEAN_STEP, NOISY_STEP = 2, (2, 4)
+"""One pixel in so many votes, or where codes are noisy and smoothed, one row and one column: their
+neighbours say much the same."""
 REFINEMENTS = 2
 """Moves of each prototype to the mean of its votes; a third changes nothing."""
 
@@ -46,7 +49,8 @@ class DecodeConfig:
         smooth_votes: Pixels of smoothing radius for noise 1. The window grows as the noise does,
             so that a clean prediction keeps its smallest objects.
         max_smooth: Largest radius, in pixels of the network's output.
-        clean: Noise up to which the instances of neighbouring cells can be told apart.
+        clean: Noise up to which codes are not smoothed, and the instances of neighbouring cells can
+            be told apart.
         drift: The same of what `measure_drift` tells: where codes sweep over cells, neighbouring
             cells are one instance.
         gap: Least mean squared distance by which an instance must explain its pixels better than
@@ -105,6 +109,14 @@ class DecodeConfig:
     min_instance_area: int = 4
     min_stuff_area: int = 64
 
+    def is_clean(self, noise: float) -> bool:
+        """Whether codes need no smoothing."""
+        return noise <= self.clean
+
+    def smoothing_radius(self, noise: float) -> int:
+        """Of noisy codes before the vote, pixels; half of it before the assignment."""
+        return min(max(1, round(self.smooth_votes * noise)), self.max_smooth)
+
 
 def measure_noise(pixels: Pixels, config: DecodeConfig) -> list[float]:
     """Median variance a channel of the codes, less that of rounding to the grid, of each image.
@@ -129,21 +141,21 @@ def measure_noise(pixels: Pixels, config: DecodeConfig) -> list[float]:
 
 
 def find_instances(
-    pixels: Pixels, noise: Sequence[float], radii: Sequence[int], config: DecodeConfig
+    pixels: Pixels, smoother: Smoother | None, noise: Sequence[float], config: DecodeConfig
 ) -> list[Instances]:
     """The instances of each image.
 
     Args:
-        pixels: B images; those of one batch are alike, see `stride_of`.
+        pixels: B images, all of them clean or none, see `DecodeConfig.is_clean`.
+        smoother: Theirs; None where codes are clean.
         noise: Of each, see `measure_noise`.
-        radii: Of the smoothing before the vote, pixels, for each; all 0 or none.
         config: Settings.
 
     Returns:
         B times K instances, on the processor.
     """
     cells, images = config.cells, pixels.shape[0]
-    votes, faint = find_votes(pixels, noise, radii, config)
+    votes, faint = find_votes(pixels, smoother, noise, config)
     bins: list[Bins] = bin_votes(votes, images, cells)
     faint_bins = [None] * images if faint is None else bin_votes(faint, images, cells)
     return [
@@ -152,28 +164,21 @@ def find_instances(
     ]
 
 
-def stride_of(noise: float, config: DecodeConfig) -> int:
-    """One pixel in so many votes: neighbours say much the same, smoothed ones more so."""
-    return 2 if noise <= config.clean else 4
-
-
 def find_votes(
-    pixels: Pixels, noise: Sequence[float], radii: Sequence[int], config: DecodeConfig
+    pixels: Pixels, smoother: Smoother | None, noise: Sequence[float], config: DecodeConfig
 ) -> tuple[Votes, Votes | None]:
     """Pixels with a clear code and the cells nearest to them; arguments as of `find_instances`.
 
     Returns:
         The votes; and where codes are noisy, those of fainter pixels at home, see `faint.py`.
     """
-    stride = stride_of(noise[0], config)
-    if any(radii):
-        regions = find_regions(pixels.labels.view(pixels.shape), pixels.inside, stride)
-        code = pixels.codes.index_select(1, pixels.inside)
-        code = smooth(code, regions, radius_of_means(regions, radii, pixels.area))
-        voters = regions.pixels
+    if smoother is None:
+        some = [pixels.inside[span][::CLEAN_STEP] for span in pixels.spans]
+        means = Means.unsmoothed(pixels, torch.cat(some))
     else:
-        voters = torch.cat([pixels.inside[span][::stride] for span in pixels.spans])
-        code = pixels.codes.index_select(1, voters)
+        radii = [config.smoothing_radius(each) for each in noise]
+        means = smoother.means(radii, step=NOISY_STEP)
+    code, voters = means.values, means.pixels
     image = voters // pixels.area
     nearest = nearest_cells(code, config.cells)
     near = neighbour_distance(code.shape[0] // 4, config.cells)
@@ -185,14 +190,14 @@ def find_votes(
         some = places(mask)
         return Votes(
             codes=code.index_select(1, some),
-            labels=pixels.labels.index_select(0, voters.index_select(0, some)),
-            rows=nearest.row.index_select(0, some),
-            columns=nearest.column.index_select(0, some),
+            labels=pixels.labels.index_select(0, voters.index_select(0, some)).long(),
+            rows=nearest.row.index_select(0, some).long(),
+            columns=nearest.column.index_select(0, some).long(),
             image=image.index_select(0, some),
         )
 
     votes = chosen(regular & (amplitude > config.vote_amplitude))
-    if noise[0] <= config.clean:
+    if smoother is None:
         return votes, None
     home = at_home(voters % pixels.area, nearest, pixels.shape[1:], config.cells, config.home)
     return votes, chosen(regular & home & (amplitude > config.faint_amplitude))
@@ -212,13 +217,15 @@ def explain(bins: Bins, faint: Bins | None, noise: float, config: DecodeConfig) 
     cells, channels = config.cells, bins.code.shape[1]
     near = neighbour_distance(channels // 4, cells)
     drift = bins.drift - 2 * noise / near  # noise scatters on two axes, too
-    suppression = 0 if noise <= config.clean and drift <= config.drift else 1
+    clean = config.is_clean(noise)
+    suppression = 0 if clean and drift <= config.drift else 1
+    of_one_vote = CLEAN_STEP if clean else math.prod(NOISY_STEP)  # pixels
     peaks = find_candidates(bins, cells, radius=suppression)
     rules = Rules(
         cap=config.cap * channels / 4,
         label_cost=config.label_cost * near,
         gap=config.gap * near + config.gap_noise * noise,
-        saved=(config.saved + config.saved_noise * noise) / stride_of(noise, config),
+        saved=(config.saved + config.saved_noise * noise) / of_one_vote,
     )
     found = choose(bins, candidates_of(bins, peaks, radius=suppression), rules)
     if faint is not None:

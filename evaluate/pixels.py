@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evaluate.cells import packed_argmax
+from evaluate.cells import chunks, packed_argmax, room_for
+from evaluate.parallel import in_parallel
 from train.encoding import (
     ClassificationCode,
     DirectCode,
@@ -40,7 +41,7 @@ class Pixels:
 
     Attributes:
         codes: (4L, N) float32 positional codes.
-        labels: (N,) int64 semantic labels.
+        labels: (N,) int32 semantic labels.
         thing: (N,) bool, whether the label is a thing class.
         strength: (N,) float32 squared lengths of the codes.
         inside: (I,) int64, the indices of the pixels of thing classes, ascending.
@@ -82,7 +83,18 @@ class Pixels:
             parts[0] if images == 1 else torch.cat(parts, dim=-1)
             for parts in ([b for b, _ in scores], [k for _, k in scores], codes)
         )
-        strength = code.square().sum(0)
+        strength = torch.empty_like(best)
+
+        def begin() -> Callable[[tuple[Tensor, ...]], None]:
+            room = room_for(len(code), code)
+
+            def measure(part: tuple[Tensor, ...]) -> None:
+                some, out = part
+                torch.sum(torch.square(some, out=room[:, : len(out)]), 0, out=out)
+
+            return measure
+
+        in_parallel(begin, chunks(code, strength))
         finite = (best.abs() + strength).view(images, -1).amax(1).isfinite().tolist()
         if not all(finite):
             raise NotFiniteError(finite.index(False))

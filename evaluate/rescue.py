@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from skimage.measure import label as connected
 
 from evaluate.cells import nearest_cells
 from evaluate.instances import DecodeConfig
@@ -99,16 +99,24 @@ def lost_regions(
         least: Pixels without clear instance that a region must have.
         clear: Instances above this number are faint.
     """
-    thing = things[labels]
-    free = np.flatnonzero(thing & ((member == 0) | (member > clear)))
-    if len(free) < least:
-        return Lost(free[:0], free[:0])
-    region = connected(np.where(thing, labels + 1, 0), background=0, connectivity=2).ravel()
-    owner, area = region[free], np.bincount(region)
-    unclaimed = np.bincount(owner, minlength=len(area))
-    claim = member.ravel()[free].astype(np.int64)
-    claims = np.unique((owner * (claim.max() + 1) + claim)[claim > 0]) // (claim.max() + 1)
-    lost = (2 * unclaimed > area) & (unclaimed >= least)
-    lost &= np.bincount(claims, minlength=len(area)) < 2
-    kept = lost[owner]
-    return Lost(free[kept], (lost.cumsum() - 1)[owner[kept]])
+    free = np.flatnonzero(things.take(labels) & ((member == 0) | (member > clear)))
+    label, claim = labels.ravel()[free], member.ravel()[free].astype(np.int64)
+    pixels, owners, count = [free[:0]], [free[:0]], 0
+    for kind in np.flatnonzero(np.bincount(label, minlength=1) >= least):
+        own = label == kind
+        mask = (labels == kind).view(np.uint8)
+        _, region = cv2.connectedComponents(mask, connectivity=8, ltype=cv2.CV_32S)
+        owner = region.ravel()[free[own]].astype(np.int64)
+        unclaimed = np.bincount(owner)
+        if unclaimed.max() < least:
+            continue
+        area = np.bincount(region.ravel())[: len(unclaimed)]
+        pair = owner * (claim.max() + 1) + claim[own]
+        claims = np.unique(pair[claim[own] > 0]) // (claim.max() + 1)
+        lost = (2 * unclaimed > area) & (unclaimed >= least)
+        lost &= np.bincount(claims, minlength=len(area)) < 2
+        kept = lost[owner]
+        pixels.append(free[own][kept])
+        owners.append(count - 1 + lost.cumsum()[owner[kept]])
+        count += int(lost.sum())
+    return Lost(np.concatenate(pixels), np.concatenate(owners))

@@ -79,15 +79,16 @@ def paint(
     """
     categories = len(things)
     count = int(member.max()) + 1
-    ballots = np.bincount((member * categories + labels).ravel(), minlength=count * categories)
-    ballots = ballots.reshape(count, categories)
+    both = member * np.int32(categories) + labels
+    ballots = np.bincount(both.ravel(), minlength=count * categories).reshape(count, categories)
     votes = ballots * things
     winning, area = votes.max(1), ballots.sum(1)
     valid = (area >= min_instance_area) & (winning > 0)
     valid[0] = False
-    shown = np.where(valid, np.arange(count) + categories, 0).astype(np.int32)[member]
-    stuff = np.where(things, 0, np.arange(categories) + 1).astype(np.int32)[labels]
-    values = np.where(shown > 0, shown, stuff)
+    shown = np.where(valid, np.arange(count) + categories, 0)
+    stuff = np.where(things, 0, np.arange(categories) + 1)
+    table = np.where(shown[:, None] > 0, shown[:, None], stuff).astype(np.int32)
+    values = table.ravel().take(both)
     return Painting(
         values=values,
         labels=np.concatenate([np.arange(categories), votes.argmax(1)[1:]]),

@@ -3,7 +3,7 @@
 Noise of a prediction is local, an instance is not: averaging neighbours of the same label removes
 the one and keeps the other. The window is a cross-shaped region (Zhang, Lu and Lafruit 2009, for
 stereo matching): first along the row, then along the column, and on each line it ends where the
-label changes. A window thus never leaks into another class, and by cumulative sums each mean costs
+label changes. A window thus never leaks into another class, and by running sums each mean costs
 two look-ups.
 """
 
@@ -15,142 +15,198 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evaluate.pixels import places
+from evaluate.parallel import in_parallel
+from evaluate.pixels import Pixels, places, spans_of
 
-CHANNELS = 8
-"""Smoothed at once: it halves the memory, at no cost."""
+CHANNELS = 4
+"""Smoothed at once: it saves memory, and gives other threads something to do."""
 
 
 @dataclass(frozen=True)
 class Lines:
-    """The runs that the pixels of one orientation form, in its order.
+    """The runs of adjacent pixels of one label that N pixels form along their lines, in order.
 
     Attributes:
-        first: (N,) position of the first pixel of each pixel's run.
-        last: (N,) position of its last pixel.
+        first: (N,) int64 position of the first pixel of each pixel's run.
+        last: (N,) int64 position of its last pixel.
     """
 
     first: Tensor
     last: Tensor
 
+    @classmethod
+    def of(cls, labels: Tensor, pixels: Tensor) -> Lines:
+        """Of (..., h, w) labels along the rows, for (N,) flat indices, ascending."""
+        breaks = torch.ones(labels.shape, dtype=torch.bool, device=labels.device)
+        torch.ne(labels[..., 1:], labels[..., :-1], out=breaks[..., 1:])
+        starts = places(breaks.flatten().index_select(0, pixels))
+        ends = torch.cat([starts[1:], starts.new_full((1,), len(pixels))])[: len(starts)]
+        run = torch.repeat_interleave(ends - starts, output_size=len(pixels))
+        return cls(starts.index_select(0, run), (ends - 1).index_select(0, run))
 
-@dataclass(frozen=True)
-class Regions:
-    """N pixels to be averaged, row by row, and M of them whose means are wanted.
+    def windows(self, at: Tensor, radius: int | Tensor, image: int | Tensor) -> Windows:
+        """Windows around some positions that end where the line does.
 
-    Attributes:
-        rows: Runs along the rows, of the N pixels.
-        columns: Runs along the columns, of the M pixels, column by column.
-        source: (M,) which of the N they are.
-        pixels: (M,) their flat indices.
-    """
-
-    rows: Lines
-    columns: Lines
-    source: Tensor
-    pixels: Tensor
-
-
-def find_regions(labels: Tensor, pixels: Tensor, stride: int = 1) -> Regions:
-    """Runs of equal labels.
-
-    Args:
-        labels: (B, h, w) int64, of B images.
-        pixels: (N,) the flat indices, ascending, of all pixels of some of the labels.
-        stride: Means are wanted in every so manieth column.
-    """
-    rank = torch.full(labels.shape, -1, dtype=torch.int32, device=labels.device)
-    rank.view(-1)[pixels] = torch.arange(len(pixels), dtype=torch.int32, device=labels.device)
-    columns, sparse = (map_.mT[:, ::stride].contiguous() for map_ in (rank, labels))
-    upright = places(columns >= 0)
-    source = columns.flatten().index_select(0, upright)
-    return Regions(
-        rows=_lines(labels, pixels),
-        columns=_lines(sparse, upright),
-        source=source,
-        pixels=pixels.index_select(0, source),
-    )
-
-
-def radius_of_means(regions: Regions, radii: Sequence[int], area: int) -> int | Tensor:
-    """The radius for each mean; one number where there is one image, which is faster.
-
-    Args:
-        regions: Of B images.
-        radii: B of them.
-        area: Pixels of an image.
-    """
-    if len(radii) == 1:
-        return radii[0]
-    image = regions.pixels // area
-    return torch.tensor(radii, device=image.device).index_select(0, image)
-
-
-def smooth(values: Tensor, regions: Regions, radius: int | Tensor) -> Tensor:
-    """Means over cross-shaped windows.
-
-    Args:
-        values: (channels, N) float32.
-        regions: See `find_regions`.
-        radius: Pixels to each side; where there are several images, (M,) int64, of each mean.
-
-    Returns:
-        (channels, M) float32.
-    """
-    across = _windows(regions.rows, radius, regions.source)
-    down = _windows(regions.columns, radius)
-    # Over a whole batch, sums in single precision would lose what a window holds.
-    wide = torch.float64 if isinstance(radius, Tensor) else values.dtype
-    means = [
-        _window_means(_window_means(few, across, wide), down, wide)
-        for few in values.split(CHANNELS)
-    ]
-    return torch.cat(means)
-
-
-def _lines(labels: Tensor, pixels: Tensor) -> Lines:
-    """Runs of adjacent pixels of one label along the rows of (B, h, w) labels."""
-    breaks = torch.ones(labels.shape, dtype=torch.bool, device=labels.device)
-    torch.ne(labels[..., 1:], labels[..., :-1], out=breaks[..., 1:])
-    breaks = breaks.flatten().index_select(0, pixels)
-    starts = places(breaks)
-    ends = torch.empty_like(starts)
-    ends[:-1] = starts[1:] - 1
-    ends[-1:] = len(pixels) - 1
-    run = breaks.cumsum(0).sub_(1)
-    return Lines(starts.index_select(0, run), ends.index_select(0, run))
+        Args:
+            at: (M,) int64.
+            radius: Pixels to each side, of all or (M,) int64.
+            image: The number of their image, of all or (M,) int64.
+        """
+        low = torch.maximum(at - radius, self.first.index_select(0, at))
+        high = torch.minimum(at + radius, self.last.index_select(0, at)).add_(1)
+        size = (high - low).float()
+        return Windows(low.add_(image), high.add_(image), size)
 
 
 @dataclass(frozen=True)
-class _Windows:
-    """Stretches of pixels to be averaged.
+class Windows:
+    """M stretches of pixels to be averaged, as places in `running_sums`.
 
     Attributes:
-        low: (M,) position of the first pixel of each.
-        high: (M,) that of the last, plus one.
-        size: (M,) pixels.
+        low: (M,) int64 place of what precedes the stretch.
+        high: (M,) int64 that of its end.
+        size: (M,) float32 pixels.
     """
 
     low: Tensor
     high: Tensor
     size: Tensor
 
-
-def _windows(lines: Lines, radius: int | Tensor, at: Tensor | None = None) -> _Windows:
-    """Windows around the M positions `at`, or around all, that end where the line does."""
-    first, last = lines.first, lines.last
-    if at is None:
-        at = torch.arange(len(first), device=first.device)
-    else:
-        first, last = first.index_select(0, at), last.index_select(0, at)
-    low = torch.maximum(at - radius, first)
-    high = torch.minimum(at + radius, last).add_(1)
-    return _Windows(low, high, high - low)
+    def means(self, sums: Tensor) -> Tensor:
+        """(channels, M) means, of (channels, N + 1) running sums."""
+        total = sums.index_select(1, self.high).sub_(sums.index_select(1, self.low))
+        return total.div_(self.size)
 
 
-def _window_means(values: Tensor, windows: _Windows, wide: torch.dtype) -> Tensor:
-    """Means of (channels, N) values over M windows, summed in a type as wide."""
-    total = values.new_zeros(values.shape[0], values.shape[1] + 1, dtype=wide)
-    torch.cumsum(values, 1, dtype=wide, out=total[:, 1:])
-    mean = total.index_select(1, windows.high).sub_(total.index_select(1, windows.low))
-    return mean.div_(windows.size).to(values.dtype)
+@dataclass(frozen=True)
+class Means:
+    """Codes of M pixels, image by image, each the mean over its window, or their products.
+
+    Attributes:
+        values: (channels, M) float32.
+        pixels: (M,) int64 their flat indices.
+        spans: Which of them each image has.
+    """
+
+    values: Tensor
+    pixels: Tensor
+    spans: tuple[slice, ...]
+
+    @classmethod
+    def unsmoothed(cls, pixels: Pixels, some: Tensor) -> Means:
+        """The codes themselves, of (M,) int64 flat indices, image by image."""
+        spans = spans_of(some, pixels.shape[0], pixels.area)
+        return cls(pixels.codes.index_select(1, some), some, spans)
+
+
+@dataclass(frozen=True)
+class Smoother:
+    """The pixels of thing classes of B images, ready to be averaged within any radius.
+
+    Attributes:
+        labels: (B, h, w) int32.
+        pixels: (N,) int64 their flat indices, ascending.
+        rank: (B, h, w) int32 position among them, -1 for the other pixels.
+        rows: Their runs along the rows.
+        sums: (channels, N + B) float32 running sums of their codes; those of each image start with
+            zeros of their own, as single precision would not last for a batch.
+        spans: Which of the sums each image has.
+    """
+
+    labels: Tensor
+    pixels: Tensor
+    rank: Tensor
+    rows: Lines
+    sums: Tensor
+    spans: tuple[slice, ...]
+
+    @classmethod
+    def of(cls, pixels: Pixels) -> Smoother:
+        """Of the pixels of thing classes."""
+        inside, labels = pixels.inside, pixels.labels.view(pixels.shape)
+        rank = torch.full_like(labels, -1)
+        order = torch.arange(len(inside), dtype=rank.dtype, device=rank.device)
+        rank.view(-1).scatter_(0, inside, order)
+        spans = _with_zeros(pixels.spans)
+        sums = pixels.codes.new_empty(len(pixels.codes), len(inside) + len(spans))
+
+        def add_up(channels: slice) -> None:
+            codes = pixels.codes[channels].index_select(1, inside)
+            running_sums(codes, pixels.spans, out=sums[channels])
+
+        in_parallel(lambda: add_up, groups(len(sums)))
+        return cls(labels, inside, rank, Lines.of(labels, inside), sums, spans)
+
+    def means(
+        self,
+        radii: Sequence[int],
+        *,
+        along: Tensor | None = None,
+        step: tuple[int, int] = (1, 1),
+    ) -> Means:
+        """Means over cross-shaped windows.
+
+        Args:
+            radii: Of each image, in pixels.
+            along: (B, K, channels): means are wanted of the codes' products with those of their
+                image. Smoothing is linear: this costs less where K is less than channels.
+            step: Means are wanted in every so manieth row and column.
+        """
+        images = len(radii)
+        rank, labels = (map_.mT[:, :: step[1]].contiguous() for map_ in (self.rank, self.labels))
+        upright, area = places(rank >= 0), rank[0].numel()  # column by column
+        image, radius = _by_image(upright, radii, area)
+        source = rank.flatten().index_select(0, upright).long()
+        across = self.rows.windows(source, radius, image)
+        sparse = torch.zeros(rank.shape, dtype=torch.bool, device=rank.device)
+        sparse[..., :: step[0]] = True
+        wanted = places(sparse.flatten().index_select(0, upright))
+        image, radius = _by_image(upright.index_select(0, wanted), radii, area)
+        down = Lines.of(labels, upright).windows(wanted, radius, image)
+        spans = spans_of(upright, images, area)
+        count = self.sums.shape[0] if along is None else along.shape[1]
+        values = self.sums.new_empty(count, len(wanted))
+
+        def smooth(channels: slice) -> None:
+            if along is None:
+                sums = self.sums[channels]
+            else:
+                pairs = zip(along, self.spans, strict=True)
+                sums = _joined([one[channels] @ self.sums[:, span] for one, span in pairs])
+            values[channels] = down.means(running_sums(across.means(sums), spans))
+
+        in_parallel(lambda: smooth, groups(count))
+        pixels = self.pixels.index_select(0, source.index_select(0, wanted))
+        return Means(values, pixels, spans_of(pixels, images, self.labels[0].numel()))
+
+
+def groups(channels: int) -> list[slice]:
+    """Some channels each."""
+    return [slice(start, start + CHANNELS) for start in range(0, channels, CHANNELS)]
+
+
+def running_sums(values: Tensor, spans: Sequence[slice], out: Tensor | None = None) -> Tensor:
+    """(channels, N + B) sums of what precedes each of (channels, N) values in its span, and all."""
+    sums = values.new_empty(len(values), values.shape[1] + len(spans)) if out is None else out
+    for own, span in zip(_with_zeros(spans), spans, strict=True):
+        some = sums[:, own]
+        some[:, 0] = 0
+        torch.cumsum(values[:, span], 1, out=some[:, 1:])
+    return sums
+
+
+def _with_zeros(spans: Sequence[slice]) -> tuple[slice, ...]:
+    """Where spans lie if each has one more at its start."""
+    return tuple(slice(span.start + n, span.stop + n + 1) for n, span in enumerate(spans))
+
+
+def _by_image(at: Tensor, radii: Sequence[int], area: int) -> tuple[int | Tensor, int | Tensor]:
+    """Number and radius of the image of each flat index; numbers, if there is only one image."""
+    if len(radii) == 1:
+        return 0, radii[0]
+    image = at // area
+    return image, torch.tensor(radii, device=at.device).index_select(0, image)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)

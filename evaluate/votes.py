@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from evaluate.cells import neighbour_distance
 from train.encoding import cell_centres, gamma
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
 
 MAX_BINS = 2048
 """Bins beyond these hold next to no votes; they bound the work on an untrained network."""
@@ -43,18 +48,18 @@ class Bins:
 
     Attributes:
         weight: (M,) float32, votes in pixels.
-        code: (M, 4L) mean code.
+        code: (M, 4L) float32 mean code.
         label: (M,) int64 semantic label.
         row: (M,) int64 cell.
         column: (M,) int64 cell.
         drift: How far codes move within a bin, see `measure_drift`.
     """
 
-    weight: Tensor
-    code: Tensor
-    label: Tensor
-    row: Tensor
-    column: Tensor
+    weight: Floats
+    code: Floats
+    label: Integers
+    row: Integers
+    column: Integers
     drift: float
 
 
@@ -76,21 +81,23 @@ def bin_votes(votes: Votes, images: int, cells: int) -> list[Bins]:
         return_counts=True,
     )
     total = codes.new_zeros(len(keys), codes.shape[0]).index_add_(0, bin_of, codes.T)
-    mean = (total / counts[:, None]).cpu()
+    mean = (total / counts[:, None]).cpu().numpy()
     drift = measure_drift(votes, bin_of, len(keys), images, cells).tolist()
-    keys, counts = torch.stack([keys, counts]).cpu()
-    image = keys // cells**2 % images
+    key, count = torch.stack([keys, counts]).cpu().numpy()
+    layer, cell = np.divmod(key, cells**2)
+    label, image = np.divmod(layer, images)
+    row, column = np.divmod(cell, cells)
     found = []
     for number in range(images):
-        own = (image == number).nonzero()[:, 0]
-        own = own[counts[own].argsort(descending=True, stable=True)[:MAX_BINS]]
+        own = np.flatnonzero(image == number)
+        own = own[np.argsort(-count[own], kind="stable")[:MAX_BINS]]
         found.append(
             Bins(
-                weight=counts[own].to(codes.dtype),
+                weight=count[own].astype(np.float32),
                 code=mean[own],
-                label=keys[own] // cells**2 // images,
-                row=keys[own] // cells % cells,
-                column=keys[own] % cells,
+                label=label[own],
+                row=row[own],
+                column=column[own],
                 drift=drift[number],
             )
         )

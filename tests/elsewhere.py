@@ -72,6 +72,10 @@ class Device(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        with self:  # in inference mode, operations that are made of others come as one
+            outcome = func.decompose(*args, **kwargs)
+        if outcome is not NotImplemented:
+            return outcome
         name = func.overloadpacket.__name__
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         away = [isinstance(x, Elsewhere) for x in tensors]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from threading import Barrier, current_thread
 
 import elsewhere
 import numpy as np
@@ -11,13 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from evaluate.assign import spread
 from evaluate.cells import nearest_cells, neighbour_distance, off_grid, packed_argmax
 from evaluate.confidence import SAMPLES, sample
 from evaluate.decode import DecodeConfig, PanopticMap, decode, together
+from evaluate.parallel import each_image, in_parallel
 from evaluate.peaks import Instances, Rules, choose, find_candidates
 from evaluate.pixels import Pixels, places, to_positional
 from evaluate.segments import Painting, number, resize_values
-from evaluate.smoothing import find_regions, smooth
+from evaluate.smoothing import Smoother
 from evaluate.votes import Bins, Votes, bin_votes
 from pipeline.errors import InputError
 from pipeline.targets import geometry
@@ -185,11 +190,11 @@ def make_bins(votes: NDArray[np.float64]) -> Bins:
     centres = cell_centres(len(votes))
     uv = torch.stack([centres[column], centres[row]], dim=1)
     return Bins(
-        weight=torch.tensor(votes[row, column], dtype=torch.float32),
-        code=CODE.encode(uv, torch.ones(len(row), dtype=torch.bool)),
-        label=torch.zeros(len(row), dtype=torch.int64),
-        row=torch.tensor(row),
-        column=torch.tensor(column),
+        weight=votes[row, column].astype(np.float32),
+        code=CODE.encode(uv, torch.ones(len(row), dtype=torch.bool)).numpy(),
+        label=np.zeros(len(row), np.int64),
+        row=row,
+        column=column,
         drift=0.0,
     )
 
@@ -220,15 +225,15 @@ def test_choice_is_that_of_a_literal_loop() -> None:
     uv = torch.rand(30, 2, generator=generator) * 2 - 1
     code = CODE.encode(uv, torch.ones(30, dtype=torch.bool))
     bins = Bins(
-        weight=torch.randint(1, 40, (30,), generator=generator).float(),
-        code=code,
-        label=torch.randint(0, 2, (30,), generator=generator),
-        row=nearest_cell(uv[:, 1], 80),
-        column=nearest_cell(uv[:, 0], 80),
+        weight=torch.randint(1, 40, (30,), generator=generator).float().numpy(),
+        code=code.numpy(),
+        label=torch.randint(0, 2, (30,), generator=generator).numpy(),
+        row=nearest_cell(uv[:, 1], 80).numpy(),
+        column=nearest_cell(uv[:, 0], 80).numpy(),
         drift=0.0,
     )
     rules = Rules(cap=4.0, label_cost=0.1, gap=1.0, saved=30.0)
-    chosen = choose(bins, Instances(code, bins.label), rules)
+    chosen = choose(bins, Instances(bins.code, bins.label), rules)
 
     def cost(vote: int, k: int) -> float:
         far = float((code[vote] - code[k]).square().sum())
@@ -250,7 +255,7 @@ def test_choice_is_that_of_a_literal_loop() -> None:
         if best < 0:
             break
         taken.append(best)
-    assert torch.equal(chosen.prototypes, code[taken])
+    assert np.array_equal(chosen.prototypes, bins.code[taken])
 
 
 def test_votes_add_up() -> None:
@@ -261,12 +266,12 @@ def test_votes_add_up() -> None:
     batch = bin_votes(Votes(code, labels, rows, columns, image), 4, 80)
     assert [int(bins.weight.sum()) for bins in batch] == torch.bincount(image, minlength=4).tolist()
     for which, bins in enumerate(batch):
-        assert (bins.weight.diff() <= 0).all()
+        assert (np.diff(bins.weight) <= 0).all()
         for i in range(len(bins.weight)):
-            mask = (image == which) & (labels == bins.label[i])
-            mask &= (rows == bins.row[i]) & (columns == bins.column[i])
+            mask = (image == which) & (labels == int(bins.label[i]))
+            mask &= (rows == int(bins.row[i])) & (columns == int(bins.column[i]))
             assert mask.sum() == bins.weight[i]
-            assert torch.allclose(bins.code[i], code[:, mask].mean(1), atol=1e-5)
+            assert np.allclose(bins.code[i], code[:, mask].mean(1), atol=1e-5)
 
 
 def test_smoothing_is_the_mean_along_rows_then_columns_within_a_label() -> None:
@@ -290,22 +295,61 @@ def test_smoothing_is_the_mean_along_rows_then_columns_within_a_label() -> None:
                 result[:, y, x] = values[:, y, low : high + 1].mean(1)
         return result
 
-    inside = places(member)
-    for stride in (1, 3):
-        regions = find_regions(labels, inside, stride)
-        wanted = member & (torch.arange(12) % stride == 0)
-        assert sorted(regions.pixels.tolist()) == places(wanted).tolist()
+    # Semantic labels of which the first is stuff, and codes that lie in no other pixels.
+    logits = torch.nn.functional.one_hot(labels, 3).permute(0, 3, 1, 2).float()
+    codes = torch.zeros(2, 16, 10, 12)
+    codes[:, :2] = values
+    pixels = Pixels.of(
+        list(codes), list(logits), encoding=CODE, isthing=torch.tensor([False, True, True])
+    )
+    smoother, products = Smoother.of(pixels), torch.from_numpy(rng.normal(size=(2, 3, 16))).float()
+    y, x = torch.arange(10)[:, None], torch.arange(12)
+    for step in ((1, 1), (1, 3), (2, 4)):
+        wanted = member & (y % step[0] == 0) & (x % step[1] == 0)
         for radii in ((0, 0), (1, 1), (3, 3), (0, 3), (2, 1)):
             expected = []
-            for image, label, radius in zip(values, labels, radii, strict=True):
+            for image, label, radius in zip(codes, labels, radii, strict=True):
                 once = literal(image, label, radius)
                 twice = literal(once.transpose(1, 2), label.T, radius).transpose(1, 2)
                 expected.append(twice.flatten(1))
-            of_each = torch.tensor(radii)[regions.pixels // 120]
-            reach = radii[0] if radii[0] == radii[1] else of_each
-            found = smooth(values.transpose(0, 1).flatten(1)[:, inside], regions, reach)
-            wanted_means = torch.cat(expected, dim=1)[:, regions.pixels]
-            assert torch.allclose(found, wanted_means, atol=1e-5)
+            found = smoother.means(radii, step=step)
+            assert sorted(found.pixels.tolist()) == places(wanted).tolist()
+            assert [found.pixels[span].min() // 120 for span in found.spans] == [0, 1]
+            assert [found.pixels[span].max() // 120 for span in found.spans] == [0, 1]
+            means = torch.cat(expected, dim=1)[:, found.pixels]
+            assert torch.allclose(found.values, means, atol=1e-5)
+            multiplied = smoother.means(radii, along=products, step=step)
+            assert torch.equal(multiplied.pixels, found.pixels)
+            for product, span in zip(products, found.spans, strict=True):
+                expected_products = product @ means[:, span]
+                assert torch.allclose(multiplied.values[:, span], expected_products, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 8])
+def test_pixels_between_columns_take_a_neighbour_of_their_label(width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    labels = torch.randint(0, 3, (2, 6, width), generator=generator)
+    logits = torch.nn.functional.one_hot(labels, 3).permute(0, 3, 1, 2).float()
+    pixels = Pixels.of(
+        list(torch.zeros(2, 16, 6, width)),
+        list(logits),
+        encoding=CODE,
+        isthing=torch.tensor([False, True, True]),
+    )
+    before = torch.randint(0, 50, labels.shape, generator=generator).int()
+    member = before.clone()
+    lonely: list[int] = []
+    found = spread(member.view(-1), pixels).tolist()
+    for image, y, x in np.ndindex(*labels.shape):
+        label, beside = labels[image, y, x], [x - 1, x + 1]
+        same = [n for n in beside if 0 <= n < width and labels[image, y, n] == label]
+        if x % 2 == 0 or label == 0:
+            assert member[image, y, x] == before[image, y, x]
+        elif same:
+            assert member[image, y, x] == before[image, y, same[0]]
+        else:
+            lonely.append((image * 6 + y) * width + x)
+    assert found == lonely
 
 
 @pytest.mark.parametrize("source", [(7, 9), (1, 4), (30, 1), (20, 20)])
@@ -705,27 +749,85 @@ def test_an_error_says_which_image_is_not_finite(
     )
     pairs = [scenes()[number] for number in (0, 3, 1, 2)]  # the second is of another size
     pairs[2][0][3, 4, 5] = torch.nan
+    with threads_of_torch(threads), pytest.raises(InputError, match="image 3 of 4"):
+        decode_scenes(pairs)
+
+
+@contextmanager
+def threads_of_torch(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(count)
     try:
-        with pytest.raises(InputError, match="image 3 of 4"):
-            decode_scenes(pairs)
-        assert torch.get_num_threads() == threads
+        yield
     finally:
+        after = torch.get_num_threads()
         torch.set_num_threads(before)
+        assert after == count
 
 
-def test_threads_change_nothing() -> None:
-    pairs, before = scenes(), torch.get_num_threads()
-    found = []
-    try:
-        for threads in (1, 4):
-            torch.set_num_threads(threads)
+@pytest.mark.parametrize("images", [1, 7])
+def test_threads_change_nothing(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evaluate.cells.CHUNK", 1000)  # an image has a part for each of them
+    pairs, found = scenes()[-images:], []
+    for threads in (1, 4):
+        with threads_of_torch(threads):
             found.append(decode_scenes(pairs))
-    finally:
-        torch.set_num_threads(before)
     for one, other in zip(*found, strict=True):
         assert_same(one, other)
+
+
+def test_heads_may_want_gradients_or_be_of_inference() -> None:
+    pairs = scenes()
+    plain = decode_scenes(pairs)
+    with torch.inference_mode():
+        inference = [(code.clone(), logits.clone()) for code, logits in pairs]
+        found = [decode_scenes(pairs), decode_scenes(inference)]
+    found.append(decode_scenes(inference))
+    for code, logits in pairs:
+        code.requires_grad_()
+        logits.requires_grad_()
+    found.append(decode_scenes(pairs))
+    for maps in found:
+        for one, other in zip(plain, maps, strict=True):
+            assert_same(one, other)
+
+
+def test_idle_threads_help_and_every_part_is_done_once() -> None:
+    done: list[int] = []
+    names: set[str] = set()
+    both = Barrier(2)
+
+    def begin() -> Callable[[int], None]:
+        first = True
+
+        def work(part: int) -> None:
+            nonlocal first
+            if first:
+                both.wait(timeout=30)  # until two threads have one
+                first = False
+            names.add(current_thread().name)
+            done.append(part)
+
+        return work
+
+    with threads_of_torch(2):
+        each_image(lambda _: in_parallel(begin, range(100)), [0])
+    assert sorted(done) == list(range(100))
+    assert len(names) == 2
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("images", [1, 5])
+def test_an_error_in_a_part_is_that_of_its_image(images: int, threads: int) -> None:
+    def begin() -> Callable[[int], None]:
+        def work(part: int) -> None:
+            if part == 17:
+                raise ValueError("this part")
+
+        return work
+
+    with threads_of_torch(threads), pytest.raises(ValueError, match="this part"):
+        each_image(lambda _: in_parallel(begin, range(20)), range(images))
 
 
 # Confidence.

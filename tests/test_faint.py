@@ -122,24 +122,24 @@ def test_at_home_by_a_loop() -> None:
 
 def bins_at(columns: list[int], weights: list[float]) -> Bins:
     """Bins of clean codes in one row."""
-    place = torch.tensor(columns)
-    middle = (2 * place + 1) / 80 - 1
+    place = np.array(columns)
+    middle = torch.from_numpy((2 * place + 1) / 80 - 1).float()
     centroids = torch.stack([middle, torch.zeros_like(middle)], 1)
-    codes = CODE.encode(centroids, torch.ones(len(columns), dtype=torch.bool))
-    rows = torch.full_like(place, 40)
-    return Bins(torch.tensor(weights), codes, torch.ones_like(place), rows, place, drift=0.0)
+    codes = CODE.encode(centroids, torch.ones(len(columns), dtype=torch.bool)).numpy()
+    weight, rows = np.array(weights, np.float32), np.full_like(place, 40)
+    return Bins(weight, codes, np.ones_like(place), rows, place, drift=0.0)
 
 
 def test_a_split_needs_more_than_scatter() -> None:
     rules = Rules(cap=4.0, label_cost=0.1, gap=0.6, saved=5.0)
     two = bins_at([10, 12], [100.0, 40.0])
-    one = Instances(two.code[:1], torch.ones(1, dtype=torch.int64))
+    one = Instances(two.code[:1], np.ones(1, np.int64))
     assert len(split(two, one, rules, cells=80, gap=0.5).labels) == 2
     assert len(split(bins_at([10, 12], [100.0, 1.0]), one, rules, cells=80, gap=0.5).labels) == 1
     sweep = bins_at([8, 9, 10, 11, 12], [20.0] * 5)
-    one = Instances(sweep.code[2:3], torch.ones(1, dtype=torch.int64))
+    one = Instances(sweep.code[2:3], np.ones(1, np.int64))
     assert len(split(sweep, one, rules, cells=80, gap=0.5).labels) == 1
-    none = Instances(torch.zeros(0, 16), torch.zeros(0, dtype=torch.int64))
+    none = Instances(np.zeros((0, 16), np.float32), np.zeros(0, np.int64))
     assert len(split(two, none, rules, cells=80, gap=0.5).labels) == 0
 
 
