@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from evaluate.cells import Tags, chunks, room_for
 from evaluate.instances import DecodeConfig
-from evaluate.parallel import in_parallel
+from evaluate.parallel import both, in_parallel
 from evaluate.peaks import Instances
 from evaluate.pixels import Pixels, places
 from evaluate.smoothing import Means, Smoother
@@ -47,19 +47,26 @@ def assign(
     if most == 0:
         return member
     banks = Banks.of(found, pixels, config.label_amplitude)
-    # No code is nearer to an instance than its length allows: most pixels of stuff are settled.
-    bar = 0.5 + config.trust
-    outside = places(~pixels.thing & (pixels.strength > bar**2 * channels / 2))
-    banks.claim(member, Means.unsmoothed(pixels, outside), bar)
 
-    bar = 0.5 - config.trust + config.label_amplitude
-    rest, radii = pixels.inside, [config.smoothing_radius(each) // 2 for each in noise]
-    if smoother is not None and any(radii):
-        along = banks.padded if most < channels else None  # smoothing is linear: before or after
-        means = smoother.means(radii, along=along, step=(1, 2))
-        banks.claim(member, means, bar, labels=pixels.labels, multiplied=along is not None)
-        rest = spread(member, pixels)
-    banks.claim(member, Means.unsmoothed(pixels, rest), bar, labels=pixels.labels)
+    def outside() -> None:
+        # No code is nearer to an instance than its length allows: most pixels of stuff are settled.
+        bar = 0.5 + config.trust
+        doubtful = places(~pixels.thing & (pixels.strength > bar**2 * channels / 2))
+        banks.claim(member, Means.unsmoothed(pixels, doubtful), bar)
+
+    def inside() -> None:
+        bar = 0.5 - config.trust + config.label_amplitude
+        rest, radii = pixels.inside, [config.smoothing_radius(each) // 2 for each in noise]
+        if smoother is not None and any(radii):
+            along = (
+                banks.padded if most < channels else None
+            )  # smoothing is linear: before or after
+            means = smoother.means(radii, along=along, step=(1, 2))
+            banks.claim(member, means, bar, labels=pixels.labels, multiplied=along is not None)
+            rest = spread(member, pixels)
+        banks.claim(member, Means.unsmoothed(pixels, rest), bar, labels=pixels.labels)
+
+    both(inside, outside)  # the longer one first: its parts find help later
     return member
 
 

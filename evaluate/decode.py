@@ -19,10 +19,10 @@ from torch import Tensor
 from evaluate.assign import assign
 from evaluate.confidence import confidences
 from evaluate.instances import DecodeConfig, find_instances, measure_noise
-from evaluate.parallel import each_image
+from evaluate.parallel import both, each_image
 from evaluate.pixels import NotFiniteError, Pixels
 from evaluate.rescue import rescue
-from evaluate.segments import DecodedSegment, PanopticMap, number, paint
+from evaluate.segments import DecodedSegment, PanopticMap, number, paint, resize_values
 from evaluate.smoothing import Smoother
 from pipeline.errors import InputError
 from pipeline.heap import keep_heap
@@ -128,16 +128,42 @@ def decode_pixels(
         kinds.setdefault(config.is_clean(each), []).append(image)
     maps: dict[int, PanopticMap] = {}
     for clean, images in kinds.items():
-        some, noises = pixels.take(images), [noise[image] for image in images]
-        smoother = None if clean else Smoother.of(some)
-        found = find_instances(some, smoother, noises, config)
-        member = assign(some, smoother, found, noises, config)
-        members, labels = (map_.view(some.shape).cpu().numpy() for map_ in (member, some.labels))
-        rescue(some, found, members=members, labels=labels, noise=noises, config=config)
-        paintings = [
-            paint(owner, label, some.things, min_instance_area=config.min_instance_area)
-            for owner, label in zip(members, labels, strict=True)
-        ]
-        for image, one, scores in zip(images, paintings, confidences(some, paintings), strict=True):
-            maps[image] = number(one, scores, sizes[image], min_stuff_area=config.min_stuff_area)
+        decoded = decode_kind(
+            pixels.take(images),
+            [noise[image] for image in images],
+            [sizes[image] for image in images],
+            config,
+            clean=clean,
+        )
+        maps.update(zip(images, decoded, strict=True))
     return [maps[image] for image in range(len(sizes))]
+
+
+def decode_kind(
+    pixels: Pixels,
+    noise: Sequence[float],
+    sizes: Sequence[tuple[int, int]],
+    config: DecodeConfig,
+    *,
+    clean: bool,
+) -> list[PanopticMap]:
+    """The same of images whose codes are all clean, or none of them."""
+    smoother = None if clean else Smoother.of(pixels)
+    found = find_instances(pixels, smoother, noise, config)
+    member = assign(pixels, smoother, found, noise, config)
+    members, labels = (map_.view(pixels.shape).cpu().numpy() for map_ in (member, pixels.labels))
+    rescue(pixels, found, members=members, labels=labels, noise=noise, config=config)
+    paintings = [
+        paint(owner, label, pixels.things, min_instance_area=config.min_instance_area)
+        for owner, label in zip(members, labels, strict=True)
+    ]
+    scores, natives = both(
+        lambda: confidences(pixels, paintings),
+        lambda: [
+            resize_values(one.values, size) for one, size in zip(paintings, sizes, strict=True)
+        ],
+    )
+    return [
+        number(*parts, min_stuff_area=config.min_stuff_area)
+        for parts in zip(paintings, natives, scores, strict=True)
+    ]

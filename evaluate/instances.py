@@ -11,6 +11,7 @@ from torch import Tensor
 
 from evaluate.cells import nearest_cells, neighbour_distance, off_grid
 from evaluate.faint import add_faint, at_home, split
+from evaluate.parallel import both
 from evaluate.peaks import Instances, Rules, candidates_of, choose, find_candidates, refine
 from evaluate.pixels import Pixels, places
 from evaluate.smoothing import Means, Smoother
@@ -156,8 +157,10 @@ def find_instances(
     """
     cells, images = config.cells, pixels.shape[0]
     votes, faint = find_votes(pixels, smoother, noise, config)
-    bins: list[Bins] = bin_votes(votes, images, cells)
-    faint_bins = [None] * images if faint is None else bin_votes(faint, images, cells)
+    bins, faint_bins = both(
+        lambda: bin_votes(votes, images, cells),
+        lambda: [None] * images if faint is None else bin_votes(faint, images, cells),
+    )
     return [
         explain(own, weak, variance, config)
         for own, weak, variance in zip(bins, faint_bins, noise, strict=True)

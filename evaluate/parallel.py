@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import cv2
 import torch
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+First = TypeVar("First")
+Second = TypeVar("Second")
 
 THREADS = 8
 """Images that a processor decodes at once, at most: each takes up to 0.45 KB of memory a pixel."""
@@ -81,3 +83,15 @@ def in_parallel(begin: Callable[[], Callable[[Task], None]], parts: Iterable[Tas
         wait(came)
     for helper in came:
         helper.result()
+
+
+def both(first: Callable[[], First], second: Callable[[], Second]) -> tuple[First, Second]:
+    """What two tasks that do not depend on each other result in; an idle thread takes one."""
+    results: dict[str, Any] = {}
+
+    def do(task: tuple[str, Callable[[], Any]]) -> None:
+        name, run = task
+        results[name] = run()
+
+    in_parallel(lambda: do, [("first", first), ("second", second)])
+    return results["first"], results["second"]

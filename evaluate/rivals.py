@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluate.segments import PanopticMap, number, paint
+from evaluate.segments import PanopticMap, number, paint, resize_values
 from train.encoding import GRID_CELLS, cell_centres, gamma
 
 CHUNK = 2048
@@ -218,4 +218,5 @@ def _finish(member: Tensor, logits: Tensor, isthing: Tensor, size: tuple[int, in
     owner, labels = (map_.numpy().astype(np.int32) for map_ in (member, logits.argmax(0)))
     painting = paint(owner, labels, isthing.numpy(), min_instance_area=MIN_AREA)
     scores = np.ones(len(painting.labels))  # nobody ranks them
-    return number(painting, scores, size, min_stuff_area=MIN_STUFF)
+    native = resize_values(painting.values, size)
+    return number(painting, native, scores, min_stuff_area=MIN_STUFF)

@@ -179,21 +179,16 @@ def _vote(
 
 
 def number(
-    painting: Painting,
-    scores: NDArray[np.float64],
-    size: tuple[int, int],
-    *,
-    min_stuff_area: int,
+    painting: Painting, native: Values, scores: NDArray[np.float64], *, min_stuff_area: int
 ) -> PanopticMap:
-    """Resizes to native and gives ids 1, 2, ... to what is left.
+    """Gives ids 1, 2, ... to what is left at native size.
 
     Args:
         painting: See `paint`.
+        native: (H, W) its values, resized; are written into.
         scores: (R,) of its rows, see `DecodedSegment`.
-        size: Native (H, W).
         min_stuff_area: Native pixels below which a stuff segment becomes void.
     """
-    native = resize_values(painting.values, size)
     rows = len(painting.labels) + 1
     strips = np.array_split(native.ravel(), max(1, native.size // STRIP))
     area = np.sum([np.bincount(strip, minlength=rows) for strip in strips], axis=0)

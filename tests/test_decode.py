@@ -384,10 +384,10 @@ def test_native_areas_do_not_depend_on_the_strips(monkeypatch: pytest.MonkeyPatc
     shown = np.array([0, 3, 4, 5, 6, 7, 8])  # void, two kinds of stuff, four instances
     values = np.random.default_rng(0).choice(shown, (20, 30)).astype(np.int32)
     painting = Painting(values, np.array([0, 1, 2, 3, 0, 1, 0, 1]), 4)
-    whole = number(painting, np.ones(8), (61, 77), min_stuff_area=400)
+    whole = number(painting, resize_values(values, (61, 77)), np.ones(8), min_stuff_area=400)
     check(whole)
     monkeypatch.setattr("evaluate.segments.STRIP", 100)
-    strips = number(painting, np.ones(8), (61, 77), min_stuff_area=400)
+    strips = number(painting, resize_values(values, (61, 77)), np.ones(8), min_stuff_area=400)
     assert np.array_equal(whole.ids, strips.ids)
     assert whole.segments == strips.segments
 
