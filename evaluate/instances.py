@@ -20,7 +20,7 @@ from train.encoding import GRID_CELLS
 
 SAMPLING = 16
 """One pixel in so many is enough to measure the noise, and"""
-SAMPLES = 4096
+SAMPLES = 2048
 """about so many are at most."""
 CLEAN_STEP, NOISY_STEP = 2, (2, 4)
 """One pixel in so many votes, or where codes are noisy and smoothed, one row and one column: their
