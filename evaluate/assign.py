@@ -58,9 +58,8 @@ def assign(
         bar = 0.5 - config.trust + config.label_amplitude
         rest, radii = pixels.inside, [config.smoothing_radius(each) // 2 for each in noise]
         if smoother is not None and any(radii):
-            along = (
-                banks.padded if most < channels else None
-            )  # smoothing is linear: before or after
+            # Smoothing is linear: it comes after the product where that leaves less to smooth.
+            along = banks.padded if most < channels else None
             means = smoother.means(radii, along=along, step=(1, 2))
             banks.claim(member, means, bar, labels=pixels.labels, multiplied=along is not None)
             rest = spread(member, pixels)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any, TypeVar
 
 import cv2
@@ -36,11 +38,8 @@ def each_image(work: Callable[[Task], Result], images: Sequence[Task]) -> list[R
     Meanwhile PyTorch and OpenCV have one each: most operations are on pieces that fit a core's
     cache, too small to be shared.
     """
-    threads, others = torch.get_num_threads(), cv2.getNumThreads()
-    count = min(threads, THREADS)
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    try:
+    with _one_thread_for_libraries() as threads:
+        count = min(threads, THREADS)
         if count < 2:
             return [work(image) for image in images]
         with ThreadPoolExecutor(count, "decode") as pool:
@@ -50,9 +49,44 @@ def each_image(work: Callable[[Task], Result], images: Sequence[Task]) -> list[R
                 return work(image)
 
             return list(pool.map(run, images))
+
+
+@dataclass
+class _Calls:
+    """Those of `each_image` under way: several threads may make them at once.
+
+    Attributes:
+        lock: For the others.
+        count: How many.
+        before: Threads of PyTorch and of OpenCV before the first of them.
+    """
+
+    lock: Lock = field(default_factory=Lock)
+    count: int = 0
+    before: tuple[int, int] = (1, 1)
+
+
+_calls = _Calls()
+
+
+@contextmanager
+def _one_thread_for_libraries() -> Iterator[int]:
+    """Gives the threads that PyTorch had, and gives them back."""
+    with _calls.lock:
+        if _calls.count == 0:
+            _calls.before = torch.get_num_threads(), cv2.getNumThreads()
+        _calls.count += 1
+        before = _calls.before
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    try:
+        yield before[0]
     finally:
-        torch.set_num_threads(threads)
-        cv2.setNumThreads(others)
+        torch.set_num_threads(before[0])  # each thread has a number of its own
+        with _calls.lock:
+            _calls.count -= 1
+            if _calls.count == 0:
+                cv2.setNumThreads(before[1])
 
 
 def in_parallel(begin: Callable[[], Callable[[Task], None]], parts: Iterable[Task]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from threading import Barrier, current_thread
 
+import cv2
 import elsewhere
 import numpy as np
 import pytest
@@ -774,6 +776,22 @@ def test_threads_change_nothing(images: int, monkeypatch: pytest.MonkeyPatch) ->
             found.append(decode_scenes(pairs))
     for one, other in zip(*found, strict=True):
         assert_same(one, other)
+
+
+def test_callers_with_threads_of_their_own_keep_those_of_the_libraries() -> None:
+    pairs, before = scenes(), cv2.getNumThreads()
+
+    def call(_: int) -> tuple[list[PanopticMap], int]:
+        return decode_scenes(pairs), torch.get_num_threads()
+
+    with threads_of_torch(3):
+        alone = decode_scenes(pairs)
+        with ThreadPoolExecutor(4) as pool:
+            for maps, after in pool.map(call, range(8)):
+                assert after == 3
+                for one, other in zip(alone, maps, strict=True):
+                    assert_same(one, other)
+    assert cv2.getNumThreads() == before
 
 
 def test_heads_may_want_gradients_or_be_of_inference() -> None:
