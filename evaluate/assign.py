@@ -30,10 +30,11 @@ def assign(
 
     |x - g|^2 - |x|^2 = 2L - 2 x . g, so an instance beats void if x . g / 2L, the amplitude,
     exceeds 1/2. Smoothed codes hardly change from a pixel to the next: of these, those of every
-    second column are compared, and the pixels between take the instance of a neighbour.
+    second column are compared, and the pixels between take the instance of a neighbour of their
+    label; those that have none are compared unsmoothed.
 
     Args:
-        pixels: B images.
+        pixels: B images, all of them smoothed here or none.
         smoother: Theirs; None where codes are clean.
         found: K instances of each.
         noise: Of each, see `measure_noise`.
@@ -47,25 +48,29 @@ def assign(
     if most == 0:
         return member
     banks = Banks.of(found, pixels, config.label_amplitude)
+    radii = [config.smoothing_radius(each) // 2 for each in noise]
+    inside_bar = 0.5 - config.trust + config.label_amplitude
+    outside_bar = 0.5 + config.trust
 
-    def outside() -> None:
-        # No code is nearer to an instance than its length allows: most pixels of stuff are settled.
-        bar = 0.5 + config.trust
-        doubtful = places(~pixels.thing & (pixels.strength > bar**2 * channels / 2))
-        banks.claim(member, Means.unsmoothed(pixels, doubtful), bar)
-
-    def inside() -> None:
-        bar = 0.5 - config.trust + config.label_amplitude
-        rest, radii = pixels.inside, [config.smoothing_radius(each) // 2 for each in noise]
-        if smoother is not None and any(radii):
+    def claim_inside() -> None:
+        if smoother is None or not all(radii):
+            means, along = Means.unsmoothed(pixels, pixels.inside), None
+        else:
             # Smoothing is linear: it comes after the product where that leaves less to smooth.
             along = banks.padded if most < channels else None
             means = smoother.means(radii, along=along, step=(1, 2))
-            banks.claim(member, means, bar, labels=pixels.labels, multiplied=along is not None)
-            rest = spread(member, pixels)
-        banks.claim(member, Means.unsmoothed(pixels, rest), bar, labels=pixels.labels)
+        banks.claim(member, means, inside_bar, labels=pixels.labels, multiplied=along is not None)
 
-    both(inside, outside)  # the longer one first: its parts find help later
+    def claim_outside() -> None:
+        # No code is nearer to an instance than its length allows: most pixels of stuff are settled.
+        strong = pixels.strength > outside_bar**2 * channels / 2
+        means = Means.unsmoothed(pixels, places(~pixels.thing & strong))
+        banks.claim(member, means, outside_bar)
+
+    both(claim_inside, claim_outside)  # the longer one first: its parts find help later
+    if smoother is not None and all(radii):
+        lonely = Means.unsmoothed(pixels, spread(member, pixels))
+        banks.claim(member, lonely, inside_bar, labels=pixels.labels)
     return member
 
 

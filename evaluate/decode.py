@@ -69,9 +69,9 @@ def decode(
         known = torch.amp.is_autocast_available(device)
         off = torch.autocast(device, enabled=False) if known else nullcontext()
         with torch.inference_mode(), off:  # whatever the caller has on
-            return decode_alike(images)
+            return decode_group(images)
 
-    def decode_alike(images: list[int]) -> list[PanopticMap]:
+    def decode_group(images: list[int]) -> list[PanopticMap]:
         try:
             pixels = Pixels.of(
                 [instance[image] for image in images],
@@ -123,32 +123,29 @@ def decode_pixels(
     batch, not an image. From the instance of each pixel on, the work is the processor's.
     """
     noise = measure_noise(pixels, config)
-    kinds: dict[bool, list[int]] = {}  # clean or not: alike in how they vote
+    kinds: dict[int, list[int]] = {}  # clean, smoothed before the vote, or after it, too
     for image, each in enumerate(noise):
-        kinds.setdefault(config.is_clean(each), []).append(image)
+        kinds.setdefault(min(config.smoothing_radius(each), 2), []).append(image)
     maps: dict[int, PanopticMap] = {}
-    for clean, images in kinds.items():
-        decoded = decode_kind(
+    for images in kinds.values():
+        decoded = decode_alike(
             pixels.take(images),
             [noise[image] for image in images],
             [sizes[image] for image in images],
             config,
-            clean=clean,
         )
         maps.update(zip(images, decoded, strict=True))
     return [maps[image] for image in range(len(sizes))]
 
 
-def decode_kind(
+def decode_alike(
     pixels: Pixels,
     noise: Sequence[float],
     sizes: Sequence[tuple[int, int]],
     config: DecodeConfig,
-    *,
-    clean: bool,
 ) -> list[PanopticMap]:
-    """The same of images whose codes are all clean, or none of them."""
-    smoother = None if clean else Smoother.of(pixels)
+    """The same of images that are smoothed at the same places."""
+    smoother = None if config.is_clean(noise[0]) else Smoother.of(pixels)
     found = find_instances(pixels, smoother, noise, config)
     member = assign(pixels, smoother, found, noise, config)
     members, labels = (map_.view(pixels.shape).cpu().numpy() for map_ in (member, pixels.labels))

@@ -47,8 +47,8 @@ class DecodeConfig:
             instance and void, at edges, are neither.
         vote_outlier: Times the noise that a voting code may be off its grid point: mixtures of two
             instances are off by more.
-        smooth_votes: Pixels of smoothing radius for noise 1. The window grows as the noise does,
-            so that a clean prediction keeps its smallest objects.
+        smooth_votes: Pixels of smoothing radius for noise 1; the radius is 1 at least. The window
+            grows as the noise does, so that a clean prediction keeps its smallest objects.
         max_smooth: Largest radius, in pixels of the network's output.
         clean: Noise up to which codes are not smoothed, and the instances of neighbouring cells can
             be told apart.
@@ -115,7 +115,9 @@ class DecodeConfig:
         return noise <= self.clean
 
     def smoothing_radius(self, noise: float) -> int:
-        """Of noisy codes before the vote, pixels; half of it before the assignment."""
+        """Pixels, before the vote; half of it before the assignment. 0 where codes are clean."""
+        if self.is_clean(noise):
+            return 0
         return min(max(1, round(self.smooth_votes * noise)), self.max_smooth)
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from threading import Lock
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import cv2
 import torch
 
 Task = TypeVar("Task")
@@ -19,7 +16,7 @@ First = TypeVar("First")
 Second = TypeVar("Second")
 
 THREADS = 8
-"""Images that a processor decodes at once, at most: each takes up to 0.45 KB of memory a pixel."""
+"""Images that a processor decodes at once, at most: each takes up to 0.8 KB of memory a pixel."""
 
 
 @dataclass(frozen=True)
@@ -27,66 +24,43 @@ class _Threads:
     pool: ThreadPoolExecutor
     count: int
 
+    def ask(self, help_out: Callable[[], None], helpers: int) -> list[Future[None]]:
+        """Asks idle threads; none come once the interpreter is about to end."""
+        try:
+            return [self.pool.submit(help_out) for _ in range(helpers)]
+        except RuntimeError:
+            return []
+
 
 _threads: ContextVar[_Threads | None] = ContextVar("threads", default=None)
 """Those that may help with the image of this one."""
 
 
 def each_image(work: Callable[[Task], Result], images: Sequence[Task]) -> list[Result]:
-    """The results for all images, by as many threads as PyTorch has.
+    """The results for all images, by as many threads as PyTorch has, but not more than `THREADS`.
 
-    Meanwhile PyTorch and OpenCV have one each: most operations are on pieces that fit a core's
-    cache, too small to be shared.
+    Each of them has PyTorch's operations for itself: most are on pieces that fit a core's cache,
+    too small to be shared.
     """
-    with _one_thread_for_libraries() as threads:
-        count = min(threads, THREADS)
-        if count < 2:
-            return [work(image) for image in images]
-        with ThreadPoolExecutor(count, "decode") as pool:
+    threads = torch.get_num_threads()
+    count = min(threads, THREADS)
+    if count < 2:
+        return [work(image) for image in images]
+    pool = ThreadPoolExecutor(count, "decode", torch.set_num_threads, (1,))
 
-            def run(image: Task) -> Result:
-                _threads.set(_Threads(pool, count))  # lives no longer than this thread of the pool
-                return work(image)
+    def run(image: Task) -> Result:
+        _threads.set(_Threads(pool, count))  # lives no longer than this thread of the pool
+        return work(image)
 
-            return list(pool.map(run, images))
-
-
-@dataclass
-class _Calls:
-    """Those of `each_image` under way: several threads may make them at once.
-
-    Attributes:
-        lock: For the others.
-        count: How many.
-        before: Threads of PyTorch and of OpenCV before the first of them.
-    """
-
-    lock: Lock = field(default_factory=Lock)
-    count: int = 0
-    before: tuple[int, int] = (1, 1)
-
-
-_calls = _Calls()
-
-
-@contextmanager
-def _one_thread_for_libraries() -> Iterator[int]:
-    """Gives the threads that PyTorch had, and gives them back."""
-    with _calls.lock:
-        if _calls.count == 0:
-            _calls.before = torch.get_num_threads(), cv2.getNumThreads()
-        _calls.count += 1
-        before = _calls.before
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
     try:
-        yield before[0]
+        with pool:
+            try:
+                results = pool.map(run, images)
+            except RuntimeError:  # the interpreter is about to end, and starts no thread
+                results = map(work, images)
+            return list(results)
     finally:
-        torch.set_num_threads(before[0])  # each thread has a number of its own
-        with _calls.lock:
-            _calls.count -= 1
-            if _calls.count == 0:
-                cv2.setNumThreads(before[1])
+        torch.set_num_threads(threads)  # what threads to come start with
 
 
 def in_parallel(begin: Callable[[], Callable[[Task], None]], parts: Iterable[Task]) -> None:
@@ -108,8 +82,7 @@ def in_parallel(begin: Callable[[], Callable[[Task], None]], parts: Iterable[Tas
                 work(part)
 
     # The other images are before these in the pool's queue: nobody who has one is kept from it.
-    asked = min(threads.count, len(todo)) - 1 if threads else 0
-    helpers = [threads.pool.submit(go_on) for _ in range(asked)] if threads else []
+    helpers = threads.ask(go_on, min(threads.count, len(todo)) - 1) if threads else []
     try:
         go_on()
     finally:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from skimage.measure import label as connected
 
 from evaluate.cells import nearest_cells
 from evaluate.instances import DecodeConfig
@@ -100,23 +100,17 @@ def lost_regions(
         clear: Instances above this number are faint.
     """
     free = np.flatnonzero(things.take(labels) & ((member == 0) | (member > clear)))
-    label, claim = labels.ravel()[free], member.ravel()[free].astype(np.int64)
-    pixels, owners, count = [free[:0]], [free[:0]], 0
-    for kind in np.flatnonzero(np.bincount(label, minlength=1) >= least):
-        own = label == kind
-        mask = (labels == kind).view(np.uint8)
-        _, region = cv2.connectedComponents(mask, connectivity=8, ltype=cv2.CV_32S)
-        owner = region.ravel()[free[own]].astype(np.int64)
-        unclaimed = np.bincount(owner)
-        if unclaimed.max() < least:
-            continue
-        area = np.bincount(region.ravel())[: len(unclaimed)]
-        pair = owner * (claim.max() + 1) + claim[own]
-        claims = np.unique(pair[claim[own] > 0]) // (claim.max() + 1)
-        lost = (2 * unclaimed > area) & (unclaimed >= least)
-        lost &= np.bincount(claims, minlength=len(area)) < 2
-        kept = lost[owner]
-        pixels.append(free[own][kept])
-        owners.append(count - 1 + lost.cumsum()[owner[kept]])
-        count += int(lost.sum())
-    return Lost(np.concatenate(pixels), np.concatenate(owners))
+    kinds = np.bincount(labels.ravel()[free], minlength=len(things)) >= max(least, 1)
+    if not kinds.any():
+        return Lost(free[:0], free[:0])
+    shown = np.where(kinds, np.arange(1, len(kinds) + 1), 0).astype(np.int32).take(labels)
+    region = connected(shown, background=0, connectivity=2).ravel()
+    free = free[region[free] > 0]
+    owner, area = region[free], np.bincount(region)
+    unclaimed = np.bincount(owner, minlength=len(area))
+    claim = member.ravel()[free].astype(np.int64)
+    claims = np.unique((owner * (claim.max() + 1) + claim)[claim > 0]) // (claim.max() + 1)
+    lost = (2 * unclaimed > area) & (unclaimed >= least)
+    lost &= np.bincount(claims, minlength=len(area)) < 2
+    kept = lost[owner]
+    return Lost(free[kept], (lost.cumsum() - 1)[owner[kept]])

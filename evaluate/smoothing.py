@@ -110,7 +110,6 @@ class Smoother:
         rows: Their runs along the rows.
         sums: (channels, N + B) float32 running sums of their codes; those of each image start with
             zeros of their own, as single precision would not last for a batch.
-        spans: Which of the sums each image has.
     """
 
     labels: Tensor
@@ -118,7 +117,6 @@ class Smoother:
     rank: Tensor
     rows: Lines
     sums: Tensor
-    spans: tuple[slice, ...]
 
     @classmethod
     def of(cls, pixels: Pixels) -> Smoother:
@@ -127,15 +125,14 @@ class Smoother:
         rank = torch.full_like(labels, -1)
         order = torch.arange(len(inside), dtype=rank.dtype, device=rank.device)
         rank.view(-1).scatter_(0, inside, order)
-        spans = _with_zeros(pixels.spans)
-        sums = pixels.codes.new_empty(len(pixels.codes), len(inside) + len(spans))
+        sums = pixels.codes.new_empty(len(pixels.codes), len(inside) + len(pixels.spans))
 
         def add_up(channels: slice) -> None:
             codes = pixels.codes[channels].index_select(1, inside)
             running_sums(codes, pixels.spans, out=sums[channels])
 
         in_parallel(lambda: add_up, groups(len(sums)))
-        return cls(labels, inside, rank, Lines.of(labels, inside), sums, spans)
+        return cls(labels, inside, rank, Lines.of(labels, inside), sums)
 
     def means(
         self,
@@ -164,18 +161,21 @@ class Smoother:
         image, radius = _by_image(upright.index_select(0, wanted), radii, area)
         down = Lines.of(labels, upright).windows(wanted, radius, image)
         spans = spans_of(upright, images, area)
-        count = self.sums.shape[0] if along is None else along.shape[1]
-        values = self.sums.new_empty(count, len(wanted))
+        rows = self.sums.new_empty(len(self.sums), len(upright))
 
-        def smooth(channels: slice) -> None:
-            if along is None:
-                sums = self.sums[channels]
-            else:
-                pairs = zip(along, self.spans, strict=True)
-                sums = _joined([one[channels] @ self.sums[:, span] for one, span in pairs])
-            values[channels] = down.means(running_sums(across.means(sums), spans))
+        def average_rows(channels: slice) -> None:
+            rows[channels] = across.means(self.sums[channels])
 
-        in_parallel(lambda: smooth, groups(count))
+        in_parallel(lambda: average_rows, groups(len(rows)))
+        if along is not None:  # of means: those of sums would lose precision
+            pairs = zip(along, spans, strict=True)
+            rows = _joined([one @ rows[:, span] for one, span in pairs])
+        values = rows.new_empty(len(rows), len(wanted))
+
+        def average_columns(channels: slice) -> None:
+            values[channels] = down.means(running_sums(rows[channels], spans))
+
+        in_parallel(lambda: average_columns, groups(len(rows)))
         pixels = self.pixels.index_select(0, source.index_select(0, wanted))
         return Means(values, pixels, spans_of(pixels, images, self.labels[0].numel()))
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from threading import Barrier, current_thread
+from threading import Barrier, Event, Thread, current_thread
+from time import sleep
+from typing import Any
 
-import cv2
 import elsewhere
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evaluate.assign import spread
+from evaluate.assign import Banks, spread
 from evaluate.cells import nearest_cells, neighbour_distance, off_grid, packed_argmax
 from evaluate.confidence import SAMPLES, sample
 from evaluate.decode import DecodeConfig, PanopticMap, decode, together
@@ -325,6 +328,35 @@ def test_smoothing_is_the_mean_along_rows_then_columns_within_a_label() -> None:
             for product, span in zip(products, found.spans, strict=True):
                 expected_products = product @ means[:, span]
                 assert torch.allclose(multiplied.values[:, span], expected_products, atol=1e-4)
+
+
+def test_means_are_exact_on_large_images_and_in_batches() -> None:
+    """Single precision holds a million codes of one sign, and images do not add up."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.rand(2, 16, 700, 700, generator=generator)
+    logits = torch.zeros(2, 2, 700, 700)
+    isthing = torch.tensor([True, False])
+
+    def means(images: list[int]) -> Tensor:
+        some = [codes[image] for image in images]
+        pixels = Pixels.of(some, list(logits[images]), encoding=CODE, isthing=isthing)
+        products = torch.ones(len(images), 1, 16) / 16
+        return Smoother.of(pixels).means([1] * len(images), along=products).values[0]
+
+    both = means([0, 1])
+    for image in (0, 1):
+        alone = means([image])
+        assert torch.equal(both.view(2, -1)[image], alone)
+        exact = torch.nn.functional.avg_pool2d(codes[image].double().mean(0)[None], 3, 1)[0]
+        found = alone.view(700, 700).T[1:-1, 1:-1]  # they come column by column
+        assert (found - exact).abs().max() < 0.01
+
+
+def test_smoothing_grows_with_the_noise() -> None:
+    config = DecodeConfig(clean=0.01, smooth_votes=20, max_smooth=5)
+    radii = [config.smoothing_radius(noise) for noise in (0, 0.01, 0.011, 0.05, 0.16, 0.5)]
+    assert radii == [0, 0, 1, 1, 3, 5]
+    assert DecodeConfig(max_smooth=0).smoothing_radius(0.2) == 0
 
 
 @pytest.mark.parametrize("width", [1, 2, 7, 8])
@@ -662,6 +694,25 @@ def test_a_batch_decodes_as_its_images_do(monkeypatch: pytest.MonkeyPatch) -> No
     assert [sum(s.isthing for s in one.segments) for one in found] == [3, 3, 0, 2, 3, 3, 3]
 
 
+def test_one_that_is_smoothed_less_decodes_alike_beside_noisier_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pairs = []
+    for seed, noise in enumerate((0.11, 0.12, 0.35)):
+        rng, index = np.random.default_rng(seed), np.zeros((200, 200), np.int64)
+        for instance in range(1, 13):
+            x, y = rng.uniform(20, 180, 2)
+            disc(index, instance, x, y, rng.uniform(8, 35))
+        index = np.unique(index, return_inverse=True)[1].reshape(index.shape)
+        code, logits = heads(index, [0] * int(index.max()))
+        generator = torch.Generator().manual_seed(seed)
+        pairs.append((code + noise * torch.randn(code.shape, generator=generator), logits))
+    alone = decode_scenes(pairs)
+    monkeypatch.setattr("evaluate.decode.together", lambda sizes, **_: together(sizes, on_gpu=True))
+    for one, other in zip(decode_scenes(pairs), alone, strict=True):
+        assert_same(one, other)
+
+
 def test_another_device_decodes_as_the_processor_does() -> None:
     """It mixes no devices, and waits no more often for a larger batch."""
     pairs = scenes()
@@ -778,20 +829,51 @@ def test_threads_change_nothing(images: int, monkeypatch: pytest.MonkeyPatch) ->
         assert_same(one, other)
 
 
-def test_callers_with_threads_of_their_own_keep_those_of_the_libraries() -> None:
-    pairs, before = scenes(), cv2.getNumThreads()
+@pytest.mark.parametrize("own", [1, 3])
+def test_callers_keep_the_number_of_threads_that_they_have_set(own: int) -> None:
+    pairs = scenes()
 
     def call(_: int) -> tuple[list[PanopticMap], int]:
         return decode_scenes(pairs), torch.get_num_threads()
 
-    with threads_of_torch(3):
+    with threads_of_torch(2):
         alone = decode_scenes(pairs)
-        with ThreadPoolExecutor(4) as pool:
-            for maps, after in pool.map(call, range(8)):
-                assert after == 3
+        with ThreadPoolExecutor(3, "caller", torch.set_num_threads, (own,)) as pool:
+            for maps, after in pool.map(call, range(6)):
+                assert after == own
                 for one, other in zip(alone, maps, strict=True):
                     assert_same(one, other)
-    assert cv2.getNumThreads() == before
+
+
+def test_each_thread_has_pytorch_for_itself_and_later_ones_do_not() -> None:
+    with threads_of_torch(3):
+        assert each_image(lambda _: torch.get_num_threads(), range(9)) == [1] * 9
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 3
+
+
+def test_a_thread_that_outlives_the_main_one_decodes() -> None:
+    script = """
+import threading, time, torch
+from evaluate.decode import decode
+from train.encoding import PositionalCode
+
+def late(images):
+    time.sleep(1)  # by now the interpreter waits for this thread alone
+    sizes = [(20, 20)] * images
+    code, logits = torch.zeros(images, 16, 20, 20), torch.zeros(images, 2, 20, 20)
+    isthing = torch.tensor([False, True])
+    maps = decode(code, logits, encoding=PositionalCode(), isthing=isthing, sizes=sizes)
+    print(f"{len(maps)} {maps[0].ids.shape}\\n", end="")
+
+torch.set_num_threads(2)
+for images in (1, 3):
+    threading.Thread(target=late, args=(images,)).start()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=99
+    )
+    assert sorted(done.stdout.split("\n")) == ["", "1 (20, 20)", "3 (20, 20)"], done.stderr
 
 
 def test_heads_may_want_gradients_or_be_of_inference() -> None:
@@ -835,17 +917,69 @@ def test_idle_threads_help_and_every_part_is_done_once() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("images", [1, 5])
-def test_an_error_in_a_part_is_that_of_its_image(images: int, threads: int) -> None:
-    def begin() -> Callable[[int], None]:
-        def work(part: int) -> None:
-            if part == 17:
-                raise ValueError("this part")
+def test_an_error_in_a_part_is_that_of_its_image(threads: int) -> None:
+    def decode_one(image: int) -> None:
+        def begin() -> Callable[[int], None]:
+            def work(part: int) -> None:
+                if part == 17 and image in (2, 4):
+                    raise ValueError(f"image {image}")
+
+            return work
+
+        in_parallel(begin, range(20))
+
+    with threads_of_torch(threads), pytest.raises(ValueError, match="image 2"):
+        each_image(decode_one, range(6))
+
+
+def test_nothing_goes_on_after_an_error() -> None:
+    """A helper that is still at work would write into what its caller has given up."""
+    both_there, finished, callers = Barrier(2), Event(), list[Thread]()
+
+    def begin() -> Callable[[str], None]:
+        mine = current_thread() in callers
+
+        def work(part: str) -> None:
+            both_there.wait(timeout=30)
+            if mine:
+                raise ValueError("the caller's")
+            sleep(0.2)
+            finished.set()
 
         return work
 
-    with threads_of_torch(threads), pytest.raises(ValueError, match="this part"):
-        each_image(lambda _: in_parallel(begin, range(20)), range(images))
+    def decode_one(_: int) -> None:
+        callers.append(current_thread())
+        with pytest.raises(ValueError, match="the caller's"):
+            in_parallel(begin, ["one", "other"])
+        assert finished.is_set()
+
+    with threads_of_torch(2):
+        each_image(decode_one, [0])
+
+
+def test_no_pixel_is_copied_before_the_claims_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads claim pixels inside and outside of thing classes; `spread` rewrites columns."""
+    outside = Event()
+    claim = Banks.claim
+
+    def slow(banks: Banks, *arguments: Any, labels: Tensor | None = None, **options: Any) -> None:
+        if labels is None:
+            sleep(0.1)
+        claim(banks, *arguments, labels=labels, **options)
+        if labels is None:
+            outside.set()
+
+    def late(member: Tensor, pixels: Pixels) -> Tensor:
+        assert outside.is_set()
+        outside.clear()
+        return spread(member, pixels)
+
+    monkeypatch.setattr(Banks, "claim", slow)
+    monkeypatch.setattr("evaluate.assign.spread", late)
+    with threads_of_torch(2):
+        decode_scenes(scenes()[4:5])
+    assert not outside.is_set()
 
 
 # Confidence.

@@ -165,6 +165,21 @@ def test_regions_of_one_faint_instance_are_instances() -> None:
     assert len(lost_regions(member, labels, things, least=1, clear=2).pixels) == 0
 
 
+def test_regions_join_at_corners_and_classes_do_not() -> None:
+    things, labels = np.array([False, True, True]), np.zeros((9, 9), np.int32)
+    labels[:3, :3] = labels[3:6, 3:6] = 1  # touch at a corner: 18 pixels
+    labels[7:, :4], labels[7:, 4:8] = 1, 2  # side by side: 8 pixels each
+    member = np.zeros_like(labels)
+    lost = lost_regions(member, labels, things, least=18, clear=0)
+    assert lost.owner.tolist() == [0] * 18
+    assert set(labels.ravel()[lost.pixels]) == {1}
+    for least, regions in ((8, 3), (1, 3), (0, 3), (19, 0)):
+        lost = lost_regions(member, labels, things, least=least, clear=0)
+        assert len(np.unique(lost.owner)) == regions
+    member[labels == 2] = 1
+    assert len(np.unique(lost_regions(member, labels, things, least=0, clear=1).owner)) == 2
+
+
 def test_two_that_share_a_centroid_cell_in_regions_of_their_own_stay_two() -> None:
     """As two traffic lights: too close for their codes after a blur, apart on the semantic map."""
     truth = torch.zeros(SIZE, SIZE, dtype=torch.int64)
