@@ -20,6 +20,9 @@ from evaluate.pixels import Pixels, places, spans_of
 
 CHANNELS = 4
 """Smoothed at once: it saves memory, and gives other threads something to do."""
+LARGE = 1 << 20
+"""Pixels of an image above which running sums are of double precision: in single precision, means
+of a few pixels would be off by a twentieth."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,7 @@ class Smoother:
         pixels: (N,) int64 their flat indices, ascending.
         rank: (B, h, w) int32 position among them, -1 for the other pixels.
         rows: Their runs along the rows.
-        sums: (channels, N + B) float32 running sums of their codes; those of each image start with
-            zeros of their own, as single precision would not last for a batch.
+        sums: (channels, N + B) running sums of their codes, see `running_sums`.
     """
 
     labels: Tensor
@@ -125,13 +127,14 @@ class Smoother:
         rank = torch.full_like(labels, -1)
         order = torch.arange(len(inside), dtype=rank.dtype, device=rank.device)
         rank.view(-1).scatter_(0, inside, order)
-        sums = pixels.codes.new_empty(len(pixels.codes), len(inside) + len(pixels.spans))
+        channels = len(pixels.codes)
+        sums = room_for_sums(channels, pixels.codes, pixels.spans)
 
-        def add_up(channels: slice) -> None:
-            codes = pixels.codes[channels].index_select(1, inside)
-            running_sums(codes, pixels.spans, out=sums[channels])
+        def add_up(some: slice) -> None:
+            codes = pixels.codes[some].index_select(1, inside)
+            running_sums(codes, pixels.spans, out=sums[some])
 
-        in_parallel(lambda: add_up, groups(len(sums)))
+        in_parallel(lambda: add_up, groups(channels))
         return cls(labels, inside, rank, Lines.of(labels, inside), sums)
 
     def means(
@@ -161,7 +164,7 @@ class Smoother:
         image, radius = _by_image(upright.index_select(0, wanted), radii, area)
         down = Lines.of(labels, upright).windows(wanted, radius, image)
         spans = spans_of(upright, images, area)
-        rows = self.sums.new_empty(len(self.sums), len(upright))
+        rows = self.sums.new_empty(len(self.sums), len(upright), dtype=torch.float32)
 
         def average_rows(channels: slice) -> None:
             rows[channels] = across.means(self.sums[channels])
@@ -185,13 +188,30 @@ def groups(channels: int) -> list[slice]:
     return [slice(start, start + CHANNELS) for start in range(0, channels, CHANNELS)]
 
 
+def room_for_sums(channels: int, like: Tensor, spans: Sequence[slice]) -> Tensor:
+    """(channels, N + B) for `running_sums` of the N values in B spans."""
+    longest = max(span.stop - span.start for span in spans)
+    dtype = torch.float64 if longest > LARGE else torch.float32
+    return like.new_empty(channels, spans[-1].stop + len(spans), dtype=dtype)
+
+
 def running_sums(values: Tensor, spans: Sequence[slice], out: Tensor | None = None) -> Tensor:
-    """(channels, N + B) sums of what precedes each of (channels, N) values in its span, and all."""
-    sums = values.new_empty(len(values), values.shape[1] + len(spans)) if out is None else out
+    """Sums of what precedes each value in its span, and of the whole span.
+
+    Args:
+        values: (channels, N) float32.
+        spans: B of them, one after the other: those of images, as the precision that is enough for
+            one would not last for a batch.
+        out: Where to, see `room_for_sums`.
+
+    Returns:
+        (channels, N + B), of double precision where a span is longer than `LARGE`.
+    """
+    sums = room_for_sums(len(values), values, spans) if out is None else out
     for own, span in zip(_with_zeros(spans), spans, strict=True):
         some = sums[:, own]
         some[:, 0] = 0
-        torch.cumsum(values[:, span], 1, out=some[:, 1:])
+        torch.cumsum(values[:, span], 1, dtype=sums.dtype, out=some[:, 1:])
     return sums
 
 
