@@ -49,16 +49,17 @@ def assign(
         return member
     banks = Banks.of(found, pixels, config.label_amplitude)
     radii = [config.smoothing_radius(each) // 2 for each in noise]
+    smoothing = smoother if all(radii) else None
     inside_bar = 0.5 - config.trust + config.label_amplitude
     outside_bar = 0.5 + config.trust
 
     def claim_inside() -> None:
-        if smoother is None or not all(radii):
+        if smoothing is None:
             means, along = Means.unsmoothed(pixels, pixels.inside), None
         else:
             # Smoothing is linear: it comes after the product where that leaves less to smooth.
             along = banks.padded if most < channels else None
-            means = smoother.means(radii, along=along, step=(1, 2))
+            means = smoothing.means(radii, along=along, step=(1, 2))
         banks.claim(member, means, inside_bar, labels=pixels.labels, multiplied=along is not None)
 
     def claim_outside() -> None:
@@ -68,7 +69,7 @@ def assign(
         banks.claim(member, means, outside_bar)
 
     both(claim_inside, claim_outside)  # the longer one first: its parts find help later
-    if smoother is not None and all(radii):
+    if smoothing is not None:
         lonely = Means.unsmoothed(pixels, spread(member, pixels))
         banks.claim(member, lonely, inside_bar, labels=pixels.labels)
     return member

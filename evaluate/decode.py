@@ -123,9 +123,10 @@ def decode_pixels(
     batch, not an image. From the instance of each pixel on, the work is the processor's.
     """
     noise = measure_noise(pixels, config)
-    kinds: dict[int, list[int]] = {}  # clean, smoothed before the vote, or after it, too
+    kinds: dict[tuple[bool, bool], list[int]] = {}  # clean, or smoothed once or twice
     for image, each in enumerate(noise):
-        kinds.setdefault(min(config.smoothing_radius(each), 2), []).append(image)
+        kind = config.is_clean(each), config.smoothing_radius(each) > 1
+        kinds.setdefault(kind, []).append(image)
     maps: dict[int, PanopticMap] = {}
     for images in kinds.values():
         decoded = decode_alike(

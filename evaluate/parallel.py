@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -26,10 +27,11 @@ class _Threads:
 
     def ask(self, help_out: Callable[[], None], helpers: int) -> list[Future[None]]:
         """Asks idle threads; none come once the interpreter is about to end."""
-        try:
-            return [self.pool.submit(help_out) for _ in range(helpers)]
-        except RuntimeError:
-            return []
+        asked: list[Future[None]] = []
+        with suppress(RuntimeError):
+            while len(asked) < helpers:
+                asked.append(self.pool.submit(help_out))
+        return asked
 
 
 _threads: ContextVar[_Threads | None] = ContextVar("threads", default=None)

@@ -23,6 +23,7 @@ from evaluate.assign import Banks, spread
 from evaluate.cells import nearest_cells, neighbour_distance, off_grid, packed_argmax
 from evaluate.confidence import SAMPLES, sample
 from evaluate.decode import DecodeConfig, PanopticMap, decode, together
+from evaluate.instances import find_instances
 from evaluate.parallel import each_image, in_parallel
 from evaluate.peaks import Instances, Rules, choose, find_candidates
 from evaluate.pixels import Pixels, places, to_positional
@@ -676,14 +677,16 @@ def scenes() -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-def decode_scenes(pairs: list[tuple[Tensor, Tensor]]) -> list[PanopticMap]:
+def decode_scenes(
+    pairs: list[tuple[Tensor, Tensor]], config: DecodeConfig | None = None
+) -> list[PanopticMap]:
     return decode(
         [code for code, _ in pairs],
         [logits for _, logits in pairs],
         encoding=CODE,
         isthing=ISTHING,
         sizes=[(200 + number, 300) for number in range(len(pairs))],
-        config=DecodeConfig(trust=0.0),
+        config=config or DecodeConfig(trust=0.0),
     )
 
 
@@ -696,6 +699,24 @@ def test_a_batch_decodes_as_its_images_do(monkeypatch: pytest.MonkeyPatch) -> No
         check(one)
         assert_same(one, other)
     assert [sum(s.isthing for s in one.segments) for one in found] == [3, 3, 0, 2, 3, 3, 3]
+
+
+@pytest.mark.parametrize("max_smooth", [0, 18])
+def test_clean_images_and_noisy_ones_vote_apart(
+    max_smooth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing is smoothed."""
+    config, sizes = DecodeConfig(max_smooth=max_smooth), []
+
+    def vote(pixels: Pixels, smoother: Smoother | None, noise: list[float], _: Any) -> Any:
+        assert {config.is_clean(each) for each in noise} == {smoother is None}
+        sizes.append(len(noise))
+        return find_instances(pixels, smoother, noise, config)
+
+    monkeypatch.setattr("evaluate.decode.together", lambda sizes, **_: together(sizes, on_gpu=True))
+    monkeypatch.setattr("evaluate.decode.find_instances", vote)
+    decode_scenes([scenes()[number] for number in (0, 1, 5)], config)
+    assert sorted(sizes) == [1, 2]
 
 
 def test_one_that_is_smoothed_less_decodes_alike_beside_noisier_ones(
