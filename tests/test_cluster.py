@@ -10,10 +10,10 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import psutil  # type: ignore[import-untyped]
@@ -29,8 +29,19 @@ from pipeline.errors import InputError
 from pipeline.render import render
 from pipeline.storage import Storage
 
+T = TypeVar("T")
+
 CONFIG = RenderConfig(samples_per_shard=4)
 ROOT = Path(__file__).parents[1]
+
+
+def wait_for(look: Callable[[], T | None], what: str, seconds: float = 60) -> T:
+    """The first thing seen that is true."""
+    deadline = time.monotonic() + seconds
+    while not (seen := look()):
+        assert time.monotonic() < deadline, f"{what} did not come"
+        time.sleep(0.01)
+    return seen
 
 
 class Cluster:
@@ -48,14 +59,13 @@ class Cluster:
         self.address = self._wait_for_address()
 
     def _wait_for_address(self) -> str:
-        deadline = time.monotonic() + 30
-        while True:
+        def address() -> str | None:
             try:
                 return str(json.loads(self.file.read_text())["address"])
             except (FileNotFoundError, ValueError):  # not there yet, or not written to its end
-                if time.monotonic() > deadline:
-                    raise
-            time.sleep(0.02)
+                return None
+
+        return wait_for(address, "a scheduler")
 
     def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
         # In another folder than the driver's, as on another machine.
@@ -80,6 +90,11 @@ class Cluster:
         for process in self.processes[1:]:
             for below in psutil.Process(process.pid).children(recursive=True):
                 below.suspend()
+
+    def wait_for_task(self) -> None:
+        """Returns when a worker has been given a task."""
+        with Client(self.address, set_as_default=False) as client:
+            wait_for(lambda: any(client.processing().values()), "a task")
 
     def kill(self) -> None:
         """Ends all that was started, and what that started."""
@@ -188,11 +203,9 @@ def test_workers_that_go_are_waited_for(
     cluster, out = Cluster(tmp_path), tmp_path / "cache"
 
     def replace_workers() -> None:
-        while not (out / "plan.json").exists():
-            time.sleep(0.01)
+        cluster.wait_for_task()
         cluster.kill_workers()
-        while not any("workers are gone" in line for line in caplog.messages):
-            time.sleep(0.01)
+        wait_for(lambda: any("workers are gone" in line for line in caplog.messages), "the line")
         cluster.add_workers(1)
 
     try:
@@ -231,9 +244,7 @@ def test_a_scheduler_that_goes_away_ends_in_one_line(
             *("--scheduler", lost.address),
         ]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as driver:
-            while not (out / "plan.json").exists():
-                time.sleep(0.01)
-            time.sleep(2)  # the tasks lie with the worker now
+            lost.wait_for_task()
             lost.kill()
             _, errors = driver.communicate(timeout=60)
         assert driver.returncode == 1, errors
