@@ -18,6 +18,8 @@ from evaluate.votes import Bins, Floats, Integers
 MAX_CANDIDATES = 512
 TINY = 1e-12
 """Length below which a code has no direction."""
+ROUNDING = 1e-4
+"""Squared distance that single precision leaves open: no more than that is not nearer."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def choose(
     while len(left):
         relief = np.maximum(current - cost, 0)  # (candidates left, M)
         total = relief @ weight
-        helped = (relief > 0).astype(np.float32) @ weight
+        helped = (relief > ROUNDING).astype(np.float32) @ weight
         worth = np.where((total >= rules.gap * helped) & (helped > 0), total, 0)
         best = int(worth.argmax())
         if worth[best] <= 0 or worth[best] < rules.saved:

@@ -231,7 +231,8 @@ def test_choice_is_that_of_a_literal_loop() -> None:
     uv = torch.rand(30, 2, generator=generator) * 2 - 1
     code = CODE.encode(uv, torch.ones(30, dtype=torch.bool))
     bins = Bins(
-        weight=torch.randint(1, 40, (30,), generator=generator).float().numpy(),
+        # No two the same: which of two equal candidates is first, rounding decides.
+        weight=(torch.rand(30, generator=generator) * 40).numpy(),
         code=code.numpy(),
         label=torch.randint(0, 2, (30,), generator=generator).numpy(),
         row=nearest_cell(uv[:, 1], 80).numpy(),
