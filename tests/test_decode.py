@@ -265,6 +265,16 @@ def test_choice_is_that_of_a_literal_loop() -> None:
     assert np.array_equal(chosen.prototypes, bins.code[taken])
 
 
+def test_a_vote_between_two_instances_speaks_against_neither() -> None:
+    """Which of them is nearer to it, rounding decides, and that differs between machines."""
+    codes = np.array([[1, 0, 0, 0], [-1, 0, 0, 0], [-1e-6, 1, 0, 0]], np.float32)
+    at = np.zeros(3, np.int64)
+    weight = np.array([20, 10, 1000], np.float32)
+    bins = Bins(weight, codes, label=at, row=at, column=at, drift=0.0)
+    rules = Rules(cap=10.0, label_cost=0.0, gap=1.0, saved=30.0)
+    assert len(choose(bins, Instances(codes[:2], at[:2]), rules).labels) == 2
+
+
 def test_votes_add_up() -> None:
     generator = torch.Generator().manual_seed(2)
     code = torch.randn(16, 500, generator=generator)
