@@ -65,6 +65,7 @@ test: install  ## All tests.
 check: install  ## Lint, format, types; and that torchvision is nowhere.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/panoptic_cache
 	$(BIN)/mypy
 	! $(BIN)/pip show --quiet torchvision 2>/dev/null
 

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipeline.errors import InputError
-from pipeline.interrupt import Interrupted, interruptible
-from pipeline.text import table
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.stopping import Interrupted, interruptible
+from panoptic_cache.pipeline.base.text import table
 
 if TYPE_CHECKING:
-    from evaluate.pq import PQResult
-    from pipeline.bench import BenchResult
-    from pipeline.coco import Category, CocoLayout
+    from panoptic_cache.evaluate.metric.pq import PQResult
+    from panoptic_cache.pipeline.coco import Category, CocoLayout
+    from panoptic_cache.pipeline.render.bench import BenchResult
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -73,8 +73,8 @@ def synth(
     size: Annotated[int, typer.Option(min=32, help="Longer side, pixels.")] = 160,
 ) -> None:
     """Write made-up scenes as a COCO panoptic dataset."""
-    from pipeline.progress import progress
-    from pipeline.synthetic import write_dataset
+    from panoptic_cache.pipeline.base.progress import progress
+    from panoptic_cache.pipeline.scenes.scene import write_dataset
 
     with progress("synth", images + val_images, "scenes") as advance:
         written = write_dataset(
@@ -115,11 +115,11 @@ def preprocess(
     as_json: Json = False,
 ) -> None:
     """Render a split into shards with precomputed targets; run again to go on."""
-    from pipeline.coco import read_dataset
-    from pipeline.config import RenderConfig
-    from pipeline.outlook import dry_run as look
-    from pipeline.render import render
-    from pipeline.storage import Storage
+    from panoptic_cache.pipeline.base.config import RenderConfig
+    from panoptic_cache.pipeline.base.files import Storage
+    from panoptic_cache.pipeline.coco import read_dataset
+    from panoptic_cache.pipeline.render.driver import render
+    from panoptic_cache.pipeline.render.dry_run import dry_run as look
 
     layout, name = _layout(coco, split, images, panoptic_json, panoptic_dir)
     config = RenderConfig(fit=fit, size=size, samples_per_shard=samples_per_shard)
@@ -163,8 +163,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check a cache against its index; exit 1 and name what is damaged."""
-    from pipeline.storage import Storage
-    from pipeline.verify import verify as check
+    from panoptic_cache.pipeline.base.files import Storage
+    from panoptic_cache.pipeline.cache.verify import verify as check
 
     report = check(Storage(cache), deep=deep)
     if as_json:
@@ -187,9 +187,14 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show a cache or a shard as a table, a sample as one picture."""
-    from pipeline.draw import save_picture
-    from pipeline.inspection import ShardSummary, describe, find_categories, find_sample
-    from pipeline.portrait import sample_sheet
+    from panoptic_cache.pipeline.cache.inspect import (
+        ShardSummary,
+        describe,
+        find_categories,
+        find_sample,
+    )
+    from panoptic_cache.pipeline.pictures.colours import save_picture
+    from panoptic_cache.pipeline.pictures.sample_sheet import sample_sheet
 
     if sample is not None or out is not None:
         found = find_sample(place, sample)
@@ -223,8 +228,8 @@ def ceiling(
     as_json: Json = False,
 ) -> None:
     """Score the ground truth, encoded, corrupted and decoded: the best a network could reach."""
-    from evaluate.ceiling import ceiling as measure
-    from pipeline.coco import read_dataset
+    from panoptic_cache.evaluate.study.ceiling import ceiling as measure
+    from panoptic_cache.pipeline.coco import read_dataset
 
     layout, _ = _layout(coco, split, images, panoptic_json, panoptic_dir)
     dataset = read_dataset(layout).head(limit)
@@ -255,10 +260,10 @@ def evaluate(
 
     Stopped, it goes on when run again. Several GPUs: accelerate launch cli.py evaluate ...
     """
-    from evaluate.evaluation import evaluate as run
-    from evaluate.predict import Predictor
-    from evaluate.ranks import Ranks
-    from pipeline.coco import read_dataset
+    from panoptic_cache.evaluate.predict import Predictor
+    from panoptic_cache.evaluate.ranks import Ranks
+    from panoptic_cache.evaluate.split.evaluation import evaluate as run
+    from panoptic_cache.pipeline.coco import read_dataset
 
     layout, name = _layout(coco, split, images, panoptic_json, panoptic_dir)
     dataset = read_dataset(layout).head(limit)
@@ -303,14 +308,18 @@ def score(
     # Before numpy is imported, of which starting threads for linear algebra would take a third.
     # Nothing here multiplies matrices.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from evaluate.pairs import read_pairs
-    from evaluate.pool import useful_workers
-    from evaluate.scoring import score_all
-    from pipeline.collector import collector_paused
-    from pipeline.progress import progress
+    from panoptic_cache.evaluate.metric.pairs import read_pairs
+    from panoptic_cache.evaluate.metric.pool import useful_workers
+    from panoptic_cache.evaluate.metric.score import score_all
+    from panoptic_cache.pipeline.base.collector import collector_paused
+    from panoptic_cache.pipeline.base.progress import progress
 
     if official:
-        from evaluate.official import compare_results, import_official, run_official
+        from panoptic_cache.evaluate.metric.official import (
+            compare_results,
+            import_official,
+            run_official,
+        )
 
         reference = import_official()
     with collector_paused():
@@ -349,9 +358,9 @@ def predict(
 
     What cannot be read is left out, and the exit code is 3.
     """
-    from evaluate.photos import list_pictures
-    from evaluate.predict import Predictor
-    from evaluate.predicted import predict_pictures
+    from panoptic_cache.evaluate.photos import list_pictures
+    from panoptic_cache.evaluate.predict import Predictor
+    from panoptic_cache.evaluate.writer import predict_pictures
 
     paths = list_pictures(pictures)
     predictor = Predictor(
@@ -379,8 +388,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Save a trained model as a folder that Predictor("DIR") loads, and as ONNX."""
-    from evaluate.export import export_model, export_onnx, onnx_difference
-    from evaluate.predict import Predictor
+    from panoptic_cache.evaluate.export import export_model, export_onnx, onnx_difference
+    from panoptic_cache.evaluate.predict import Predictor
 
     predictor = Predictor(checkpoint, "cpu")
     shown: dict[str, Any] = {"folder": str(export_model(predictor.model, predictor.state, out))}
@@ -402,9 +411,9 @@ def model(
     as_json: Json = False,
 ) -> None:
     """Show a configuration's parameters, operations and memory."""
-    from pipeline.config import load_config
-    from train.config import TrainConfig
-    from train.summary import summarize_model
+    from panoptic_cache.pipeline.base.config import load_config
+    from panoptic_cache.train.config import TrainConfig
+    from panoptic_cache.train.summary import summarize_model
 
     summary = summarize_model(load_config(TrainConfig, config, settings or []), classes)
     if as_json:
@@ -424,7 +433,7 @@ def bench_render(
     coco: Root = None, split: Split = None, count: Count = 32, as_json: Json = False
 ) -> None:
     """Rendering one image on one core."""
-    from pipeline.bench import bench_render as measure
+    from panoptic_cache.pipeline.render.bench import bench_render as measure
 
     _show_bench(measure(_bench_layout(coco, split), count), as_json)
 
@@ -434,7 +443,7 @@ def bench_load(
     coco: Root = None, split: Split = None, count: Count = 32, as_json: Json = False
 ) -> None:
     """Making one training sample on one core."""
-    from train.bench import bench_load as measure
+    from panoptic_cache.train.bench import bench_load as measure
 
     _show_bench(measure(_bench_layout(coco, split), count), as_json)
 
@@ -460,9 +469,9 @@ def bench_step(
     as_json: Json = False,
 ) -> None:
     """Training steps on this machine's device: the encoder, the whole step, fed by the loader."""
-    from pipeline.config import load_config
-    from train.bench_step import bench_step as measure
-    from train.config import TrainConfig
+    from panoptic_cache.pipeline.base.config import load_config
+    from panoptic_cache.train.bench_step import bench_step as measure
+    from panoptic_cache.train.config import TrainConfig
 
     if config is None and settings:
         raise typer.BadParameter("--set needs a configuration to change")
@@ -480,7 +489,7 @@ def bench_decode(
     as_json: Json = False,
 ) -> None:
     """Decoding by ours and by other decoders: PQ by level of noise, and time."""
-    from evaluate.bench import bench_decode as measure
+    from panoptic_cache.evaluate.study.bench import bench_decode as measure
 
     _show_bench(measure(_bench_layout(coco, split), count, size, semantic_noise), as_json)
 
@@ -490,7 +499,7 @@ def bench_score(
     coco: Root = None, split: Split = None, count: Count = 64, as_json: Json = False
 ) -> None:
     """Scoring one image in one process."""
-    from evaluate.bench import bench_score as measure
+    from panoptic_cache.evaluate.study.bench import bench_score as measure
 
     _show_bench(measure(_bench_layout(coco, split), count), as_json)
 
@@ -515,7 +524,7 @@ def _layout(
     panoptic_dir: Path | None,
 ) -> tuple[CocoLayout, str]:
     """The dataset that the options name, and what to call it."""
-    from pipeline.coco import CocoLayout
+    from panoptic_cache.pipeline.coco import CocoLayout
 
     if coco is not None and split is not None and not (images or panoptic_json or panoptic_dir):
         return CocoLayout.of(coco, split), split
@@ -554,7 +563,7 @@ def _show_scores(
     *,
     by_category: bool = True,
 ) -> None:
-    from evaluate.tables import score_text
+    from panoptic_cache.evaluate.report.tables import score_text
 
     if as_json:
         _print_json(values)
@@ -593,7 +602,7 @@ def _with_command(names: Sequence[str]) -> typer.Typer:
 def main() -> None:
     """Runs the command line; what a user can cause ends in one line and exit code 1."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    for name in ("panoptic", "pipeline", "train", "evaluate"):
+    for name in ("panoptic", "panoptic_cache"):
         # Of several processes that share the work, the first one speaks.
         main_process = os.environ.get("RANK", "0") == "0"
         logging.getLogger(name).setLevel(logging.INFO if main_process else logging.CRITICAL)

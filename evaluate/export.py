@@ -29,12 +29,12 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from evaluate.grid_decoder import GridDecoder
-from pipeline.errors import InputError
-from pipeline.storage import Storage, cannot_write
-from train.encoding import make_encoding
-from train.model import PanopticModel
-from train.restore import ARCHITECTURE, TrainState
+from panoptic_cache.evaluate.onnx_decoder import GridDecoder
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage, cannot_write
+from panoptic_cache.train.encoding import make_encoding
+from panoptic_cache.train.model import PanopticModel
+from panoptic_cache.train.restore import ARCHITECTURE, TrainState
 
 OPSET = 18
 NEEDED = ("onnx", "onnxscript")

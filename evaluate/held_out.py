@@ -1,6 +1,7 @@
 """PQ on held-out samples while training goes on: `validation.metric` of a run names it.
 
-    --set validation.cache=DIR --set validation.metric=evaluate.held_out:panoptic_quality
+    --set validation.cache=DIR
+    --set validation.metric=panoptic_cache.evaluate.held_out:panoptic_quality
 
 Training finds it by that name and does not depend on this package.
 """
@@ -12,14 +13,14 @@ from itertools import islice
 
 import numpy as np
 
-from evaluate.decode import PanopticMap
-from evaluate.pq import PQStat, match_image, summarize
-from evaluate.predict import Predictor
-from pipeline.coco import SegmentInfo
-from pipeline.sample import Sample
-from train.items import decode_photo
-from train.model import PanopticModel
-from train.restore import TrainState
+from panoptic_cache.evaluate.decoder.decode import PanopticMap
+from panoptic_cache.evaluate.metric.pq import PQStat, match_image, summarize
+from panoptic_cache.evaluate.predict import Predictor
+from panoptic_cache.pipeline.cache.sample import Sample
+from panoptic_cache.pipeline.coco import SegmentInfo
+from panoptic_cache.train.augment import decode_photo
+from panoptic_cache.train.model import PanopticModel
+from panoptic_cache.train.restore import TrainState
 
 BATCH = 8
 """Samples at once."""
@@ -28,7 +29,7 @@ BATCH = 8
 def panoptic_quality(
     model: PanopticModel, state: TrainState, samples: Iterable[Sample]
 ) -> dict[str, float]:
-    """PQ of samples at the size they were cached at; see `train.validation.Metric`.
+    """PQ of samples at the size they were cached at; see `panoptic_cache.train.validation.Metric`.
 
     With a cache of native size that is the official metric on those images. A cache that was
     resized makes it a near relative, good for comparing checkpoints: `panoptic evaluate` is the

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.draw import Picture
-from pipeline.errors import InputError
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.pictures.colours import Picture
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
 ORIENTATION = 0x0112

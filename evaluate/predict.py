@@ -2,7 +2,7 @@
 
 Three lines do it from Python:
 
-    from evaluate.predict import Predictor, read_picture
+    from panoptic_cache.evaluate.predict import Predictor, read_picture
     predictor = Predictor("runs/train")
     result = predictor([read_picture("photo.jpg")])[0]
 """
@@ -18,18 +18,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from evaluate.decode import DecodeConfig, PanopticMap, decode
-from evaluate.heads import Heads, average, mirrored, network_cost
-from evaluate.photos import read_picture
-from pipeline.coco import Category
-from pipeline.draw import Picture, centroid_colours, semantic_colours
-from pipeline.errors import InputError
-from pipeline.photo import resize_photo
-from train.config import Precision
-from train.encoding import Encoding, grid_cells, make_encoding, nearest_centroids
-from train.items import fitted_size
-from train.model import PanopticModel, check_size
-from train.restore import TrainState, Weights, find_checkpoint, load_model
+from panoptic_cache.evaluate.decoder.decode import DecodeConfig, PanopticMap, decode
+from panoptic_cache.evaluate.photos import read_picture
+from panoptic_cache.evaluate.views import Heads, average, mirrored, network_cost
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.coco import Category
+from panoptic_cache.pipeline.pictures.colours import Picture, centroid_colours, semantic_colours
+from panoptic_cache.pipeline.render.photo import resize_photo
+from panoptic_cache.train.augment import fitted_size
+from panoptic_cache.train.config import Precision
+from panoptic_cache.train.encoding import Encoding, grid_cells, make_encoding, nearest_centroids
+from panoptic_cache.train.model import PanopticModel, check_size
+from panoptic_cache.train.restore import TrainState, Weights, find_checkpoint, load_model
 
 __all__ = ["Predictor", "read_picture"]
 
@@ -172,7 +172,7 @@ class Predictor:
         return max(1, round(height)), max(1, round(width))
 
     def decode(self, heads: Sequence[Heads], sizes: Sequence[tuple[int, int]]) -> list[PanopticMap]:
-        """The panoptic maps of pictures of (height, width); see `evaluate.decode.decode`."""
+        """The panoptic maps of pictures of (height, width); see `decoder.decode`."""
         return decode(
             [one.instance for one in heads],
             [one.semantic for one in heads],

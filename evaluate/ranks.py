@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from pipeline.errors import InputError
+from panoptic_cache.pipeline.base.errors import InputError
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(days=1)

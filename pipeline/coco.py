@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.collector import collector_paused
-from pipeline.errors import InputError
+from panoptic_cache.pipeline.base.collector import collector_paused
+from panoptic_cache.pipeline.base.errors import InputError
 
 ImageId = int | str
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-import cli
-from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
-from pipeline.config import RenderConfig, build_config
-from pipeline.render import render
-from pipeline.storage import Storage
-from pipeline.synthetic import write_dataset
-from train.config import TrainConfig
-from train.loop import train
+from panoptic_cache import cli
+from panoptic_cache.pipeline.base.config import RenderConfig, build_config
+from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
+from panoptic_cache.pipeline.render.driver import render
+from panoptic_cache.pipeline.scenes.scene import write_dataset
+from panoptic_cache.train.config import TrainConfig
+from panoptic_cache.train.loop import train
 
 Run = Callable[..., tuple[int, str, str]]
 

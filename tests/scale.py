@@ -21,12 +21,12 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-from pipeline.coco import CocoLayout, read_dataset
-from pipeline.config import RenderConfig
-from pipeline.plan import make_plan
-from pipeline.render import render
-from pipeline.storage import Storage
-from pipeline.synthetic import write_dataset
+from panoptic_cache.pipeline.base.config import RenderConfig
+from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.coco import CocoLayout, read_dataset
+from panoptic_cache.pipeline.render.driver import render
+from panoptic_cache.pipeline.render.plan import make_plan
+from panoptic_cache.pipeline.scenes.scene import write_dataset
 
 COCO_IMAGES = 118_287
 """Of COCO's train2017."""

@@ -17,7 +17,7 @@ import tomli_w
 import torch
 from safetensors.torch import load_file
 
-from train.config import (
+from panoptic_cache.train.config import (
     DataConfig,
     LossConfig,
     ModelConfig,
@@ -25,13 +25,13 @@ from train.config import (
     RandomBackbone,
     TrainConfig,
 )
-from train.restore import incomplete, latest_checkpoint, read_state
+from panoptic_cache.train.restore import incomplete, latest_checkpoint, read_state
 
 ROOT = Path(__file__).parents[1]
 STEPS = 7
 TIMES = {"images_per_second", "waited"}
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["train.loop"])
+PROCESSES.set_forkserver_preload(["panoptic_cache.train.loop"])
 
 
 def make_config(cache: Path, out: Path, **settings: Any) -> TrainConfig:

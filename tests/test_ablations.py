@@ -14,9 +14,9 @@ from accelerate.state import AcceleratorState
 from conftest import Run
 from short_runs import lines_of, make_config, weights_of, write_config
 
-from pipeline.config import load_config
-from train.config import TrainConfig
-from train.loop import train
+from panoptic_cache.pipeline.base.config import load_config
+from panoptic_cache.train.config import TrainConfig
+from panoptic_cache.train.loop import train
 
 
 @pytest.fixture(autouse=True)

@@ -17,18 +17,18 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.coco import CocoLayout, read_dataset
-from pipeline.config import RenderConfig
-from pipeline.errors import InputError
-from pipeline.ids import ids_to_rgb, read_ids
-from pipeline.manifest import read_index, read_sidecar
-from pipeline.outlook import dry_run
-from pipeline.plan import allowed
-from pipeline.render import RenderResult, render
-from pipeline.sample import Sample
-from pipeline.shards import ShardReader
-from pipeline.storage import Storage
-from pipeline.verify import verify
+from panoptic_cache.pipeline.base.config import RenderConfig
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.cache.index import read_index, read_sidecar
+from panoptic_cache.pipeline.cache.sample import Sample
+from panoptic_cache.pipeline.cache.shards import ShardReader
+from panoptic_cache.pipeline.cache.verify import verify
+from panoptic_cache.pipeline.coco import CocoLayout, read_dataset
+from panoptic_cache.pipeline.png import ids_to_rgb, read_ids
+from panoptic_cache.pipeline.render.driver import RenderResult, render
+from panoptic_cache.pipeline.render.dry_run import dry_run
+from panoptic_cache.pipeline.render.plan import allowed
 
 BAD = 900_000_002
 """The image that comes to harm; the other three of the split stay as they are."""
@@ -95,7 +95,7 @@ def outlook(root: Path, **settings: Any) -> dict[str, Any]:
 
 def test_what_no_retry_brings_back_is_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     Victim(root).photo.unlink()
-    with caplog.at_level(logging.INFO, "pipeline"):
+    with caplog.at_level(logging.INFO, "panoptic_cache"):
         assert run(root).quarantined == 1
     told = "files that were missing and annotations, once mended, need a new cache"
     assert told in caplog.messages
@@ -327,7 +327,7 @@ def test_what_can_be_mended_is_mended_and_said(
     victim = Victim(root)
     harm(victim)
     victim.save_json()
-    with caplog.at_level(logging.WARNING, "pipeline"):
+    with caplog.at_level(logging.WARNING, "panoptic_cache"):
         result = run(root)
     assert (result.written, result.quarantined) == (4, 0)
     assert repairs(root) == wanted
@@ -366,7 +366,7 @@ def test_mended_images_come_in_with_retry(root: Path, caplog: pytest.LogCaptureF
     victim = Victim(root)
     whole = victim.photo.read_bytes()
     cut_photo(victim)
-    with caplog.at_level(logging.INFO, "pipeline"):
+    with caplog.at_level(logging.INFO, "panoptic_cache"):
         assert run(root).quarantined == 1
     assert "pictures that are mended come in with --retry" in caplog.messages
     victim.photo.write_bytes(whole)

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.batch import Batch
-from train.bench_step import SMALL, bench_step, matrix_rate, round_ms
-from train.config import DataConfig, ModelConfig, RandomBackbone, TrainConfig
-from train.loop import train
-from train.model import Task
-from train.summary import summarize_model
+from panoptic_cache.train.batch import Batch
+from panoptic_cache.train.bench_step import SMALL, bench_step, matrix_rate, round_ms
+from panoptic_cache.train.config import DataConfig, ModelConfig, RandomBackbone, TrainConfig
+from panoptic_cache.train.loop import train
+from panoptic_cache.train.model import Task
+from panoptic_cache.train.summary import summarize_model
 
 TINY = TrainConfig(
     precision="fp32",

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from test_report import CATEGORIES, result_of, view
 
-from evaluate.charts import confusion_table, size_chart
-from evaluate.gallery import Gallery
-from evaluate.measures import Measures
-from evaluate.page import write_report
-from evaluate.scoring import Scores
+from panoptic_cache.evaluate.metric.measures import Measures
+from panoptic_cache.evaluate.metric.score import Scores
+from panoptic_cache.evaluate.report.charts import confusion_table, size_chart
+from panoptic_cache.evaluate.report.gallery import Gallery
+from panoptic_cache.evaluate.report.page import write_report
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -8,12 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from evaluate.ceiling import ceiling
-from evaluate.corruption import LOGIT, corrupt, corrupt_logits, corrupted_images, perfect_heads
-from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
-from pipeline.errors import InputError
-from pipeline.ids import read_ids
-from train.encoding import PositionalCode
+from panoptic_cache.evaluate.study.ceiling import ceiling
+from panoptic_cache.evaluate.study.corruption import (
+    LOGIT,
+    corrupt,
+    corrupt_logits,
+    corrupted_images,
+    perfect_heads,
+)
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
+from panoptic_cache.pipeline.png import read_ids
+from panoptic_cache.train.encoding import PositionalCode
 
 
 def test_level_0_changes_nothing_and_seeds_decide() -> None:

@@ -13,20 +13,20 @@ import pytest
 import torch
 from handmade import hashes
 
-from pipeline.coco import Category
-from pipeline.errors import InputError
-from train import checkpoint
-from train.checkpoint import (
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.coco import Category
+from panoptic_cache.train import checkpoint
+from panoptic_cache.train.checkpoint import (
     begin_checkpoint,
     finish_checkpoint,
     step_folder,
     write_checkpoint,
 )
-from train.config import ModelConfig, OptimConfig, RandomBackbone, TrainConfig
-from train.generators import rng_state, set_rng_state
-from train.model import PanopticModel
-from train.optim import parameter_groups
-from train.restore import (
+from panoptic_cache.train.config import ModelConfig, OptimConfig, RandomBackbone, TrainConfig
+from panoptic_cache.train.generators import rng_state, set_rng_state
+from panoptic_cache.train.model import PanopticModel
+from panoptic_cache.train.optim import parameter_groups
+from panoptic_cache.train.restore import (
     ARCHITECTURE,
     TrainState,
     find_checkpoint,

@@ -21,13 +21,13 @@ import pytest
 from distributed import Client
 from handmade import hashes
 
-import pipeline.cluster
-import pipeline.render
-from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
-from pipeline.config import RenderConfig
-from pipeline.errors import InputError
-from pipeline.render import render
-from pipeline.storage import Storage
+import panoptic_cache.pipeline.render.cluster
+import panoptic_cache.pipeline.render.driver
+from panoptic_cache.pipeline.base.config import RenderConfig
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
+from panoptic_cache.pipeline.render.driver import render
 
 T = TypeVar("T")
 
@@ -160,7 +160,7 @@ def test_four_workers_change_no_byte(
 def test_workers_with_other_libraries_are_refused(
     cluster: Cluster, tiny_dataset: CocoPanoptic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.render, "tools", lambda: "OpenCV 3")
+    monkeypatch.setattr(panoptic_cache.pipeline.render.driver, "tools", lambda: "OpenCV 3")
     with pytest.raises(InputError, match="the driver OpenCV 3") as caught:
         run(tiny_dataset, str(tmp_path), scheduler=cluster.address)
     assert caught.value.code == "worker-differs"
@@ -198,8 +198,8 @@ def test_workers_that_go_are_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As at the walltime of a cluster's jobs."""
-    monkeypatch.setattr(pipeline.cluster, "LOOK_SECONDS", 0.2)
-    monkeypatch.setattr(pipeline.cluster, "DESERTED_SECONDS", 0.5)
+    monkeypatch.setattr(panoptic_cache.pipeline.render.cluster, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(panoptic_cache.pipeline.render.cluster, "DESERTED_SECONDS", 0.5)
     cluster, out = Cluster(tmp_path), tmp_path / "cache"
 
     def replace_workers() -> None:
@@ -213,7 +213,7 @@ def test_workers_that_go_are_waited_for(
         cluster.freeze_workers()  # else it is done before it goes
         change = threading.Thread(target=replace_workers, daemon=True)
         change.start()
-        with caplog.at_level(logging.WARNING, "pipeline"):
+        with caplog.at_level(logging.WARNING, "panoptic_cache"):
             run(tiny_dataset, str(out), scheduler=cluster.address)
         change.join()
         assert sum("workers are gone" in line for line in caplog.messages) == 1
@@ -225,7 +225,7 @@ def test_workers_that_go_are_waited_for(
 def test_no_scheduler_is_said(
     tiny_dataset: CocoPanoptic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.cluster, "CONNECT_SECONDS", 1)
+    monkeypatch.setattr(panoptic_cache.pipeline.render.cluster, "CONNECT_SECONDS", 1)
     with pytest.raises(InputError, match="no Dask scheduler answers"):
         run(tiny_dataset, str(tmp_path), scheduler="tcp://127.0.0.1:9")
 

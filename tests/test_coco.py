@@ -15,9 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.coco import MAX_KEY_BYTES, CocoLayout, CocoPanoptic, read_dataset, sample_key
-from pipeline.errors import InputError
-from pipeline.ids import ids_to_rgb, read_ids
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.coco import (
+    MAX_KEY_BYTES,
+    CocoLayout,
+    CocoPanoptic,
+    read_dataset,
+    sample_key,
+)
+from panoptic_cache.pipeline.png import ids_to_rgb, read_ids
 
 
 def change_json(root: Path, change: Callable[[dict[str, Any]], None]) -> CocoLayout:

@@ -8,8 +8,14 @@ from typing import Any, Literal
 
 import pytest
 
-from pipeline.config import RenderConfig, build_config, fingerprint, load_config, override
-from pipeline.errors import InputError
+from panoptic_cache.pipeline.base.config import (
+    RenderConfig,
+    build_config,
+    fingerprint,
+    load_config,
+    override,
+)
+from panoptic_cache.pipeline.base.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from handmade import hashes
 
-from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
-from pipeline.config import RenderConfig
-from pipeline.errors import InputError
-from pipeline.render import render
-from pipeline.storage import Storage
-from pipeline.synthetic import write_dataset
+from panoptic_cache.pipeline.base.config import RenderConfig
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
+from panoptic_cache.pipeline.render.driver import render
+from panoptic_cache.pipeline.scenes.scene import write_dataset
 
 IMAGES = 100
 CONFIG = RenderConfig(samples_per_shard=1)
@@ -37,10 +37,10 @@ MAIN = Path(__file__).parents[1] / "cli.py"
 DIES_WRITING = """
 import os, signal, sys
 from pathlib import Path
-from pipeline.coco import CocoLayout, read_dataset
-from pipeline.config import RenderConfig
-from pipeline.render import render
-from pipeline.storage import Storage
+from panoptic_cache.pipeline.coco import CocoLayout, read_dataset
+from panoptic_cache.pipeline.base.config import RenderConfig
+from panoptic_cache.pipeline.render.driver import render
+from panoptic_cache.pipeline.base.files import Storage
 
 root, out, moment, calls = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
 

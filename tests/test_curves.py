@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from train.curves import HEIGHT, POINTS, TOP, draw_curves
+from panoptic_cache.train.curves import HEIGHT, POINTS, TOP, draw_curves
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -17,23 +17,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.errors import InputError
-from pipeline.photo import encode_jpeg
-from pipeline.sample import Sample, decode_distance, encode_distance
-from pipeline.shards import ShardReader
-from pipeline.targets import IndexMap, boundary, edge_distance, resize_index
-from train.batch import Batch, collate, jitter_colour
-from train.config import DataConfig
-from train.data import (
-    MicroBatches,
-    check_rendered_size,
-    indexed_loader,
-    iterate,
-    micro_batch_sizes,
-    open_index,
-    step_places,
-)
-from train.items import (
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.cache.sample import Sample, decode_distance, encode_distance
+from panoptic_cache.pipeline.cache.shards import ShardReader
+from panoptic_cache.pipeline.render.photo import encode_jpeg
+from panoptic_cache.pipeline.targets import IndexMap, boundary, edge_distance, resize_index
+from panoptic_cache.train.augment import (
     PADDING,
     Augmentation,
     Item,
@@ -41,6 +30,17 @@ from train.items import (
     fitted_size,
     make_item,
     place_window,
+)
+from panoptic_cache.train.batch import Batch, collate, jitter_colour
+from panoptic_cache.train.config import DataConfig
+from panoptic_cache.train.data import (
+    MicroBatches,
+    check_rendered_size,
+    indexed_loader,
+    iterate,
+    micro_batch_sizes,
+    open_index,
+    step_places,
 )
 
 Fit = Literal["squash", "longest", "crop"]

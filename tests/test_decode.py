@@ -19,20 +19,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evaluate.assign import Banks, spread
-from evaluate.cells import nearest_cells, neighbour_distance, off_grid, packed_argmax
-from evaluate.confidence import SAMPLES, sample
-from evaluate.decode import DecodeConfig, PanopticMap, decode, together
-from evaluate.instances import find_instances
-from evaluate.parallel import each_image, in_parallel
-from evaluate.peaks import Instances, Rules, choose, find_candidates
-from evaluate.pixels import Pixels, places, to_positional
-from evaluate.segments import Painting, number, resize_values
-from evaluate.smoothing import Smoother
-from evaluate.votes import Bins, Votes, bin_votes
-from pipeline.errors import InputError
-from pipeline.targets import geometry
-from train.encoding import (
+from panoptic_cache.evaluate.decoder.assign import Banks, spread
+from panoptic_cache.evaluate.decoder.cells import (
+    nearest_cells,
+    neighbour_distance,
+    off_grid,
+    packed_argmax,
+)
+from panoptic_cache.evaluate.decoder.confidence import SAMPLES, sample
+from panoptic_cache.evaluate.decoder.decode import DecodeConfig, PanopticMap, decode, together
+from panoptic_cache.evaluate.decoder.instances import find_instances
+from panoptic_cache.evaluate.decoder.parallel import each_image, in_parallel
+from panoptic_cache.evaluate.decoder.peaks import Instances, Rules, choose, find_candidates
+from panoptic_cache.evaluate.decoder.pixels import Pixels, places, to_positional
+from panoptic_cache.evaluate.decoder.segments import Painting, number, resize_values
+from panoptic_cache.evaluate.decoder.smoothing import Smoother
+from panoptic_cache.evaluate.decoder.votes import Bins, Votes, bin_votes
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.targets import geometry
+from panoptic_cache.train.encoding import (
     ClassificationCode,
     DirectCode,
     Encoding,
@@ -42,6 +47,7 @@ from train.encoding import (
     nearest_cell,
 )
 
+DECODE = "panoptic_cache.evaluate.decoder.decode"
 CODE = PositionalCode()
 ISTHING = torch.tensor([True, True, False, False])
 """Two thing classes, two stuff classes."""
@@ -347,7 +353,7 @@ def test_means_are_exact_on_large_images_and_in_batches(
     large: int, limit: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Single precision holds a million codes of one sign, and images do not add up."""
-    monkeypatch.setattr("evaluate.smoothing.LARGE", large)
+    monkeypatch.setattr("panoptic_cache.evaluate.decoder.smoothing.LARGE", large)
     generator = torch.Generator().manual_seed(0)
     codes = torch.rand(2, 16, 700, 700, generator=generator)
     logits = torch.zeros(2, 2, 700, 700)
@@ -413,7 +419,7 @@ def test_enlarging_takes_the_largest_bilinear_weight(
     strip: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("evaluate.segments.STRIP", strip)
+    monkeypatch.setattr("panoptic_cache.evaluate.decoder.segments.STRIP", strip)
     values = np.random.default_rng(1).integers(0, kinds, source, dtype=np.int32)
     masks = torch.nn.functional.one_hot(torch.from_numpy(values).long(), kinds).permute(2, 0, 1)
     weights = torch.nn.functional.interpolate(
@@ -436,7 +442,7 @@ def test_native_areas_do_not_depend_on_the_strips(monkeypatch: pytest.MonkeyPatc
     painting = Painting(values, np.array([0, 1, 2, 3, 0, 1, 0, 1]), 4)
     whole = number(painting, resize_values(values, (61, 77)), np.ones(8), min_stuff_area=400)
     check(whole)
-    monkeypatch.setattr("evaluate.segments.STRIP", 100)
+    monkeypatch.setattr("panoptic_cache.evaluate.decoder.segments.STRIP", 100)
     strips = number(painting, resize_values(values, (61, 77)), np.ones(8), min_stuff_area=400)
     assert np.array_equal(whole.ids, strips.ids)
     assert whole.segments == strips.segments
@@ -704,7 +710,10 @@ def decode_scenes(
 def test_a_batch_decodes_as_its_images_do(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = scenes()
     alone = decode_scenes(pairs)
-    monkeypatch.setattr("evaluate.decode.together", lambda sizes, **_: together(sizes, on_gpu=True))
+    monkeypatch.setattr(
+        f"{DECODE}.together",
+        lambda sizes, **_: together(sizes, on_gpu=True),
+    )
     found = decode_scenes(pairs)
     for one, other in zip(found, alone, strict=True):
         check(one)
@@ -724,8 +733,11 @@ def test_clean_images_and_noisy_ones_vote_apart(
         sizes.append(len(noise))
         return find_instances(pixels, smoother, noise, config)
 
-    monkeypatch.setattr("evaluate.decode.together", lambda sizes, **_: together(sizes, on_gpu=True))
-    monkeypatch.setattr("evaluate.decode.find_instances", vote)
+    monkeypatch.setattr(
+        f"{DECODE}.together",
+        lambda sizes, **_: together(sizes, on_gpu=True),
+    )
+    monkeypatch.setattr("panoptic_cache.evaluate.decoder.decode.find_instances", vote)
     decode_scenes([scenes()[number] for number in (0, 1, 5)], config)
     assert sorted(sizes) == [1, 2]
 
@@ -744,7 +756,10 @@ def test_one_that_is_smoothed_less_decodes_alike_beside_noisier_ones(
         generator = torch.Generator().manual_seed(seed)
         pairs.append((code + noise * torch.randn(code.shape, generator=generator), logits))
     alone = decode_scenes(pairs)
-    monkeypatch.setattr("evaluate.decode.together", lambda sizes, **_: together(sizes, on_gpu=True))
+    monkeypatch.setattr(
+        f"{DECODE}.together",
+        lambda sizes, **_: together(sizes, on_gpu=True),
+    )
     for one, other in zip(decode_scenes(pairs), alone, strict=True):
         assert_same(one, other)
 
@@ -834,7 +849,8 @@ def test_an_error_says_which_image_is_not_finite(
     on_gpu: bool, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "evaluate.decode.together", lambda sizes, **_: together(sizes, on_gpu=on_gpu)
+        f"{DECODE}.together",
+        lambda sizes, **_: together(sizes, on_gpu=on_gpu),
     )
     pairs = [scenes()[number] for number in (0, 3, 1, 2)]  # the second is of another size
     pairs[2][0][3, 4, 5] = torch.nan
@@ -856,7 +872,9 @@ def threads_of_torch(count: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("images", [1, 7])
 def test_threads_change_nothing(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evaluate.cells.CHUNK", 1000)  # an image has a part for each of them
+    monkeypatch.setattr(
+        "panoptic_cache.evaluate.decoder.cells.CHUNK", 1000
+    )  # an image has a part for each of them
     pairs, found = scenes()[-images:], []
     for threads in (1, 4):
         with threads_of_torch(threads):
@@ -891,8 +909,8 @@ def test_each_thread_has_pytorch_for_itself_and_later_ones_do_not() -> None:
 def test_a_thread_that_outlives_the_main_one_decodes() -> None:
     script = """
 import threading, time, torch
-from evaluate.decode import decode
-from train.encoding import PositionalCode
+from panoptic_cache.evaluate.decoder.decode import decode
+from panoptic_cache.train.encoding import PositionalCode
 
 def late(images):
     time.sleep(1)  # by now the interpreter waits for this thread alone
@@ -1012,7 +1030,7 @@ def test_no_pixel_is_copied_before_the_claims_are_made(monkeypatch: pytest.Monke
         return spread(member, pixels)
 
     monkeypatch.setattr(Banks, "claim", slow)
-    monkeypatch.setattr("evaluate.assign.spread", late)
+    monkeypatch.setattr("panoptic_cache.evaluate.decoder.assign.spread", late)
     with threads_of_torch(2):
         decode_scenes(scenes()[4:5])
     assert not outside.is_set()

@@ -7,10 +7,16 @@ import cv2
 import numpy as np
 import pytest
 
-from pipeline import draw
-from pipeline.errors import InputError
-from pipeline.sheet import label_segments, legend, sheet, shortened, text_width
-from pipeline.targets import boundary
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.pictures import colours as draw
+from panoptic_cache.pipeline.pictures.sheets import (
+    label_segments,
+    legend,
+    sheet,
+    shortened,
+    text_width,
+)
+from panoptic_cache.pipeline.targets import boundary
 
 
 def disc_and_band() -> np.ndarray:

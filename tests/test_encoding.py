@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from train.encoding import (
+from panoptic_cache.train.encoding import (
     ClassificationCode,
     DirectCode,
     Encoding,

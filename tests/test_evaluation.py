@@ -19,14 +19,15 @@ import torch
 from conftest import Run
 from handmade import hashes
 
-from evaluate import evaluation, slices
-from evaluate.evaluation import evaluate, identity_of
-from evaluate.heads import Heads
-from evaluate.journal import Journal, read_journals
-from evaluate.predict import Predictor
-from evaluate.predicted import predict_pictures
-from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
-from pipeline.errors import InputError
+from panoptic_cache.evaluate.predict import Predictor
+from panoptic_cache.evaluate.split import evaluation
+from panoptic_cache.evaluate.split import share as slices
+from panoptic_cache.evaluate.split.evaluation import evaluate, identity_of
+from panoptic_cache.evaluate.split.journal import Journal, read_journals
+from panoptic_cache.evaluate.views import Heads
+from panoptic_cache.evaluate.writer import predict_pictures
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
 
 ROOT = Path(__file__).parents[1]
 

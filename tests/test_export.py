@@ -10,12 +10,17 @@ import pytest
 import torch
 from conftest import Run
 
-from evaluate import export
-from evaluate.export import ModelAndDecoder, export_model, export_onnx, onnx_difference
-from evaluate.grid_decoder import GridDecoder
-from evaluate.predict import Predictor
-from pipeline.errors import InputError
-from train.encoding import make_encoding
+from panoptic_cache.evaluate import export
+from panoptic_cache.evaluate.export import (
+    ModelAndDecoder,
+    export_model,
+    export_onnx,
+    onnx_difference,
+)
+from panoptic_cache.evaluate.onnx_decoder import GridDecoder
+from panoptic_cache.evaluate.predict import Predictor
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.train.encoding import make_encoding
 
 
 def test_a_saved_folder_predicts_the_same(trained: Path, tmp_path: Path) -> None:

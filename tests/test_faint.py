@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from evaluate.cells import nearest_cells
-from evaluate.corruption import LOGIT, corrupt
-from evaluate.decode import DecodeConfig, PanopticMap, decode
-from evaluate.faint import at_home, split
-from evaluate.peaks import Instances, Rules
-from evaluate.rescue import lost_regions
-from evaluate.votes import Bins
-from train.encoding import PositionalCode
+from panoptic_cache.evaluate.decoder.cells import nearest_cells
+from panoptic_cache.evaluate.decoder.decode import DecodeConfig, PanopticMap, decode
+from panoptic_cache.evaluate.decoder.faint import at_home, split
+from panoptic_cache.evaluate.decoder.peaks import Instances, Rules
+from panoptic_cache.evaluate.decoder.rescue import lost_regions
+from panoptic_cache.evaluate.decoder.votes import Bins
+from panoptic_cache.evaluate.study.corruption import LOGIT, corrupt
+from panoptic_cache.train.encoding import PositionalCode
 
 CODE = PositionalCode()
 ISTHING = torch.tensor([False, True])

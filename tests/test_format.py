@@ -13,11 +13,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.coco import Category, Rejection
-from pipeline.config import RenderConfig, fingerprint
-from pipeline.manifest import SampleEntry, ShardEntry, ShardIndex, Sidecar
-from pipeline.photo import encode_jpeg
-from pipeline.sample import (
+from panoptic_cache.pipeline.base.config import RenderConfig, fingerprint
+from panoptic_cache.pipeline.cache.index import SampleEntry, ShardEntry, ShardIndex, Sidecar
+from panoptic_cache.pipeline.cache.sample import (
     EDS_FAR,
     EDS_STEP,
     FORMAT_VERSION,
@@ -29,8 +27,10 @@ from pipeline.sample import (
     encode_distance,
     encode_sample,
 )
-from pipeline.shards import ShardReader
-from pipeline.targets import compute_targets
+from panoptic_cache.pipeline.cache.shards import ShardReader
+from panoptic_cache.pipeline.coco import Category, Rejection
+from panoptic_cache.pipeline.render.photo import encode_jpeg
+from panoptic_cache.pipeline.targets import compute_targets
 
 TEXT = (Path(__file__).parents[1] / "FORMAT.md").read_text()
 

@@ -11,10 +11,10 @@ import torch
 from conftest import Run
 from torch import Tensor
 
-from evaluate.heads import Heads, average, mirrored_code, network_cost
-from evaluate.predict import Predictor
-from pipeline.errors import InputError
-from train.encoding import ClassificationCode, DirectCode, PositionalCode
+from panoptic_cache.evaluate.predict import Predictor
+from panoptic_cache.evaluate.views import Heads, average, mirrored_code, network_cost
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.train.encoding import ClassificationCode, DirectCode, PositionalCode
 
 CENTROIDS = torch.tensor([[-0.9, 0.3], [0.0, -1.0], [0.4125, 0.7], [0.1, 0.2]])
 PRESENT = torch.tensor([True, True, True, False])

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import draw
-from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
-from pipeline.config import RenderConfig
-from pipeline.errors import InputError
-from pipeline.inspection import (
+from panoptic_cache.pipeline.base.config import RenderConfig
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.cache.inspect import (
     CacheSummary,
     SampleRow,
     ShardSummary,
@@ -22,10 +21,16 @@ from pipeline.inspection import (
     find_sample,
     readable,
 )
-from pipeline.portrait import TILE, decode_photo, labelled_map, sample_sheet
-from pipeline.render import render
-from pipeline.shards import ShardReader
-from pipeline.storage import Storage
+from panoptic_cache.pipeline.cache.shards import ShardReader
+from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
+from panoptic_cache.pipeline.pictures import colours as draw
+from panoptic_cache.pipeline.pictures.sample_sheet import (
+    TILE,
+    decode_photo,
+    labelled_map,
+    sample_sheet,
+)
+from panoptic_cache.pipeline.render.driver import render
 
 
 def tars(folder: Path) -> list[Path]:

@@ -39,25 +39,25 @@ from short_runs import (
     write_config,
 )
 
-from pipeline.coco import CocoPanoptic
-from pipeline.config import RenderConfig, load_config
-from pipeline.errors import InputError
-from pipeline.render import render
-from pipeline.storage import Storage
-from train.__main__ import main
-from train.config import (
+from panoptic_cache.pipeline.base.config import RenderConfig, load_config
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.coco import CocoPanoptic
+from panoptic_cache.pipeline.render.driver import render
+from panoptic_cache.train.__main__ import main
+from panoptic_cache.train.config import (
     DataConfig,
     LossConfig,
     OptimConfig,
     TrainConfig,
 )
-from train.guards import memory_advice, not_finite, smaller_steps
-from train.loop import instance_distance, task_of
-from train.loop import train as train_run
-from train.losses import instance_loss, semantic_loss
-from train.optim import learning_rate
-from train.restore import incomplete, latest_checkpoint, load_model, read_state
-from train.watch import keep_lines
+from panoptic_cache.train.guards import memory_advice, not_finite, smaller_steps
+from panoptic_cache.train.loop import instance_distance, task_of
+from panoptic_cache.train.loop import train as train_run
+from panoptic_cache.train.losses import instance_loss, semantic_loss
+from panoptic_cache.train.optim import learning_rate
+from panoptic_cache.train.restore import incomplete, latest_checkpoint, load_model, read_state
+from panoptic_cache.train.watch import keep_lines
 
 SAMPLES = 12
 FIELDS = {"step", "epoch", "task", "loss", "pixel", "tv", "dice", "norm", "lr", *TIMES}
@@ -198,11 +198,16 @@ def die_at(config: TrainConfig, module: str, name: str, call: int) -> None:
 
 
 DEATHS = {
-    "before the first checkpoint": ("train.loop", "set_learning_rate", 2, []),
-    "in a step": ("train.loop", "set_learning_rate", 6, [2, 4]),
+    "before the first checkpoint": ("panoptic_cache.train.loop", "set_learning_rate", 2, []),
+    "in a step": ("panoptic_cache.train.loop", "set_learning_rate", 6, [2, 4]),
     "between weights and optimizer": ("torch", "save", 3, [2]),
-    "before files are vouched for": ("train.checkpoint", "finish_checkpoint", 3, [2, 4]),
-    "before the rename": ("train.checkpoint", "_sync", 15, [2]),
+    "before files are vouched for": (
+        "panoptic_cache.train.checkpoint",
+        "finish_checkpoint",
+        3,
+        [2, 4],
+    ),
+    "before the rename": ("panoptic_cache.train.checkpoint", "_sync", 15, [2]),
     "while pruning": ("os", "unlink", 2, [4, 6]),
 }
 
@@ -307,7 +312,9 @@ def test_what_does_not_change_the_run_may_change(
     whole: Path, tiny_cache: Path, tmp_path: Path
 ) -> None:
     config = make_config(tiny_cache, tmp_path)
-    child = PROCESSES.Process(target=die_at, args=(config, "train.loop", "set_learning_rate", 6))
+    child = PROCESSES.Process(
+        target=die_at, args=(config, "panoptic_cache.train.loop", "set_learning_rate", 6)
+    )
     child.start()
     child.join(60)
     assert saved_steps(tmp_path) == [2, 4]
@@ -480,7 +487,7 @@ def test_before_the_first_step_there_is_nothing_to_finish(
     def opened(_: DataConfig) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("train.loop.open_index", opened)
+    monkeypatch.setattr("panoptic_cache.train.loop.open_index", opened)
     with pytest.raises(SystemExit) as caught:
         main(file, None, resume=False)
     assert caught.value.code == 143
@@ -523,8 +530,8 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
 
         return loss
 
-    monkeypatch.setattr("train.loop.semantic_loss", poisoned(0))
-    monkeypatch.setattr("train.loop.instance_loss", poisoned(1))
+    monkeypatch.setattr("panoptic_cache.train.loop.semantic_loss", poisoned(0))
+    monkeypatch.setattr("panoptic_cache.train.loop.instance_loss", poisoned(1))
     config = make_config(tiny_cache, tmp_path, checkpoint_every=1, keep=9)
     with pytest.raises(InputError, match="the gradient's norm is nan at step 3") as caught:
         train_run(config)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.batch import Batch
-from train.config import LossConfig
-from train.encoding import (
+from panoptic_cache.train.augment import PADDING
+from panoptic_cache.train.batch import Batch
+from panoptic_cache.train.config import LossConfig
+from panoptic_cache.train.encoding import (
     ClassificationCode,
     DirectCode,
     Encoding,
@@ -20,8 +21,14 @@ from train.encoding import (
     cell_centres,
     make_encoding,
 )
-from train.items import PADDING
-from train.losses import Distance, dice, eds_weight, instance_loss, safe_sqrt, semantic_loss
+from panoptic_cache.train.losses import (
+    Distance,
+    dice,
+    eds_weight,
+    instance_loss,
+    safe_sqrt,
+    semantic_loss,
+)
 
 HEIGHT, WIDTH, CLASSES = 5, 6, 4
 LABELLED, UNLABELLED, CROWD = 0, 1, 2

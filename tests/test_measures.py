@@ -16,8 +16,8 @@ from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from evaluate.mask_ap import NAMES, ImageInstances, instances_of, mask_ap
-from evaluate.measures import (
+from panoptic_cache.evaluate.metric.mask_ap import NAMES, ImageInstances, instances_of, mask_ap
+from panoptic_cache.evaluate.metric.measures import (
     SIZE_EDGES,
     Measures,
     image_pq,
@@ -25,11 +25,11 @@ from evaluate.measures import (
     thing_ids,
     worst_images,
 )
-from evaluate.overlap import count_pairs
-from evaluate.pictures import extremes
-from evaluate.pq import CategoryStat, PQStat, match_image
-from evaluate.scoring import score_image, total_scores
-from pipeline.coco import Category, SegmentInfo
+from panoptic_cache.evaluate.metric.overlap import count_pairs
+from panoptic_cache.evaluate.metric.pq import CategoryStat, PQStat, match_image
+from panoptic_cache.evaluate.metric.score import score_image, total_scores
+from panoptic_cache.evaluate.report.drawing import extremes
+from panoptic_cache.pipeline.coco import Category, SegmentInfo
 
 Ids = NDArray[np.int32]
 CATEGORIES = (

@@ -13,11 +13,11 @@ import transformers
 from torch.nn import functional as F
 from transformers import Dinov2Backbone, Dinov2Config, Dinov2Model
 
-from pipeline.errors import InputError
-from train.backbone import FAMILIES, make_backbone
-from train.config import ModelConfig, OptimConfig, RandomBackbone
-from train.model import Decoder, PanopticModel, check_size
-from train.optim import layer_id, parameter_groups
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.train.backbone import FAMILIES, make_backbone
+from panoptic_cache.train.config import ModelConfig, OptimConfig, RandomBackbone
+from panoptic_cache.train.model import Decoder, PanopticModel, check_size
+from panoptic_cache.train.optim import layer_id, parameter_groups
 
 BLOCKS = 4
 TINY = ModelConfig(

@@ -11,9 +11,14 @@ from pathlib import Path
 import pytest
 from conftest import Run
 
-from evaluate.official import Official, compare_results, import_official, run_official
-from evaluate.pq import CategoryStat, PQStat, score, summarize
-from pipeline.coco import Category
+from panoptic_cache.evaluate.metric.official import (
+    Official,
+    compare_results,
+    import_official,
+    run_official,
+)
+from panoptic_cache.evaluate.metric.pq import CategoryStat, PQStat, score, summarize
+from panoptic_cache.pipeline.coco import Category
 
 SHARED = Path(__file__).parents[1] / "../shared"
 CASES = sorted(p.name for p in (SHARED / "golden/pq").glob("*")) or ["absent"]

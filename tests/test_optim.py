@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.config import ModelConfig, OptimConfig, RandomBackbone
-from train.model import PanopticModel
-from train.optim import layer_id, learning_rate, parameter_groups, set_learning_rate
+from panoptic_cache.train.config import ModelConfig, OptimConfig, RandomBackbone
+from panoptic_cache.train.model import PanopticModel
+from panoptic_cache.train.optim import layer_id, learning_rate, parameter_groups, set_learning_rate
 
 BLOCKS = 3
 

@@ -11,9 +11,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.coco import PanopticRecord
-from pipeline.config import RenderConfig
-from pipeline.photo import read_photo, resize_photo
+from panoptic_cache.pipeline.base.config import RenderConfig
+from panoptic_cache.pipeline.coco import PanopticRecord
+from panoptic_cache.pipeline.render.photo import read_photo, resize_photo
 
 
 def noise(*size: int) -> NDArray[np.uint8]:

@@ -16,13 +16,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from evaluate import pool, pq
-from evaluate.overlap import count_pairs
-from evaluate.pairs import read_pairs
-from evaluate.pq import CategoryStat, PQStat, evaluate_images, match_image, score, summarize
-from pipeline.coco import Category, SegmentInfo
-from pipeline.errors import InputError
-from pipeline.ids import ids_to_rgb
+from panoptic_cache.evaluate.metric import pool, pq
+from panoptic_cache.evaluate.metric.overlap import count_pairs
+from panoptic_cache.evaluate.metric.pairs import read_pairs
+from panoptic_cache.evaluate.metric.pq import (
+    CategoryStat,
+    PQStat,
+    evaluate_images,
+    match_image,
+    score,
+    summarize,
+)
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.coco import Category, SegmentInfo
+from panoptic_cache.pipeline.png import ids_to_rgb
 
 Ids = NDArray[np.int32]
 SHARED = Path(__file__).parents[1] / "../shared"

@@ -15,13 +15,13 @@ import torch
 from conftest import Run
 from PIL import Image, ImageOps
 
-from evaluate.heads import Heads
-from evaluate.photos import read_picture
-from evaluate.predict import Predictor
-from evaluate.predicted import predict_pictures, unique_names
-from pipeline.draw import Picture
-from pipeline.errors import InputError
-from pipeline.ids import read_ids
+from panoptic_cache.evaluate.photos import read_picture
+from panoptic_cache.evaluate.predict import Predictor
+from panoptic_cache.evaluate.views import Heads
+from panoptic_cache.evaluate.writer import predict_pictures, unique_names
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.pictures.colours import Picture
+from panoptic_cache.pipeline.png import read_ids
 
 
 @pytest.fixture(scope="module")

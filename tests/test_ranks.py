@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from pipeline.errors import InputError
-from train.config import DataConfig
-from train.data import repeats
-from train.ranks import Ranks, Verdict
-from train.signals import stop_request, stop_with_parent_only
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.train.config import DataConfig
+from panoptic_cache.train.data import repeats
+from panoptic_cache.train.ranks import Ranks, Verdict
+from panoptic_cache.train.stopping import stop_request, stop_with_parent_only
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["train.loop"])
+PROCESSES.set_forkserver_preload(["panoptic_cache.train.loop"])
 
 
 def said(call: Any) -> str:
@@ -80,7 +80,7 @@ def test_a_folder_that_a_rank_does_not_see_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranks, file = Ranks(1), tmp_path / "run" / "config.toml"
-    monkeypatch.setattr("train.ranks.PATIENCE", 1.5)
+    monkeypatch.setattr("panoptic_cache.train.ranks.PATIENCE", 1.5)
     monkeypatch.setattr(ranks, "first", lambda _: b"what rank 0 has written")
     with pytest.raises(InputError, match=r"rank 0 does not see config\.toml"):
         ranks.check_shared(file)

@@ -18,20 +18,20 @@ import simplejpeg
 from distributed import LocalCluster
 from handmade import hashes, noise
 
-import pipeline.render
-from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
-from pipeline.config import RenderConfig
-from pipeline.errors import InputError
-from pipeline.ids import read_ids
-from pipeline.image import render_image
-from pipeline.outlook import dry_run
-from pipeline.photo import check_jpeg, encode_jpeg
-from pipeline.render import RenderResult, render
-from pipeline.sample import check_sample
-from pipeline.shards import ShardReader
-from pipeline.storage import Storage
-from pipeline.task import render_shard
-from pipeline.verify import verify
+import panoptic_cache.pipeline.render.driver
+from panoptic_cache.pipeline.base.config import RenderConfig
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.cache.sample import check_sample
+from panoptic_cache.pipeline.cache.shards import ShardReader
+from panoptic_cache.pipeline.cache.verify import verify
+from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
+from panoptic_cache.pipeline.png import read_ids
+from panoptic_cache.pipeline.render.driver import RenderResult, render
+from panoptic_cache.pipeline.render.dry_run import dry_run
+from panoptic_cache.pipeline.render.image import render_image
+from panoptic_cache.pipeline.render.job import render_shard
+from panoptic_cache.pipeline.render.photo import check_jpeg, encode_jpeg
 
 CONFIG = RenderConfig(samples_per_shard=4)
 
@@ -101,7 +101,7 @@ def test_an_interrupted_run_goes_on(
         return work(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.render, "render_shard", interrupted)
+        patch.setattr(panoptic_cache.pipeline.render.driver, "render_shard", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(tiny_dataset, tmp_path)
     assert len(list(tmp_path.glob("*.tar"))) == after
@@ -116,7 +116,9 @@ def test_a_second_run_renders_nothing_again(
     tiny_dataset: CocoPanoptic, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, shards = hashes(cache), {k: v for k, v in times(cache).items() if "train" in k}
-    monkeypatch.setattr(pipeline.render, "render_shard", None)  # nobody may call it
+    monkeypatch.setattr(
+        panoptic_cache.pipeline.render.driver, "render_shard", None
+    )  # nobody may call it
     result = run(tiny_dataset, cache)
     assert hashes(cache) == before
     assert {k: v for k, v in times(cache).items() if "train" in k} == shards
@@ -353,7 +355,7 @@ def test_a_cache_that_is_being_mended_is_not_finished(
     tiny_dataset: CocoPanoptic, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (cache / "train-00001.tar").unlink()
-    monkeypatch.setattr(pipeline.render, "render_shard", None)
+    monkeypatch.setattr(panoptic_cache.pipeline.render.driver, "render_shard", None)
     with pytest.raises(TypeError):
         run(tiny_dataset, cache)
     assert not (cache / "index.json").exists()

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluate.compare import compare, matched_numbers
-from evaluate.decode import DecodedSegment, PanopticMap
-from evaluate.gallery import Gallery
-from evaluate.measures import image_pq
-from evaluate.page import write_report
-from evaluate.pq import PQResult, PQStat, match_image, summarize
-from evaluate.report import (
+from panoptic_cache.evaluate.decoder.decode import DecodedSegment, PanopticMap
+from panoptic_cache.evaluate.metric.measures import image_pq
+from panoptic_cache.evaluate.metric.pq import PQResult, PQStat, match_image, summarize
+from panoptic_cache.evaluate.report.compare import compare, matched_numbers
+from panoptic_cache.evaluate.report.gallery import Gallery
+from panoptic_cache.evaluate.report.page import write_report
+from panoptic_cache.evaluate.report.panels import (
     BOTH,
     FALSE,
     MISSED,
@@ -29,9 +29,14 @@ from evaluate.report import (
     true_map,
     write_overlay,
 )
-from evaluate.tables import CATEGORY_COLUMNS, GROUP_COLUMNS, category_table, pq_table
-from pipeline.coco import Category, SegmentInfo
-from pipeline.draw import LabelledMap, segment_colours
+from panoptic_cache.evaluate.report.tables import (
+    CATEGORY_COLUMNS,
+    GROUP_COLUMNS,
+    category_table,
+    pq_table,
+)
+from panoptic_cache.pipeline.coco import Category, SegmentInfo
+from panoptic_cache.pipeline.pictures.colours import LabelledMap, segment_colours
 
 CATEGORIES = (
     Category(1, "disc", True, 0),

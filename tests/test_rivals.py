@@ -9,11 +9,17 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from evaluate.bench import RIVALS, DecodeBench, bench_decode
-from evaluate.ceiling import Decoder
-from evaluate.decode import PanopticMap
-from evaluate.rivals import grid_codes, matrix_nms, nearest_code, strict_maxima, vote
-from train.encoding import GRID_CELLS, PositionalCode, cell_centres, gamma
+from panoptic_cache.evaluate.decoder.decode import PanopticMap
+from panoptic_cache.evaluate.study.bench import RIVALS, DecodeBench, bench_decode
+from panoptic_cache.evaluate.study.ceiling import Decoder
+from panoptic_cache.evaluate.study.rivals import (
+    grid_codes,
+    matrix_nms,
+    nearest_code,
+    strict_maxima,
+    vote,
+)
+from panoptic_cache.train.encoding import GRID_CELLS, PositionalCode, cell_centres, gamma
 
 ISTHING = torch.tensor([True, True, False])
 

@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.errors import InputError
-from pipeline.sample import (
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.cache.sample import (
     MEMBERS,
     Sample,
     check_sample,
@@ -28,7 +28,7 @@ from pipeline.sample import (
     encode_distance,
     encode_sample,
 )
-from pipeline.targets import IndexMap, boundary, edge_distance
+from panoptic_cache.pipeline.targets import IndexMap, boundary, edge_distance
 
 BLOCKS = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 2, 3, 3]], np.uint8).repeat(3, 0)
 

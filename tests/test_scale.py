@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from scale import SPLIT, measured, render_step, write_links
 
-from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
-from pipeline.config import RenderConfig
-from pipeline.plan import make_plan
-from pipeline.synthetic import write_dataset
+from panoptic_cache.pipeline.base.config import RenderConfig
+from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
+from panoptic_cache.pipeline.render.plan import make_plan
+from panoptic_cache.pipeline.scenes.scene import write_dataset
 
 IMAGES = 5000
 

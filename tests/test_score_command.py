@@ -15,11 +15,11 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from conftest import Run
 
-from evaluate import pool, sharing
-from evaluate.pool import useful_workers
-from pipeline import progress as progress_module
-from pipeline.progress import Advance, progress
-from pipeline.text import table
+from panoptic_cache.evaluate.metric import pool, sharing
+from panoptic_cache.evaluate.metric.pool import useful_workers
+from panoptic_cache.pipeline.base import progress as progress_module
+from panoptic_cache.pipeline.base.progress import Advance, progress
+from panoptic_cache.pipeline.base.text import table
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {
@@ -30,7 +30,7 @@ HEAVY = {
 
 LOADED = """
 import json, sys
-import cli
+from panoptic_cache import cli
 sys.argv = ["panoptic", *json.loads(sys.argv[1])]
 try:
     cli.main()
@@ -101,7 +101,7 @@ def test_workers_score_the_same_however_they_start(
 def test_it_forks_only_where_no_other_thread_runs() -> None:
     script = (
         "import threading\n"
-        "from evaluate.sharing import _context\n"
+        "from panoptic_cache.evaluate.metric.sharing import _context\n"
         "print(_context().get_start_method())\n"
         "wait = threading.Event()\n"
         "threading.Thread(target=wait.wait).start()\n"

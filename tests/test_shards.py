@@ -18,11 +18,11 @@ import pytest
 import webdataset
 from handmade import hashes, same_sample, small_samples
 
-import pipeline.shards
-from pipeline.coco import Rejection
-from pipeline.config import fingerprint
-from pipeline.errors import InputError
-from pipeline.manifest import (
+import panoptic_cache.pipeline.cache.shards
+from panoptic_cache.pipeline.base.config import fingerprint
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.cache.index import (
     SampleEntry,
     Sidecar,
     decode_sidecar,
@@ -30,9 +30,8 @@ from pipeline.manifest import (
     read_index,
     read_sidecar,
 )
-from pipeline.plan import PLAN_NAME, encode_plan
-from pipeline.sample import MEMBERS, Sample, encode_sample
-from pipeline.shards import (
+from panoptic_cache.pipeline.cache.sample import MEMBERS, Sample, encode_sample
+from panoptic_cache.pipeline.cache.shards import (
     ShardReader,
     finished_shard,
     iterate_samples,
@@ -40,7 +39,8 @@ from pipeline.shards import (
     pack_shard,
     write_shard,
 )
-from pipeline.storage import Storage
+from panoptic_cache.pipeline.coco import Rejection
+from panoptic_cache.pipeline.render.plan import PLAN_NAME, encode_plan
 
 SAMPLES = small_samples()
 
@@ -54,7 +54,7 @@ def test_packing_gives_the_same_bytes() -> None:
     assert pack_shard(SAMPLES) == pack_shard(SAMPLES)
     script = (
         "import hashlib\nfrom handmade import small_samples\n"
-        "from pipeline.shards import pack_shard\n"
+        "from panoptic_cache.pipeline.cache.shards import pack_shard\n"
         "print(hashlib.sha256(pack_shard(small_samples())[0]).hexdigest())"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "LC_ALL": "C"}
@@ -129,7 +129,7 @@ def test_a_reader_pickles_without_its_files(tiny_cache: Path) -> None:
 def test_a_reader_holds_a_bounded_number_of_files(
     tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.shards, "_OPEN_FILES", 2)
+    monkeypatch.setattr(panoptic_cache.pipeline.cache.shards, "_OPEN_FILES", 2)
     opened = Path("/proc/self/fd")
     reader, before = ShardReader(tiny_cache), len([*opened.iterdir()])
     for position in [0, 4, 8, 0, 8, 4, 0] * 3:

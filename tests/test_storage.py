@@ -15,8 +15,8 @@ from typing import Any
 import fsspec
 import pytest
 
-from pipeline.errors import InputError
-from pipeline.storage import Storage
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_a_second_run_is_refused_while_the_first_holds_the_folder(folder: Path) 
 
 def test_the_lock_ends_with_its_process(folder: Path) -> None:
     script = (
-        "import sys, time; from pipeline.storage import Storage\n"
+        "import sys, time; from panoptic_cache.pipeline.base.files import Storage\n"
         "with Storage(sys.argv[1]).locked(): print('held', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", script, str(folder)]

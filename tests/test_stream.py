@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from pipeline.errors import InputError
-from train.batch import Batch
-from train.config import DataConfig
-from train.data import iterate, open_index
-from train.stream import make_loader
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.train.batch import Batch
+from panoptic_cache.train.config import DataConfig
+from panoptic_cache.train.data import iterate, open_index
+from panoptic_cache.train.stream import make_loader
 
 SMALL = DataConfig(reader="stream", size=56, batch=4, micro_batch=4, workers=0)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config import load_config
-from pipeline.errors import InputError
-from train.config import DataConfig, ModelConfig, RandomBackbone, TrainConfig
-from train.model import PanopticModel
-from train.summary import count, summarize_model
+from panoptic_cache.pipeline.base.config import load_config
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.train.config import DataConfig, ModelConfig, RandomBackbone, TrainConfig
+from panoptic_cache.train.model import PanopticModel
+from panoptic_cache.train.summary import count, summarize_model
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = TrainConfig(

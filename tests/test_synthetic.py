@@ -14,10 +14,16 @@ import simplejpeg
 from numpy.typing import NDArray
 from skimage.measure import label as components
 
-from pipeline.coco import CocoLayout, SegmentInfo, read_dataset
-from pipeline.errors import InputError
-from pipeline.ids import read_ids
-from pipeline.synthetic import CATEGORIES, FIRST_VAL_INDEX, Scene, make_scene, write_dataset
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.coco import CocoLayout, SegmentInfo, read_dataset
+from panoptic_cache.pipeline.png import read_ids
+from panoptic_cache.pipeline.scenes.scene import (
+    CATEGORIES,
+    FIRST_VAL_INDEX,
+    Scene,
+    make_scene,
+    write_dataset,
+)
 
 THINGS = {category["id"] for category in CATEGORIES if category["isthing"]}
 

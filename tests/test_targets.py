@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 
-from pipeline.targets import (
+from panoptic_cache.pipeline.targets import (
     IndexMap,
     boundary,
     compute_targets,

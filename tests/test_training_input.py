@@ -19,18 +19,18 @@ import torch
 from accelerate.state import AcceleratorState
 from short_runs import ROOT, make_config, same_run, saved_steps, write_config
 
-import train.checkpoint
-from pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
-from pipeline.config import RenderConfig
-from pipeline.errors import InputError
-from pipeline.render import render
-from pipeline.storage import Storage
-from train.__main__ import main
-from train.data import iterate, open_index
-from train.guards import disk_advice, rank_advice
-from train.loop import train as train_run
-from train.signals import StopRequest
-from train.stream import make_loader
+import panoptic_cache.train.checkpoint
+from panoptic_cache.pipeline.base.config import RenderConfig
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
+from panoptic_cache.pipeline.render.driver import render
+from panoptic_cache.train.__main__ import main
+from panoptic_cache.train.data import iterate, open_index
+from panoptic_cache.train.guards import disk_advice, rank_advice
+from panoptic_cache.train.loop import train as train_run
+from panoptic_cache.train.stopping import StopRequest
+from panoptic_cache.train.stream import make_loader
 
 Refuse = Callable[..., str]
 
@@ -197,7 +197,7 @@ def test_a_shard_that_cannot_be_read(
     def broken(*_: object) -> bytes:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("pipeline.shards.ShardReader.members", broken)
+    monkeypatch.setattr("panoptic_cache.pipeline.cache.shards.ShardReader.members", broken)
     line = refuse(f"data.cache={cache}")
     assert line.startswith("train-0000")
     assert "cannot be read: Input/output error" in line
@@ -222,7 +222,7 @@ def test_memory_that_does_not_suffice(refuse: Refuse, monkeypatch: pytest.Monkey
     def greedy(*_: object) -> None:
         torch.empty(1 << 50)
 
-    monkeypatch.setattr("train.loop.jitter_colour", greedy)
+    monkeypatch.setattr("panoptic_cache.train.loop.jitter_colour", greedy)
     line = refuse()
     assert line.startswith("out of memory: ")
     assert "lower data.micro_batch, now 2; the batch stays 4" in line
@@ -240,7 +240,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     """A limit on the size of files stands for the disk: writes fail within a file."""
     newest = sorted((whole / "checkpoints").iterdir())[-1]
     room = (newest / file).stat().st_size - 1000
-    begin = train.checkpoint.begin_checkpoint
+    begin = panoptic_cache.train.checkpoint.begin_checkpoint
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(checkpoints: Path, step: int) -> Path:
@@ -248,7 +248,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
         return begin(checkpoints, step)
 
-    monkeypatch.setattr("train.checkpoint.begin_checkpoint", fill)
+    monkeypatch.setattr("panoptic_cache.train.checkpoint.begin_checkpoint", fill)
     try:
         line = refuse()
     finally:

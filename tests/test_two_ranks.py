@@ -31,13 +31,13 @@ from short_runs import (
     write_config,
 )
 
-import train.loop
-from pipeline.errors import InputError
-from pipeline.storage import Storage
-from train.config import TrainConfig
-from train.data import iterate, step_places
-from train.guards import alone
-from train.loop import train as train_run
+import panoptic_cache.train.loop
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.train.config import TrainConfig
+from panoptic_cache.train.data import iterate, step_places
+from panoptic_cache.train.guards import alone
+from panoptic_cache.train.loop import train as train_run
 
 LONG = 24
 """Steps: enough to be killed several times."""
@@ -199,7 +199,7 @@ def train_and_note(config: TrainConfig, notes: Path) -> None:
                 print(json.dumps(batch.keys), file=file, flush=True)
                 yield batch
 
-    train.loop.iterate = noting  # type: ignore[attr-defined]
+    panoptic_cache.train.loop.iterate = noting  # type: ignore[attr-defined]
     train_run(config)
 
 
@@ -284,7 +284,7 @@ def test_all_ranks_together_say_one_line(cache: Path, tmp_path: Path, harm: str)
 
 def test_a_folder_is_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
-    monkeypatch.setattr("train.guards.PATIENCE", 0.0)
+    monkeypatch.setattr("panoptic_cache.train.guards.PATIENCE", 0.0)
     with (
         alone(run),
         pytest.raises(InputError, match="another run is writing here"),
@@ -309,6 +309,6 @@ def test_a_run_waits_for_another_that_is_ending(
         if len(naps) == 2:
             other.__exit__(None, None, None)
 
-    monkeypatch.setattr("train.guards.time.sleep", nap)
+    monkeypatch.setattr("panoptic_cache.train.guards.time.sleep", nap)
     with alone(tmp_path):
         assert len(naps) == 2

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from handmade import make_sample
 
-from pipeline.coco import Category
-from pipeline.config import fingerprint
-from pipeline.errors import InputError
-from pipeline.manifest import (
+from panoptic_cache.pipeline.base.config import fingerprint
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.cache.index import (
     SampleEntry,
     ShardEntry,
     ShardIndex,
@@ -29,12 +29,12 @@ from pipeline.manifest import (
     read_index,
     read_sidecar,
 )
-from pipeline.photo import encode_jpeg
-from pipeline.plan import encode_plan
-from pipeline.sample import Sample, encode_sample
-from pipeline.shards import finished_shard, pack_shard, write_shard
-from pipeline.storage import Storage
-from pipeline.verify import VerifyReport, verify
+from panoptic_cache.pipeline.cache.sample import Sample, encode_sample
+from panoptic_cache.pipeline.cache.shards import finished_shard, pack_shard, write_shard
+from panoptic_cache.pipeline.cache.verify import VerifyReport, verify
+from panoptic_cache.pipeline.coco import Category
+from panoptic_cache.pipeline.render.photo import encode_jpeg
+from panoptic_cache.pipeline.render.plan import encode_plan
 
 NAME = "train-00001"
 

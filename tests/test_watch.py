@@ -14,16 +14,17 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from evaluate.held_out import panoptic_quality
-from pipeline.coco import CocoLayout, read_dataset
-from pipeline.config import RenderConfig
-from pipeline.errors import InputError
-from pipeline.render import render
-from pipeline.sample import Sample
-from pipeline.shards import ShardReader
-from pipeline.storage import Storage
-from train.batch import collate
-from train.config import (
+from panoptic_cache.evaluate.held_out import panoptic_quality
+from panoptic_cache.pipeline.base.config import RenderConfig
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.cache.sample import Sample
+from panoptic_cache.pipeline.cache.shards import ShardReader
+from panoptic_cache.pipeline.coco import CocoLayout, read_dataset
+from panoptic_cache.pipeline.render.driver import render
+from panoptic_cache.train.augment import Augmentation, make_item
+from panoptic_cache.train.batch import collate
+from panoptic_cache.train.config import (
     DataConfig,
     ModelConfig,
     OptimConfig,
@@ -31,14 +32,13 @@ from train.config import (
     TrainConfig,
     ValidationConfig,
 )
-from train.encoding import PositionalCode, grid_cells
-from train.items import Augmentation, make_item
-from train.loop import train
-from train.losses import gather_rows
-from train.model import PanopticModel
-from train.restore import TrainState, latest_checkpoint, load_model
-from train.validation import code_hits, find_metric, label_hits, open_held_out
-from train.watch import draw_heads, installed_trackers
+from panoptic_cache.train.encoding import PositionalCode, grid_cells
+from panoptic_cache.train.loop import train
+from panoptic_cache.train.losses import gather_rows
+from panoptic_cache.train.model import PanopticModel
+from panoptic_cache.train.restore import TrainState, latest_checkpoint, load_model
+from panoptic_cache.train.validation import code_hits, find_metric, label_hits, open_held_out
+from panoptic_cache.train.watch import draw_heads, installed_trackers
 
 TIMES = {"images_per_second", "waited"}
 seen: list[tuple[bool, int, list[str]]] = []
@@ -154,7 +154,7 @@ def test_pq_of_held_out_samples(
 ) -> None:
     # On a GPU the decoder runs in the thread that runs the network: with whatever is on there.
     monkeypatch.setattr("torch.get_num_threads", lambda: 1)
-    name = "evaluate.held_out:panoptic_quality"
+    name = "panoptic_cache.evaluate.held_out:panoptic_quality"
     looks = ValidationConfig(cache=str(held_out_cache), every=5, metric=name)
     train(make_config(tiny_cache, tmp_path, validation=looks, ema=0.9, precision=precision))
     (line,) = (line for line in lines_of(tmp_path) if "validation" in line)
@@ -240,5 +240,5 @@ def test_validation_on_other_categories_is_refused(held_out_cache: Path, tmp_pat
 def test_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="no such tracker: tensorbord"):
         installed_trackers(["tensorbord"])
-    monkeypatch.setattr("train.watch.get_available_trackers", list)
+    monkeypatch.setattr("panoptic_cache.train.watch.get_available_trackers", list)
     assert installed_trackers(["tensorboard"]) == []

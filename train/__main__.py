@@ -16,10 +16,10 @@ from typing import Annotated
 
 import typer
 
-from pipeline.config import load_config
-from pipeline.errors import InputError
-from pipeline.interrupt import Interrupted, interruptible
-from train.config import TrainConfig
+from panoptic_cache.pipeline.base.config import load_config
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.stopping import Interrupted, interruptible
+from panoptic_cache.train.config import TrainConfig
 
 GRACE = 5.0
 """Seconds in which a launcher ends the other ranks once one has failed."""
@@ -42,15 +42,15 @@ def main(
     log = logging.getLogger(__name__)
     try:
         # Its imports can fail with a clear line.
-        from train.guards import (  # noqa: PLC0415
+        from panoptic_cache.train.guards import (  # noqa: PLC0415
             alone,
             disk_advice,
             memory_advice,
             rank_advice,
             smaller_steps,
         )
-        from train.loop import train  # noqa: PLC0415
-        from train.signals import stop_with_launcher  # noqa: PLC0415
+        from panoptic_cache.train.loop import train  # noqa: PLC0415
+        from panoptic_cache.train.stopping import stop_with_launcher  # noqa: PLC0415
 
         chosen = load_config(TrainConfig, config, settings or [])
         stop_with_launcher()

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from pipeline.errors import InputError
-from train.config import ModelConfig, RandomBackbone
-from train.encoding import cell_centres
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.train.config import ModelConfig, RandomBackbone
+from panoptic_cache.train.encoding import cell_centres
 
 try:
     import transformers

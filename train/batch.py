@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.items import PADDING, Item
+from panoptic_cache.train.augment import PADDING, Item
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Batch:
         keys: B sample keys.
         photo: (B, 3, S, S) uint8 RGB.
         index: (B, S, S) uint8 or int32, rows of the tables.
-        eds: (B, S, S) uint8, see `pipeline.sample`.
+        eds: (B, S, S) uint8, see `panoptic_cache.pipeline.cache.sample`.
         void: (B, S, S) uint8, 0 labelled, 1 unlabelled, 2 crowd, 3 padding.
         eds_scale: (B,) float32, pixels of S for one pixel that `eds` counts.
         colour: (B, 3) float32 factors of brightness, contrast and saturation.

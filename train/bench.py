@@ -11,17 +11,23 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pipeline.bench import Bench, Timing, bench_dataset, best_ms, obvious_targets
-from pipeline.coco import CocoLayout, PanopticRecord
-from pipeline.config import RenderConfig
-from pipeline.ids import read_ids
-from pipeline.render import render
-from pipeline.sample import encode_distance
-from pipeline.shards import ShardReader
-from pipeline.storage import Storage
-from pipeline.targets import compute_targets, index_map, resize_index
-from train.config import DataConfig
-from train.items import draw_augmentation, make_item
+from panoptic_cache.pipeline.base.config import RenderConfig
+from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.cache.sample import encode_distance
+from panoptic_cache.pipeline.cache.shards import ShardReader
+from panoptic_cache.pipeline.coco import CocoLayout, PanopticRecord
+from panoptic_cache.pipeline.png import read_ids
+from panoptic_cache.pipeline.render.bench import (
+    Bench,
+    Timing,
+    bench_dataset,
+    best_ms,
+    obvious_targets,
+)
+from panoptic_cache.pipeline.render.driver import render
+from panoptic_cache.pipeline.targets import compute_targets, index_map, resize_index
+from panoptic_cache.train.augment import draw_augmentation, make_item
+from panoptic_cache.train.config import DataConfig
 
 
 def bench_load(layout: CocoLayout | None = None, images: int = 32, size: int = 420) -> Bench:

@@ -18,22 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.bench import bench_dataset
-from pipeline.config import RenderConfig
-from pipeline.progress import progress
-from pipeline.render import render
-from pipeline.shards import ShardReader
-from pipeline.storage import Storage
-from train.batch import Batch, collate, jitter_colour
-from train.config import DataConfig, ModelConfig, RandomBackbone, TrainConfig
-from train.data import indexed_loader
-from train.encoding import make_encoding
-from train.guards import memory_advice, smaller_steps
-from train.items import Augmentation, make_item
-from train.losses import instance_loss, semantic_loss
-from train.model import PanopticModel, Task
-from train.optim import parameter_groups, set_learning_rate
-from train.summary import summarize_model
+from panoptic_cache.pipeline.base.config import RenderConfig
+from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.base.progress import progress
+from panoptic_cache.pipeline.cache.shards import ShardReader
+from panoptic_cache.pipeline.render.bench import bench_dataset
+from panoptic_cache.pipeline.render.driver import render
+from panoptic_cache.train.augment import Augmentation, make_item
+from panoptic_cache.train.batch import Batch, collate, jitter_colour
+from panoptic_cache.train.config import DataConfig, ModelConfig, RandomBackbone, TrainConfig
+from panoptic_cache.train.data import indexed_loader
+from panoptic_cache.train.encoding import make_encoding
+from panoptic_cache.train.guards import memory_advice, smaller_steps
+from panoptic_cache.train.losses import instance_loss, semantic_loss
+from panoptic_cache.train.model import PanopticModel, Task
+from panoptic_cache.train.optim import parameter_groups, set_learning_rate
+from panoptic_cache.train.summary import summarize_model
 
 ROUND: tuple[Task, ...] = ("instance", "instance", "semantic")
 

@@ -30,10 +30,10 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from pipeline.errors import InputError
-from train.generators import rng_state
-from train.model import PanopticModel
-from train.restore import (
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.train.generators import rng_state
+from panoptic_cache.train.model import PanopticModel
+from panoptic_cache.train.restore import (
     ARCHITECTURE,
     TrainState,
     Weights,

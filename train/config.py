@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from pipeline.errors import InputError
+from panoptic_cache.pipeline.base.errors import InputError
 
 Precision = Literal["bf16", "fp32"]
 
@@ -163,9 +163,9 @@ class ValidationConfig:
         cache: Folder of a cache of held-out images, on a local disk.
         every: Optimizer steps between two looks; the last step has one too. 0 = never.
         samples: Taken evenly from the cache; the same each time.
-        metric: `module:function` of a further measure, or empty; see `train.validation.Metric`.
-            `evaluate.held_out:panoptic_quality` is PQ. It is found by name, as this package must
-            not depend on those that evaluate.
+        metric: `module:function` of a further measure, or empty; see `validation.Metric`.
+            `panoptic_cache.evaluate.held_out:panoptic_quality` is PQ. It is found by name, because
+            `train` does not import `evaluate`.
     """
 
     cache: str = ""
@@ -241,7 +241,7 @@ class TrainConfig:
             ("validation.samples must be positive", looks.samples < 1),
             ("validation.every needs a validation.cache", looks.every > 0 and not looks.cache),
             (
-                "validation.metric must be like evaluate.held_out:panoptic_quality",
+                "validation.metric must be like panoptic_cache.evaluate.held_out:panoptic_quality",
                 looks.metric != "" and not all(looks.metric.partition(":")),
             ),
         ]

@@ -21,14 +21,14 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pipeline.errors import InputError
-from pipeline.manifest import ShardIndex, read_index
-from pipeline.shards import ShardReader
-from pipeline.storage import Storage
-from train.batch import Batch, collate
-from train.config import DataConfig
-from train.items import Item, Place, draw_augmentation, make_item
-from train.signals import stop_with_parent_only
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.cache.index import ShardIndex, read_index
+from panoptic_cache.pipeline.cache.shards import ShardReader
+from panoptic_cache.train.augment import Item, Place, draw_augmentation, make_item
+from panoptic_cache.train.batch import Batch, collate
+from panoptic_cache.train.config import DataConfig
+from panoptic_cache.train.stopping import stop_with_parent_only
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ STARVED = ("DataLoader worker (pid", "shared memory", "unable to write to file <
 Or the pipe to it breaks, an OSError or EOFError.
 """
 
-_PREFIX = "pipeline.errors.InputError: "
+_PREFIX = "panoptic_cache.pipeline.base.errors.InputError: "
 
 
 class CachedItems(Dataset[Item]):

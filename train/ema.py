@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from train.model import PanopticModel
+from panoptic_cache.train.model import PanopticModel
 
 
 class Ema:

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch.distributed import DistError
 
-from pipeline.errors import InputError
-from pipeline.storage import Storage
-from train.config import TrainConfig
-from train.signals import StopRequest
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.train.config import TrainConfig
+from panoptic_cache.train.stopping import StopRequest
 
 log = logging.getLogger(__name__)
 

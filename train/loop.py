@@ -14,33 +14,33 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
-from pipeline.config import fingerprint
-from pipeline.errors import InputError
-from pipeline.interrupt import Interrupted
-from pipeline.progress import progress
-from train.batch import jitter_colour
-from train.checkpoint import save_checkpoint
-from train.config import LossConfig, TrainConfig
-from train.data import iterate, micro_batch_sizes, open_index, repeats
-from train.ema import Ema
-from train.encoding import make_encoding
-from train.guards import not_finite, rank_advice
-from train.losses import Distance, instance_loss, semantic_loss
-from train.model import PanopticModel, Task, check_size
-from train.optim import learning_rate, parameter_groups, set_learning_rate
-from train.ranks import Ranks
-from train.restore import (
+from panoptic_cache.pipeline.base.config import fingerprint
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.progress import progress
+from panoptic_cache.pipeline.base.stopping import Interrupted
+from panoptic_cache.train.batch import jitter_colour
+from panoptic_cache.train.checkpoint import save_checkpoint
+from panoptic_cache.train.config import LossConfig, TrainConfig
+from panoptic_cache.train.data import iterate, micro_batch_sizes, open_index, repeats
+from panoptic_cache.train.ema import Ema
+from panoptic_cache.train.encoding import make_encoding
+from panoptic_cache.train.guards import not_finite, rank_advice
+from panoptic_cache.train.losses import Distance, instance_loss, semantic_loss
+from panoptic_cache.train.model import PanopticModel, Task, check_size
+from panoptic_cache.train.optim import learning_rate, parameter_groups, set_learning_rate
+from panoptic_cache.train.ranks import Ranks
+from panoptic_cache.train.restore import (
     ARCHITECTURE,
     TrainState,
     latest_checkpoint,
     load_training,
     read_state,
 )
-from train.resume import MAY_CHANGE, check_same_run, flat
-from train.signals import stop_request
-from train.stream import make_loader
-from train.validation import open_held_out, validate
-from train.watch import Watch, draw_heads, has_validation, installed_trackers
+from panoptic_cache.train.resume import MAY_CHANGE, check_same_run, flat
+from panoptic_cache.train.stopping import stop_request
+from panoptic_cache.train.stream import make_loader
+from panoptic_cache.train.validation import open_held_out, validate
+from panoptic_cache.train.watch import Watch, draw_heads, has_validation, installed_trackers
 
 log = logging.getLogger(__name__)
 

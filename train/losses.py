@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.sample import EDS_FAR, EDS_STEP
-from pipeline.targets import CROWD, UNLABELLED
-from train.batch import Batch
-from train.config import LossConfig
-from train.encoding import ClassificationCode, Encoding, PositionalCode
-from train.items import PADDING
-from train.model import resize_maps
-from train.strips import PixelTerms, class_losses
+from panoptic_cache.pipeline.cache.sample import EDS_FAR, EDS_STEP
+from panoptic_cache.pipeline.targets import CROWD, UNLABELLED
+from panoptic_cache.train.augment import PADDING
+from panoptic_cache.train.batch import Batch
+from panoptic_cache.train.config import LossConfig
+from panoptic_cache.train.encoding import ClassificationCode, Encoding, PositionalCode
+from panoptic_cache.train.model import resize_maps
+from panoptic_cache.train.strips import PixelTerms, class_losses
 
 Distance = Literal["norm", "squared"]
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.errors import InputError
-from train.backbone import make_backbone
-from train.config import ModelConfig
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.train.backbone import make_backbone
+from panoptic_cache.train.config import ModelConfig
 
 Task = Literal["instance", "semantic", "both"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from train.config import OptimConfig
+from panoptic_cache.train.config import OptimConfig
 
 _BLOCK = re.compile(r"encoder\.(?:.*\.)?layers?\.(\d+)\.")
 _UNDECAYED = (

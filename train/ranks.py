@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import InputError
+from panoptic_cache.pipeline.base.errors import InputError
 
 Value = TypeVar("Value")
 

@@ -17,13 +17,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from pipeline.coco import Category
-from pipeline.config import build_config
-from pipeline.errors import InputError
-from train.config import TrainConfig
-from train.encoding import make_encoding
-from train.generators import set_rng_state
-from train.model import PanopticModel
+from panoptic_cache.pipeline.base.config import build_config
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.coco import Category
+from panoptic_cache.train.config import TrainConfig
+from panoptic_cache.train.encoding import make_encoding
+from panoptic_cache.train.generators import set_rng_state
+from panoptic_cache.train.model import PanopticModel
 
 log = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.errors import InputError
-from train.config import TrainConfig
-from train.restore import TrainState
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.train.config import TrainConfig
+from panoptic_cache.train.restore import TrainState
 
 MAY_CHANGE = frozenset(
     {

@@ -19,15 +19,15 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pipeline.errors import InputError
-from pipeline.manifest import ShardEntry, ShardIndex
-from pipeline.sample import MEMBERS, decode_sample
-from pipeline.shards import ShardReader
-from pipeline.storage import Storage
-from train.batch import Batch, collate
-from train.config import DataConfig
-from train.data import indexed_loader, micro_batch_sizes, prepare_worker
-from train.items import Item, draw_augmentation, make_item
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.cache.index import ShardEntry, ShardIndex
+from panoptic_cache.pipeline.cache.sample import MEMBERS, decode_sample
+from panoptic_cache.pipeline.cache.shards import ShardReader
+from panoptic_cache.train.augment import Item, draw_augmentation, make_item
+from panoptic_cache.train.batch import Batch, collate
+from panoptic_cache.train.config import DataConfig
+from panoptic_cache.train.data import indexed_loader, micro_batch_sizes, prepare_worker
 
 BUFFER = 256
 """Samples that are mixed; about 40 MB of JPEGs and PNGs a loader process."""

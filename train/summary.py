@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from train.config import TrainConfig
-from train.encoding import make_encoding
-from train.model import PanopticModel, check_size
+from panoptic_cache.train.config import TrainConfig
+from panoptic_cache.train.encoding import make_encoding
+from panoptic_cache.train.model import PanopticModel, check_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,19 +11,25 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from pipeline.coco import Category
-from pipeline.errors import InputError
-from pipeline.sample import Sample
-from pipeline.shards import ShardReader
-from pipeline.storage import Storage
-from train.batch import Batch, collate
-from train.config import LossConfig, TrainConfig
-from train.data import check_rendered_size
-from train.encoding import Encoding, grid_cells, nearest_cell, nearest_cells
-from train.items import Augmentation, make_item
-from train.losses import Distance, gather_rows, instance_loss, instance_weight, semantic_loss
-from train.model import PanopticModel
-from train.restore import TrainState
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.cache.sample import Sample
+from panoptic_cache.pipeline.cache.shards import ShardReader
+from panoptic_cache.pipeline.coco import Category
+from panoptic_cache.train.augment import Augmentation, make_item
+from panoptic_cache.train.batch import Batch, collate
+from panoptic_cache.train.config import LossConfig, TrainConfig
+from panoptic_cache.train.data import check_rendered_size
+from panoptic_cache.train.encoding import Encoding, grid_cells, nearest_cell, nearest_cells
+from panoptic_cache.train.losses import (
+    Distance,
+    gather_rows,
+    instance_loss,
+    instance_weight,
+    semantic_loss,
+)
+from panoptic_cache.train.model import PanopticModel
+from panoptic_cache.train.restore import TrainState
 
 EVERYWHERE = LossConfig(eds=False)
 """Weights of 1 wherever the instance task counts."""
@@ -107,13 +113,15 @@ def open_held_out(config: TrainConfig, categories: tuple[Category, ...]) -> Held
 def find_metric(name: str) -> Metric:
     """The function `module:function`; InputError where there is none."""
     module, _, function = name.partition(":")
+    if module.startswith("evaluate."):  # how runs of version 0.1 name it
+        module = f"panoptic_cache.{module}"
     try:
         return cast("Metric", getattr(importlib.import_module(module), function))
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"no such function: {error}",
             where=f"validation.metric = {name}",
-            remedy="evaluate.held_out:panoptic_quality is one",
+            remedy="panoptic_cache.evaluate.held_out:panoptic_quality is one",
         ) from None
 
 

@@ -14,14 +14,19 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
-from pipeline.coco import Category
-from pipeline.draw import Picture, centroid_colours, save_picture, semantic_colours
-from pipeline.errors import InputError
-from pipeline.sheet import Tile, sheet
-from train.batch import Batch
-from train.curves import draw_curves
-from train.encoding import Encoding, grid_cells, nearest_centroids
-from train.model import PanopticModel
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.coco import Category
+from panoptic_cache.pipeline.pictures.colours import (
+    Picture,
+    centroid_colours,
+    save_picture,
+    semantic_colours,
+)
+from panoptic_cache.pipeline.pictures.sheets import Tile, sheet
+from panoptic_cache.train.batch import Batch
+from panoptic_cache.train.curves import draw_curves
+from panoptic_cache.train.encoding import Encoding, grid_cells, nearest_centroids
+from panoptic_cache.train.model import PanopticModel
 
 log = logging.getLogger(__name__)
 

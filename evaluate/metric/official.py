@@ -1,0 +1,161 @@
+"""The reference evaluator, cocodataset/panopticapi, beside ours; optional, on no package index.
+
+Its `pq_compute` forks as many processes as there are processors, prints, and divides by zero where
+Things or Stuff have no segment. So what it does is called part by part: its matching of one image
+after the other in a process of our own, and its averages, group by group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import io
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from panoptic_cache.evaluate.metric.pairs import png_folder
+from panoptic_cache.evaluate.metric.pq import PQResult
+from panoptic_cache.pipeline.base.errors import InputError
+
+TOLERANCE = 1e-9
+"""Differences below are rounding; sums in another order differ by some 1e-15."""
+SOURCE = "git+https://github.com/cocodataset/panopticapi.git"
+GROUPS = {"All": None, "Things": True, "Stuff": False}
+"""Its own names, and what it calls `isthing`."""
+COUNTS = ("tp", "fp", "fn", "iou")
+Values = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Official:
+    """What the reference says.
+
+    Attributes:
+        groups: `pq`, `sq`, `rq` and `n` of All, Things and Stuff; None where it divides by zero.
+        per_class: `tp`, `fp`, `fn`, `iou`, `pq`, `sq` and `rq` by category id.
+    """
+
+    groups: Mapping[str, Values | None]
+    per_class: Mapping[int, Values]
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What the reference says, and how far ours is from it.
+
+    Attributes:
+        groups: See `Official`.
+        difference: Largest absolute difference of any number, of groups or categories.
+        at: Where that is, such as `All pq` or `category 17 sq`; `nowhere` where it is 0.
+    """
+
+    groups: Mapping[str, Values | None]
+    difference: float
+    at: str
+
+    @property
+    def agrees(self) -> bool:
+        """Whether nothing differs by more than rounding."""
+        return self.difference <= TOLERANCE
+
+    def to_json(self) -> dict[str, Any]:
+        """The key `official` of `score --official --json`."""
+        return {**self.groups, "difference": self.difference, "at": self.at}
+
+
+def import_official() -> ModuleType:
+    """The reference's module.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    try:
+        return importlib.import_module("panopticapi.evaluation")
+    except ImportError as error:
+        raise InputError(
+            f"the official evaluator cannot be imported: {error}",
+            remedy=f"pip install '{SOURCE}', or score without --official",
+            code="official-missing",
+        ) from None
+
+
+def run_official(
+    reference: Any,
+    gt_json: Path,
+    pred_json: Path,
+    gt_dir: Path | None = None,
+    pred_dir: Path | None = None,
+    *,
+    advance: Callable[[], None] | None = None,
+) -> Official:
+    """Runs the reference on files that ours has accepted, in this process, quietly.
+
+    Args:
+        reference: See `import_official`.
+        gt_json: Ground truth.
+        pred_json: Prediction.
+        gt_dir: Its PNGs; beside the JSON if None.
+        pred_dir: The same of the prediction.
+        advance: Called after each image.
+
+    Raises:
+        InputError: It fails on an image.
+    """
+    gt, pred = json.loads(gt_json.read_bytes()), json.loads(pred_json.read_bytes())
+    categories = {row["id"]: row for row in gt["categories"]}
+    folders = str(gt_dir or png_folder(gt_json)), str(pred_dir or png_folder(pred_json))
+    predictions = {row["image_id"]: row for row in pred["annotations"]}
+    match = inspect.unwrap(reference.pq_compute_single_core)  # wrapped, it prints tracebacks
+    total = reference.PQStat()
+    for row in gt["annotations"]:
+        pair = row, predictions[row["image_id"]]
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                total += match(0, [pair], *folders, categories)
+        except Exception as error:  # noqa: BLE001 - a KeyError for most of what it refuses
+            raise InputError(
+                f"the official evaluator fails where ours does not: {type(error).__name__} {error}",
+                where=f"{pred_json}: image {row['image_id']}",
+                remedy="score without --official",
+                code="official-failed",
+            ) from None
+        if advance is not None:
+            advance()
+    groups: dict[str, Values | None] = dict.fromkeys(GROUPS)
+    means: Mapping[int, Mapping[str, Any]] = {}
+    for name, isthing in GROUPS.items():
+        with contextlib.suppress(ZeroDivisionError):
+            group, members = total.pq_average(categories, isthing=isthing)
+            groups[name] = _plain(group)
+            means = {**means, **members}
+    counts = {id_: {name: getattr(total[id_], name) for name in COUNTS} for id_ in categories}
+    return Official(groups, {id_: _plain({**counts[id_], **means.get(id_, {})}) for id_ in counts})
+
+
+def compare_results(ours: PQResult, theirs: Official) -> Agreement:
+    """Compares both, number by number; an undefined group counts as zeros."""
+    mine = ours.to_json()
+    differences = [(0.0, "nowhere")]
+    for name, group in theirs.groups.items():
+        differences += _differences(f"{name} ", mine[name], group)
+    for id_, values in theirs.per_class.items():
+        differences += _differences(f"category {id_} ", mine["per_class"][str(id_)], values)
+    difference, at = max(differences, key=lambda row: row[0])
+    return Agreement(theirs.groups, difference, at)
+
+
+def _differences(where: str, ours: Values | None, theirs: Values | None) -> list[tuple[float, str]]:
+    a, b = ours or {}, theirs or {}
+    return [(abs(a.get(name, 0) - b.get(name, 0)), where + name) for name in {**a, **b}]
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of Python; the reference's are numpy's."""
+    return {
+        name: value if isinstance(value, int) else float(value) for name, value in values.items()
+    }

@@ -1,0 +1,216 @@
+"""Everything that is measured of predictions: PQ and what stands beside it, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from panoptic_cache.evaluate.metric.mask_ap import ImageInstances, instances_of, mask_ap
+from panoptic_cache.evaluate.metric.measures import (
+    Measures,
+    image_pq,
+    measure_image,
+    thing_ids,
+    worst_images,
+)
+from panoptic_cache.evaluate.metric.overlap import check_listed, check_sizes, count_pairs
+from panoptic_cache.evaluate.metric.pairs import ImagePair
+from panoptic_cache.evaluate.metric.pool import map_pairs
+from panoptic_cache.evaluate.metric.pq import ImageStat, PQResult, match_overlap, total_pq
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.coco import Category, CocoPanoptic, ImageId, SegmentInfo, is_area
+
+
+@dataclass(frozen=True, slots=True)
+class ImageScore:
+    """What one image adds.
+
+    Attributes:
+        pq: Its counts.
+        measures: Its other sums.
+        instances: Its instances, for AP.
+    """
+
+    pq: ImageStat
+    measures: Measures
+    instances: ImageInstances
+
+    @property
+    def value(self) -> float | None:
+        """PQ of the image, see `measures.image_pq`."""
+        return image_pq(self.pq.stat)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The outcome of a split.
+
+    Attributes:
+        pq: The metric.
+        measures: The other sums.
+        mask_ap: See `mask_ap.mask_ap`.
+        worst: See `measures.worst_images`.
+    """
+
+    pq: PQResult
+    measures: Measures
+    mask_ap: dict[str, float | None] | None
+    worst: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `panoptic score --json` prints.
+
+        The keys of `PQResult.to_json` and of `Measures.to_json`, `mask_ap` (`ap`, `ap50`, `ap75`,
+        `ap_small`, `ap_medium`, `ap_large`; null where predictions have no scores) and `worst`
+        (`image_id` and `pq` of the worst images, worst first).
+        """
+        return {
+            **self.pq.to_json(),
+            **self.measures.to_json(),
+            "mask_ap": self.mask_ap,
+            "worst": self.worst,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Scores, and what they took.
+
+    Attributes:
+        scores: PQ and what stands beside it.
+        images: How many were scored.
+        seconds_per_image: Mean wall time of a process for an image, by step.
+    """
+
+    scores: Scores
+    images: int
+    seconds_per_image: dict[str, float]
+
+    @property
+    def pq(self) -> PQResult:
+        """The metric."""
+        return self.scores.pq
+
+    def to_json(self) -> dict[str, Any]:
+        """What `ceiling --json` and `evaluate --json` print: `Scores.to_json`, and two more."""
+        return {
+            **self.scores.to_json(),
+            "images": self.images,
+            "seconds_per_image": self.seconds_per_image,
+        }
+
+
+def check_scorable(dataset: CocoPanoptic) -> None:
+    """Raises InputError where a split has no images, or some that cannot be scored."""
+    if dataset.rejections:
+        first = dataset.rejections[0]
+        raise InputError(
+            f"{len(dataset.rejections)} images cannot be scored; the first is {first.image_id}:"
+            f" {first.message}",
+            where=first.file,
+            remedy="evaluation never repairs ground truth: mend or remove them",
+        )
+    if not dataset.records:
+        raise InputError("the split has no images", remedy="choose another split")
+    for record in dataset.records:
+        for segment in record.segments:
+            if segment.area is not None and not is_area(segment.area):
+                raise InputError(
+                    f"area {str(segment.area)[:40]} is no number of pixels",
+                    where=f"image {record.image_id}, segment {segment.id}",
+                    remedy="evaluation never repairs ground truth: mend it",
+                    code="area-wrong",
+                )
+
+
+def score_image(
+    image_id: ImageId,
+    gt_ids: NDArray[np.integer[Any]],
+    gt_segments: Sequence[SegmentInfo],
+    pred_ids: NDArray[np.integer[Any]],
+    pred_segments: Mapping[int, int],
+    *,
+    scores: Mapping[int, float],
+    things: frozenset[int],
+) -> ImageScore:
+    """Scores one image; arguments and errors as of `pq.match_image`.
+
+    Args:
+        image_id: For messages and the result.
+        gt_ids: (H, W) integer, 0 = void.
+        gt_segments: As listed.
+        pred_ids: (H, W) integer, 0 = void.
+        pred_segments: Category id by segment id.
+        scores: Confidence by segment id.
+        things: Ids of the thing categories.
+    """
+    check_sizes(image_id, gt_ids, pred_ids)
+    overlap = count_pairs(gt_ids, pred_ids)
+    check_listed(image_id, overlap, pred_segments)
+    return ImageScore(
+        match_overlap(image_id, overlap, gt_segments, pred_segments),
+        measure_image(image_id, overlap, gt_segments, pred_segments, things),
+        instances_of(overlap, gt_segments, pred_segments, scores, things),
+    )
+
+
+def total_scores(images: Sequence[ImageScore], categories: Sequence[Category]) -> Scores:
+    """Sums images in their order."""
+    measures = Measures()
+    for image in images:
+        measures += image.measures
+    return Scores(
+        total_pq((image.pq for image in images), categories),
+        measures,
+        mask_ap([image.instances for image in images], categories),
+        worst_images((image.pq.image_id, image.value) for image in images),
+    )
+
+
+def score_all(
+    categories: Sequence[Category],
+    pairs: Sequence[ImagePair],
+    *,
+    workers: int = 1,
+    advance: Callable[[], None] | None = None,
+) -> Scores:
+    """Scores pairs of files; the result is the same for any number of workers.
+
+    Args:
+        categories: Of the ground truth.
+        pairs: From `pairs.read_pairs`.
+        workers: Processes; 1 works in this one.
+        advance: Called after each image.
+
+    Raises:
+        InputError: Whatever is wrong with the files, naming image and segments.
+    """
+    images = []
+    work = partial(_score_pair, thing_ids(categories))
+    for image in map_pairs(pairs, work, workers=workers):
+        images.append(image)
+        if advance is not None:
+            advance()
+    return total_scores(images, categories)
+
+
+def _score_pair(
+    things: frozenset[int],
+    pair: ImagePair,
+    gt_ids: NDArray[np.int32],
+    pred_ids: NDArray[np.int32],
+) -> ImageScore:
+    return score_image(
+        pair.image_id,
+        gt_ids,
+        pair.gt_segments,
+        pred_ids,
+        pair.pred_segments,
+        scores=pair.pred_scores,
+        things=things,
+    )

@@ -1,0 +1,99 @@
+"""The decoder as a graph: votes on the grid, suppression, assignment, classes; for ONNX.
+
+Every step is a tensor operation of a size known beforehand, for any batch, so that a runtime
+without Python gets a panoptic map out of one file. It is the plain decoder of the method (section
+5.2) and measures no noise: `evaluate/decoder/decode.py` finds more on noisy codes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from panoptic_cache.evaluate.decoder.pixels import to_positional
+from panoptic_cache.train.encoding import Encoding, cell_centres, gamma
+
+MOST = 100
+"""Instances an image may have."""
+CLEAR = 0.5
+"""Amplitude above which a code is nearer to a cell than to void; 1 for a clean code."""
+
+
+class GridDecoder(nn.Module):
+    """Codes and logits -> panoptic map.
+
+    Args:
+        encoding: The code the network was trained with.
+        isthing: (C,) bool, by label.
+        cells: Of the decoding grid, an axis.
+        least: Pixels that an instance must have, and votes that its peak must.
+    """
+
+    isthing: Tensor
+    grid: Tensor
+    kernel: Tensor
+
+    def __init__(self, encoding: Encoding, isthing: Tensor, cells: int, *, least: int = 9) -> None:
+        super().__init__()
+        self.encoding, self.cells, self.least = encoding, cells, least
+        self.most = min(MOST, cells * cells)
+        probe = to_positional(torch.zeros(encoding.channels, 1), encoding)
+        self.harmonics = probe.shape[0] // 4
+        binomial = torch.tensor([0.5, 1.0, 0.5])
+        self.register_buffer("isthing", isthing, persistent=False)
+        self.register_buffer("grid", gamma(cell_centres(cells), self.harmonics), persistent=False)
+        self.register_buffer("kernel", (binomial[:, None] * binomial)[None, None], persistent=False)
+
+    def forward(self, codes: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Decodes a batch.
+
+        Args:
+            codes: (B, channels, h, w).
+            logits: (B, C, h, w).
+
+        Returns:
+            (B, h, w) int64 map: 0 = void, 1 to C = stuff of label value - 1, above C = instance
+            value - C - 1; and (B, `most`) int64 labels of the instances, -1 where there is none.
+        """
+        batch, categories, height, width = logits.shape
+        labels = logits.flatten(2).argmax(1)  # (B, P)
+        thing = self.isthing[labels]
+        flat = codes.flatten(2).transpose(0, 1).flatten(1)  # (channels, B P)
+        code = to_positional(flat, self.encoding).view(4 * self.harmonics, batch, -1)
+        code = code.transpose(0, 1)  # (B, 4L, P)
+        prototypes, present = self.find(code, thing)
+        amplitude = prototypes @ code / (2 * self.harmonics)  # (B, K, P)
+        best, index = amplitude.masked_fill(~present[..., None], -1).max(1)
+        claimed = thing & (best > CLEAR)
+        ranks = torch.arange(self.most, device=codes.device)[:, None]
+        claims = ((index[:, None] == ranks) & claimed[:, None]).float()  # (B, K, P)
+        ballots = claims @ F.one_hot(labels, categories).float()  # (B, K, C)
+        kept = ballots.sum(-1) >= self.least
+        winners = torch.where(kept, ballots.argmax(-1), -1)
+        claimed = claimed & kept.gather(1, index)
+        stuff = torch.where(thing, 0, labels + 1)
+        values = torch.where(claimed, index + categories + 1, stuff)
+        return values.view(batch, height, width), winners
+
+    def find(self, code: Tensor, thing: Tensor) -> tuple[Tensor, Tensor]:
+        """Peaks of the votes.
+
+        Args:
+            code: (B, 4L, P) positional codes.
+            thing: (B, P) bool, which pixels vote.
+
+        Returns:
+            (B, K, 4L) prototypes, most votes first, and (B, K) bool, whether they are peaks.
+        """
+        halves = code.view(code.shape[0], 2, 2 * self.harmonics, -1)
+        best, place = (self.grid @ halves).max(2)  # (B, 2, P): u, v
+        votes = thing & (best.sum(1) / (2 * self.harmonics) > CLEAR)
+        cells = torch.arange(self.cells, device=code.device)[:, None]
+        column, row = (place[:, :, None] == cells).float().unbind(1)  # (B, cells, P)
+        table = (row * votes[:, None]) @ column.transpose(1, 2)
+        smooth = F.conv2d(table[:, None], self.kernel, padding=1)
+        peaks = (smooth == F.max_pool2d(smooth, 3, 1, 1)) & (smooth >= self.least)
+        height, at = torch.where(peaks, smooth, 0.0).flatten(1).topk(self.most)
+        prototypes = torch.cat([self.grid[at % self.cells], self.grid[at // self.cells]], -1)
+        return prototypes, height > 0

@@ -1,0 +1,176 @@
+"""What a network without error would say of an image, and networks of less quality."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from panoptic_cache.evaluate.metric.score import check_scorable
+from panoptic_cache.pipeline.coco import Category, CocoPanoptic, PanopticRecord
+from panoptic_cache.pipeline.png import read_ids
+from panoptic_cache.pipeline.targets import geometry, index_map, resize_index
+from panoptic_cache.train.encoding import Encoding, PositionalCode
+
+LOGIT = 10.0
+"""Of the true category; the others have 0. Unlabelled pixels have 0 everywhere: no opinion."""
+
+NOISE_GRID = 8
+"""Pixels between the values that smooth noise interpolates."""
+
+SEMANTIC_SMOOTH = 0.17
+"""Smooth noise of the logits at level 1, over `LOGIT`."""
+SEMANTIC_WHITE = 0.04
+"""White noise of the logits at level 1, over `LOGIT`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Corrupted:
+    """One image of a split, and what a network of some quality says of it.
+
+    Attributes:
+        record: The annotated image.
+        ids: (H, W) int32 segment ids.
+        code: (channels, size, size) float32.
+        logits: (C, size, size) float32.
+    """
+
+    record: PanopticRecord
+    ids: np.ndarray[Any, np.dtype[np.int32]]
+    code: Tensor
+    logits: Tensor
+
+
+def corrupted_images(
+    dataset: CocoPanoptic, *, size: int, noise: float, semantic_noise: float = 0.0, seed: int
+) -> Iterator[Corrupted]:
+    """The images of a split with their corrupted heads; arguments and errors as of `ceiling`."""
+    check_scorable(dataset)
+    for number, record in enumerate(dataset.records):
+        ids = read_ids(record.png)
+        code, logits = perfect_heads(record, ids, dataset.categories, PositionalCode(), size)
+        draw = seed * len(dataset.records) + number
+        # Generators of their own, so that the noise of one head does not change the other's.
+        generators = [torch.Generator().manual_seed(start) for start in (draw, -1 - draw)]
+        yield Corrupted(
+            record,
+            ids,
+            corrupt(code, noise, generators[0]),
+            corrupt_logits(logits, semantic_noise, generators[1]),
+        )
+
+
+def perfect_heads(
+    record: PanopticRecord,
+    ids: np.ndarray[Any, np.dtype[np.int32]],
+    categories: tuple[Category, ...],
+    encoding: Encoding,
+    size: int,
+) -> tuple[Tensor, Tensor]:
+    """What a network without error says.
+
+    Args:
+        record: The annotated image.
+        ids: (H, W) int32 segment ids.
+        categories: By label.
+        encoding: Of the centroids; its targets must be what the network predicts.
+        size: Side of the squashed picture, pixels.
+
+    Returns:
+        (channels, size, size) codes and (C, size, size) logits, float32.
+    """
+    by_id = {category.id: category for category in categories}
+    rows = [by_id[segment.category_id] for segment in record.segments]
+    index = resize_index(index_map(ids, [s.id for s in record.segments]), (size, size))
+    found = geometry(index, len(rows))
+    present = torch.tensor(
+        [False]
+        + [
+            bool(category.isthing and not segment.iscrowd and area > 0)
+            for category, segment, area in zip(rows, record.segments, found.area, strict=True)
+        ]
+    )
+    centroids = torch.zeros(len(rows) + 1, 2)
+    centroids[1:] = torch.from_numpy(found.centroid).nan_to_num()
+    codes = encoding.encode(centroids, present)  # (n + 1, channels)
+    logits = torch.zeros(len(rows) + 1, len(categories))
+    for row, category in enumerate(rows, start=1):
+        logits[row, category.label] = LOGIT
+    pixels = torch.from_numpy(index.astype(np.int64)).flatten()
+    return (
+        codes.T.index_select(1, pixels).view(-1, size, size),
+        logits.T.index_select(1, pixels).view(-1, size, size),
+    )
+
+
+def corrupt(code: Tensor, level: float, generator: torch.Generator) -> Tensor:
+    """A prediction as a network of some quality would make it.
+
+    A Gaussian blur of sigma `level` pixels, as of a network unsure of its edges; plus 0.15 `level`
+    times smooth noise (normal values every 8 pixels, bicubic between), as of one unsure of its
+    centroids; plus 0.1 `level` times white noise.
+
+    Args:
+        code: (channels, h, w) float32.
+        level: 0 returns the code; 3 is a poor network.
+        generator: Of the noise, on the processor.
+
+    Returns:
+        (channels, h, w) float32.
+    """
+    if level == 0:
+        return code
+    return _disturbed(code, level, generator, smooth=0.15 * level, white=0.1 * level)
+
+
+def corrupt_logits(logits: Tensor, level: float, generator: torch.Generator) -> Tensor:
+    """Logits as a network of some quality would give them.
+
+    As `corrupt`: a Gaussian blur of sigma `level` pixels, which rounds corners and loses what is
+    thin; plus smooth noise, which moves borders and, where it exceeds the true category's lead,
+    flips whole regions; plus white noise. Each category has its own noise, and it grows with the
+    root of the level, for categories flip from some amplitude on. On 16 COCO photos at 420 px,
+    levels 1 to 3 leave a mean IoU of 94, 70 and 49 percent.
+
+    Args:
+        logits: (C, h, w) float32, see `perfect_heads`.
+        level: 0 returns the logits; 3 is a poor network.
+        generator: Of the noise, on the processor.
+
+    Returns:
+        (C, h, w) float32.
+    """
+    if level == 0:
+        return logits
+    strength = LOGIT * math.sqrt(level)
+    smooth, white = SEMANTIC_SMOOTH * strength, SEMANTIC_WHITE * strength
+    return _disturbed(logits, level, generator, smooth=smooth, white=white)
+
+
+def _disturbed(
+    maps: Tensor, sigma: float, generator: torch.Generator, *, smooth: float, white: float
+) -> Tensor:
+    """(channels, h, w) maps, blurred, with noise of two kinds of these standard deviations."""
+    channels, height, width = maps.shape
+    reach = math.ceil(4 * sigma)
+    offsets = torch.arange(-reach, reach + 1.0)
+    kernel = torch.exp(-offsets.square() / (2 * sigma**2))
+    kernel /= kernel.sum()
+    blurred = F.pad(maps[:, None], (reach,) * 4, mode="replicate")
+    blurred = F.conv2d(blurred, kernel.view(1, 1, 1, -1))
+    blurred = F.conv2d(blurred, kernel.view(1, 1, -1, 1))[:, 0]
+    nodes = math.ceil(height / NOISE_GRID), math.ceil(width / NOISE_GRID)
+    coarse = F.interpolate(
+        torch.randn(1, channels, *nodes, generator=generator),
+        size=(height, width),
+        mode="bicubic",
+        align_corners=False,
+    )[0]
+    fine = torch.randn(maps.shape, generator=generator)
+    return blurred + smooth * coarse + white * fine

@@ -1,0 +1,274 @@
+"""Where a cache lies: a local folder or an fsspec URL; a file appears there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+
+from panoptic_cache.pipeline.base.errors import InputError
+
+_TEMPORARY = ".tmp-"
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A folder that holds a cache.
+
+    On a local disk a file is written under a temporary name, synced and renamed, so a kill at any
+    moment leaves the old file or the new one. Elsewhere an object is put in one call, which
+    object stores make atomic; there is no lock there, and nothing to sweep. On a remote
+    filesystem that is no object store, a kill can leave half a file under its name. Rendering
+    goes on from there all the same: half a tar has no sidecar, and half a sidecar is none.
+
+    Attributes:
+        url: A local path or an fsspec URL such as `s3://bucket/coco`.
+    """
+
+    url: str
+
+    @property
+    def local(self) -> Path | None:
+        """The folder, where it is a local one."""
+        if "://" not in self.url:
+            return Path(self.url)
+        scheme, _, path = self.url.partition("://")
+        return Path(path) if scheme == "file" else None
+
+    def absolute(self) -> Storage:
+        """The same for whoever works in another folder, such as a Dask worker."""
+        return self if "://" in self.url else replace(self, url=str(Path(self.url).absolute()))
+
+    def path(self, name: str) -> str:
+        """The full path or URL of a file."""
+        return f"{self.url.rstrip('/')}/{name}"
+
+    def _remote(self) -> tuple[Any, str]:
+        try:
+            filesystem, path = fsspec.core.url_to_fs(self.url)
+        except (ValueError, ImportError) as error:
+            what = (
+                "a package is missing" if isinstance(error, ImportError) else "no such kind of URL"
+            )
+            raise InputError(f"{what}: {error}", where=self.url) from None
+        return filesystem, path.rstrip("/")
+
+    def create(self) -> None:
+        """Makes the folder; InputError where that is not possible."""
+        folder = self.local
+        if folder is None:
+            filesystem, path = self._remote()
+            try:
+                with _said(self.url):
+                    filesystem.makedirs(path, exist_ok=True)
+            except OSError as error:
+                raise cannot_write(error, self.url) from None
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make the folder: {error.strerror}", where=folder) from None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a file whole, and reads it back before it gets its name.
+
+        Raises:
+            InputError: No space, no permission, or the disk returned other bytes.
+        """
+        folder = self.local
+        if folder is None:
+            self._put(name, data)
+            return
+        temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"  # as short as any name
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if temporary.read_bytes() != data:
+                raise InputError("the disk returns other bytes than written", where=folder / name)
+            temporary.replace(folder / name)
+            _sync_folder(folder)
+        except BaseException as error:  # also when somebody stops the program right here
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise cannot_write(error, folder / name) from None
+            raise
+
+    def _put(self, name: str, data: bytes) -> None:
+        filesystem, path = self._remote()
+        try:
+            with _said(self.path(name)):
+                filesystem.pipe_file(f"{path}/{name}", data)
+                filesystem.invalidate_cache()
+                size = filesystem.size(f"{path}/{name}")
+        except OSError as error:
+            raise cannot_write(error, self.path(name)) from None
+        if size != len(data):
+            raise InputError("stored with another size", where=self.path(name), code="write")
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file; FileNotFoundError where there is none."""
+        folder = self.local
+        if folder is not None:
+            return (folder / name).read_bytes()
+        filesystem, path = self._remote()
+        with _said(self.path(name)):
+            return bytes(filesystem.cat_file(f"{path}/{name}"))
+
+    def sizes(self) -> dict[str, int]:
+        """The size of every file here, by name, without temporary files."""
+        folder = self.local
+        if folder is not None:
+            if not folder.is_dir():
+                return {}
+            with os.scandir(folder) as entries:
+                found = {
+                    entry.name: entry.stat().st_size
+                    for entry in entries
+                    # Another process renames its temporary files at any moment.
+                    if not entry.name.startswith(_TEMPORARY) and entry.is_file()
+                }
+        else:
+            with _said(self.url):
+                found = self._remote_sizes()
+        return {
+            name: size
+            for name, size in found.items()
+            if not name.startswith(_TEMPORARY) and name != _LOCK
+        }
+
+    def _remote_sizes(self) -> dict[str, int]:
+        filesystem, path = self._remote()
+        filesystem.invalidate_cache()
+        if not filesystem.exists(path):
+            return {}
+        files = [row for row in filesystem.ls(path, detail=True) if row["type"] == "file"]
+        unknown = [row["name"] for row in files if row["size"] is None]  # over HTTP
+        told = dict(zip(unknown, filesystem.sizes(unknown), strict=True)) if unknown else {}
+        return {row["name"].rsplit("/", 1)[-1]: told.get(row["name"], row["size"]) for row in files}
+
+    def remove(self, name: str) -> None:
+        """Removes a file if it is there; InputError where that is not possible."""
+        folder = self.local
+        if folder is not None:
+            try:
+                (folder / name).unlink(missing_ok=True)
+            except OSError as error:
+                raise cannot_write(error, folder / name) from None
+            return
+        filesystem, path = self._remote()
+        try:
+            with _said(self.path(name)):
+                if filesystem.exists(f"{path}/{name}"):
+                    filesystem.rm_file(f"{path}/{name}")
+        except OSError as error:
+            raise cannot_write(error, self.path(name)) from None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for one run, and sweeps what was left half written.
+
+        Before the work: by a run that was killed. After it: by a worker that was.
+
+        The lock is the kernel's and ends with the process, however it ends.
+
+        Raises:
+            InputError: Another run holds the folder, or it cannot be locked.
+        """
+        folder = self.local
+        if folder is None:
+            yield
+            return
+        path = folder / _LOCK
+        try:
+            lock = path.open("w")
+        except OSError as error:
+            raise InputError(f"cannot write: {error.strerror}", where=folder) from None
+        with lock:
+            try:
+                _flock(lock, folder)
+                if os.fstat(lock.fileno()).st_ino != path.stat().st_ino:
+                    raise BlockingIOError  # its holder removed it just now
+            except (BlockingIOError, FileNotFoundError):
+                raise InputError(
+                    "another run is writing here",
+                    where=folder,
+                    remedy="wait for it, or choose another folder",
+                    code="locked",
+                ) from None
+            _sweep(folder)
+            try:
+                yield
+            finally:
+                _sweep(folder)
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _said(where: str) -> Iterator[None]:
+    """Makes an OSError with a place of whatever a library behind fsspec raises.
+
+    HTTP's, for one, raises errors of its own for a server that refuses or cuts an answer short.
+    """
+    try:
+        yield
+    except (FileNotFoundError, InputError):
+        raise
+    except Exception as error:
+        what = getattr(error, "strerror", None) or f"{type(error).__name__} {error}".rstrip()
+        raise OSError(errno.EIO, what, where) from error
+
+
+def _flock(lock: IO[str], folder: Path) -> None:
+    """Takes the lock; BlockingIOError where somebody has it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise InputError(
+            f"this file system does not lock: {error.strerror}",
+            where=folder,
+            remedy="mount it with locks (Lustre: -o flock), or write to another disk",
+            code="no-lock",
+        ) from None
+
+
+def _sweep(folder: Path) -> None:
+    for left_over in folder.glob(f"{_TEMPORARY}*"):
+        left_over.unlink(missing_ok=True)
+
+
+def cannot_read(error: OSError, where: Path | str) -> InputError:
+    """For a file that is there."""
+    return InputError(f"cannot read: {error.strerror or error}", where=where, code="unreadable")
+
+
+def cannot_write(error: OSError, where: Path | str) -> InputError:
+    """For a file that is to be there."""
+    return InputError(
+        f"cannot write: {error.strerror or error}",
+        where=where,
+        remedy="make room or rights, then run the same command to go on",
+        code="write",
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

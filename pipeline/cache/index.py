@@ -1,0 +1,225 @@
+"""What vouches for a cache: a sidecar for each shard, and the index for all of them.
+
+A tar alone proves nothing: cut at a sample boundary it reads back without error and with fewer
+samples. The sidecar knows every byte of its tar; the index, written last, knows every tar and
+sidecar. FORMAT.md is the description for people.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from panoptic_cache.pipeline.base.config import build_config, fingerprint
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage, cannot_read
+from panoptic_cache.pipeline.cache.sample import FORMAT_VERSION, MEMBERS
+from panoptic_cache.pipeline.coco import Category, Rejection
+
+INDEX_NAME = "index.json"
+QUARANTINE_NAME = "quarantine.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class SampleEntry:
+    """Where a sample lies in its shard.
+
+    Attributes:
+        key: The sample's key.
+        offset: Of its first tar header, bytes.
+        size: Bytes up to the next sample, headers and padding included.
+        crc32: Of those bytes: names the sample when the shard's hash is wrong.
+        members: Payload (offset, size) of each member, in the order of `MEMBERS`.
+    """
+
+    key: str
+    offset: int
+    size: int
+    crc32: int
+    members: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """Everything known of one shard; written right after its tar.
+
+    Attributes:
+        name: The shard's name, without `.tar`.
+        fingerprint: Of the plan it belongs to.
+        size: Bytes of the tar.
+        sha256: Of the tar.
+        samples: In the order of the tar.
+        rejections: Images planned into this shard that were left out.
+        repairs: How often each kind of repair was made, by code.
+    """
+
+    name: str
+    fingerprint: str
+    size: int
+    sha256: str
+    samples: tuple[SampleEntry, ...]
+    rejections: tuple[Rejection, ...]
+    repairs: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEntry:
+    """A shard in the index."""
+
+    name: str
+    samples: int
+    size: int
+    sha256: str
+    sidecar_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardIndex:
+    """The contents page of a cache.
+
+    Attributes:
+        format_version: See `FORMAT_VERSION`.
+        split: The rendered split.
+        fingerprint: Of settings and input; shards of another one do not belong here.
+        settings: The render configuration as plain values.
+        categories: By label.
+        samples: Samples in all shards.
+        quarantined: Images left out.
+        quarantine_sha256: Of `quarantine.jsonl`, which lists them.
+        shards: By name.
+    """
+
+    format_version: int
+    split: str
+    fingerprint: str
+    settings: Mapping[str, Any]
+    categories: tuple[Category, ...]
+    samples: int
+    quarantined: int
+    quarantine_sha256: str
+    shards: tuple[ShardEntry, ...]
+
+
+def shard_name(split: str, number: int) -> str:
+    """`{split}-{number:05d}`."""
+    return f"{split}-{number:05d}"
+
+
+def encode_sidecar(sidecar: Sidecar) -> bytes:
+    """Canonical JSON with a digest of its contents and a line for each sample."""
+    values = asdict(sidecar)
+    digest = fingerprint(values)
+    samples = ",\n  ".join(_compact(row) for row in values.pop("samples"))
+    head = _compact({**values, "digest": digest})
+    return f'{head[:-1]},"samples":[\n  {samples}\n]}}\n'.encode()
+
+
+def decode_sidecar(data: bytes, where: str) -> Sidecar:
+    """The inverse of `encode_sidecar`; InputError where it is none. Checks no digest."""
+    try:
+        values = json.loads(data)
+        del values["digest"]
+        return Sidecar(
+            **{
+                **values,
+                "samples": tuple(_entry(row) for row in values["samples"]),
+                "rejections": tuple(Rejection(**row) for row in values["rejections"]),
+            }
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"not a sidecar: {error}",
+            where=where,
+            remedy="remove the shard and its sidecar and run preprocess again",
+            code="sidecar-damaged",
+        ) from None
+
+
+def _entry(row: Mapping[str, Any]) -> SampleEntry:
+    members = tuple((offset, size) for offset, size in row["members"])
+    if len(members) != len(MEMBERS):
+        raise ValueError(f"{len(members)} members in {row['key']}, not {len(MEMBERS)}")
+    return SampleEntry(**{**row, "members": members})
+
+
+def _compact(values: object) -> str:
+    return json.dumps(values, separators=(",", ":"))
+
+
+def encode_index(index: ShardIndex) -> bytes:
+    """The bytes of `index.json`: canonical JSON with a digest of its own contents."""
+    values = asdict(index)
+    values["digest"] = fingerprint(values)
+    return json.dumps(values, indent=1).encode() + b"\n"
+
+
+def read_index(storage: Storage) -> ShardIndex:
+    """Reads and checks `index.json`.
+
+    Raises:
+        InputError: No finished cache, edited, damaged, or of another format version.
+    """
+    where = storage.path(INDEX_NAME)
+    try:
+        values = json.loads(storage.read(INDEX_NAME))
+        version, digest = values["format_version"], values.pop("digest")
+    except FileNotFoundError:
+        raise InputError(
+            "no index: no cache, or one that is not finished",
+            where=where,
+            remedy="run panoptic preprocess to make or finish it",
+            code="index-missing",
+        ) from None
+    except OSError as error:
+        raise cannot_read(error, where) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"index damaged: {error}", where=where, code="index-damaged") from None
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"cache format {version}, this program reads {FORMAT_VERSION}",
+            where=where,
+            remedy="render it again",
+            code="format-version",
+        )
+    if digest != fingerprint(values):
+        raise InputError(
+            "index was edited or damaged",
+            where=where,
+            remedy="run panoptic preprocess again: it rewrites the index from the sidecars",
+            code="index-damaged",
+        )
+    return build_config(ShardIndex, values, where=where)
+
+
+def read_sidecar(storage: Storage, shard: ShardEntry) -> Sidecar:
+    """The sidecar that the index vouches for; InputError where it is missing or another."""
+    where = storage.path(f"{shard.name}.json")
+    try:
+        data = storage.read(f"{shard.name}.json")
+    except FileNotFoundError:
+        raise InputError("sidecar missing", where=where, code="sidecar-missing") from None
+    except OSError as error:
+        raise InputError(
+            f"sidecar unreadable: {error}", where=where, code="sidecar-damaged"
+        ) from None
+    if hashlib.sha256(data).hexdigest() != shard.sidecar_sha256:
+        raise InputError(
+            "sidecar is not the one the index names",
+            where=where,
+            remedy="remove it and run panoptic preprocess again",
+            code="sidecar-damaged",
+        )
+    return decode_sidecar(data, where)
+
+
+def size_problem(shard: ShardEntry, sizes: Mapping[str, int]) -> str | None:
+    """What the sizes on disk say against a shard, if anything."""
+    found = sizes.get(f"{shard.name}.tar")
+    if found is None:
+        return "shard missing"
+    if found != shard.size:
+        return f"shard has {found} bytes, the index says {shard.size}"
+    return None

@@ -1,0 +1,293 @@
+"""A cached training sample and its members: the only place that names members, dtypes and scales.
+
+FORMAT.md describes the same to people; a test holds the two together. Every sample has every
+member, because readers such as `datasets` learn the fields from the first few samples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.targets import (
+    LABELLED,
+    IndexMap,
+    boundary,
+    edge_distance,
+    geometry,
+    index_dtype,
+    void_mask,
+)
+
+FORMAT_VERSION = 1
+MEMBERS = ("eds.png", "jpg", "json", "segments.png", "void.png")
+"""Suffixes of a sample's members, in the order in which they lie in the tar."""
+
+_MAPS = ("segments", "eds", "void")
+
+EDS_STEP = 0.5
+"""Pixels a step of the EDS code."""
+EDS_FAR = 255
+"""The code of 127.5 px or more, taken as infinitely far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A row of the segment table.
+
+    Attributes:
+        id: 24-bit id in the annotation's PNG.
+        category_id: As annotated.
+        label: Contiguous category, 0..C-1.
+        isthing: Its category has instances.
+        iscrowd: A group that is not split into instances.
+        area: Pixels in the cached map.
+        bbox: x, y, width, height in the cached map.
+        centroid: (u, v) in [-1, 1] of the cached map; none for stuff and crowd.
+    """
+
+    id: int
+    category_id: int
+    label: int
+    isthing: bool
+    iscrowd: bool
+    area: int
+    bbox: tuple[int, int, int, int]
+    centroid: tuple[float, float] | None
+
+
+_COLUMNS = tuple(field.name for field in fields(Segment))
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image of the cache with its targets.
+
+    Attributes:
+        key: 12 digits, or a file stem without dots.
+        image_id: As annotated.
+        file_name: As annotated.
+        original_size: (height, width) of the annotated image.
+        photo: JPEG bytes of the cached size.
+        index: (H, W) uint8 or uint16, 0 = unlabelled, i = row i - 1 of `segments`.
+        eds: (H, W) uint8, distance to the nearest boundary in steps of 0.5 px, 255 = far.
+        void: (H, W) uint8, 0 labelled, 1 unlabelled, 2 crowd.
+        segments: The segment table.
+    """
+
+    key: str
+    image_id: int | str
+    file_name: str
+    original_size: tuple[int, int]
+    photo: bytes
+    index: IndexMap
+    eds: NDArray[np.uint8]
+    void: NDArray[np.uint8]
+    segments: tuple[Segment, ...]
+
+    def centroid_map(self) -> NDArray[np.float32]:
+        """(2, H, W) float32: (u, v) of the instance at each pixel, nan where there is none."""
+        table = np.full((len(self.segments) + 1, 2), np.nan, np.float32)
+        for row, segment in enumerate(self.segments, start=1):
+            if segment.centroid is not None:
+                table[row] = segment.centroid
+        return np.ascontiguousarray(table[self.index].transpose(2, 0, 1))
+
+    def eds_weight(self, d: float = 20.0, w_min: float = 0.0) -> NDArray[np.float32]:
+        """(H, W) float32 loss weights of edge distance sampling, see `eds_weights`."""
+        weight: NDArray[np.float32] = eds_weights(d, w_min)[self.eds]
+        return weight
+
+    def void_mask(self) -> NDArray[np.bool_]:
+        """(H, W) bool: unlabelled or crowd."""
+        return np.not_equal(self.void, LABELLED)
+
+
+def encode_distance(distance: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Distances in pixels (float32, inf allowed) -> EDS codes (uint8), within half a step."""
+    steps: NDArray[np.float32] = np.minimum(distance / np.float32(EDS_STEP), np.float32(EDS_FAR))
+    codes: NDArray[np.uint8] = np.rint(steps).astype(np.uint8)
+    return codes
+
+
+def decode_distance(eds: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """EDS codes -> distances in pixels, inf for the code of "far"."""
+    distance: NDArray[np.float32] = eds_distances()[eds]
+    return distance
+
+
+def eds_distances() -> NDArray[np.float32]:
+    """Distance in pixels of each of the 256 EDS codes; the last is inf."""
+    distances = np.arange(256, dtype=np.float32) * EDS_STEP
+    distances[EDS_FAR] = np.inf
+    return distances
+
+
+def eds_weights(d: float, w_min: float, scale: float = 1.0) -> NDArray[np.float32]:
+    """Loss weight of each of the 256 EDS codes (section 3.2).
+
+    w = w_min + (1 - w_min) exp(-(distance / D)^2)
+
+    Args:
+        d: D, in pixels of the network's input.
+        w_min: Weight far away from every boundary.
+        scale: Pixels of the network's input for one cached pixel.
+    """
+    falloff = np.exp(-np.square(eds_distances().astype(np.float64) * (scale / d)))
+    return (w_min + (1 - w_min) * falloff).astype(np.float32)
+
+
+def encode_sample(sample: Sample) -> dict[str, bytes]:
+    """The members of a sample, by suffix, in the order of `MEMBERS`."""
+    table = {
+        "image_id": sample.image_id,
+        "file_name": sample.file_name,
+        "original_size": list(sample.original_size),
+        "size": list(sample.index.shape),
+        "segments": [
+            {name: getattr(segment, name) for name in _COLUMNS} for segment in sample.segments
+        ],
+    }
+    return {
+        "eds.png": _encode_png(sample.eds, _DISTANCE_PNG),
+        "jpg": sample.photo,
+        "json": json.dumps(table, separators=(",", ":")).encode(),
+        "segments.png": _encode_png(sample.index, _LABEL_PNG),
+        "void.png": _encode_png(sample.void, _LABEL_PNG),
+    }
+
+
+def decode_sample(key: str, members: Mapping[str, bytes]) -> Sample:
+    """The sample that `encode_sample` encoded.
+
+    Raises:
+        InputError: A member is missing, cannot be decoded, or disagrees with the table.
+    """
+    missing = [suffix for suffix in MEMBERS if suffix not in members]
+    if missing:
+        raise InputError(f"sample lacks {', '.join(missing)}", where=key, code="member-missing")
+    table = decode_table(members["json"], key)
+    maps = {name: decode_png(members[f"{name}.png"], f"{key}.{name}.png") for name in _MAPS}
+    for name, values in maps.items():
+        wide = values.dtype != np.uint8 and name != "segments"
+        if list(values.shape) != table["size"] or wide:
+            raise InputError(
+                f"map is {values.dtype} {values.shape}, the table says {table['size']}",
+                where=f"{key}.{name}.png",
+                code="member-damaged",
+            )
+    try:
+        height, width = table["original_size"]
+        segments = tuple(_segment(row) for row in table["segments"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"malformed segment table: {error}", where=f"{key}.json", code="member-damaged"
+        ) from None
+    return Sample(
+        key=key,
+        image_id=table["image_id"],
+        file_name=table["file_name"],
+        original_size=(height, width),
+        photo=members["jpg"],
+        index=maps["segments"],
+        eds=maps["eds"].astype(np.uint8, copy=False),
+        void=maps["void"].astype(np.uint8, copy=False),
+        segments=segments,
+    )
+
+
+def decode_table(data: bytes, key: str) -> dict[str, Any]:
+    """The JSON member as plain values; InputError where it is none."""
+    try:
+        table = json.loads(data)
+        for field in ("image_id", "file_name", "original_size", "size", "segments"):
+            table[field]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"no segment table: {error}", where=f"{key}.json", code="member-damaged"
+        ) from None
+    return dict(table)
+
+
+def _segment(row: Mapping[str, Any]) -> Segment:
+    centroid = row["centroid"]
+    return Segment(
+        **{
+            **row,
+            "bbox": tuple(row["bbox"]),
+            "centroid": None if centroid is None else tuple(centroid),
+        }
+    )
+
+
+# Measured on COCO: label maps are long runs, which deflate matches best unfiltered (and decodes
+# fastest); distances change by about one step a row, so "up" leaves runs of equal differences.
+_LABEL_PNG = (
+    *(cv2.IMWRITE_PNG_COMPRESSION, 3),
+    *(cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_DEFAULT),
+    *(cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE),
+)
+_DISTANCE_PNG = (
+    *(cv2.IMWRITE_PNG_COMPRESSION, 1),
+    *(cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE),
+    *(cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP),
+)
+
+
+def _encode_png(values: NDArray[np.unsignedinteger[Any]], settings: tuple[int, ...]) -> bytes:
+    done, data = cv2.imencode(".png", values, settings)
+    if not done:
+        raise RuntimeError(f"cannot encode {values.dtype} {values.shape} as PNG")
+    return bytes(data)
+
+
+def decode_png(data: bytes, where: str) -> NDArray[np.unsignedinteger[Any]]:
+    """Grayscale PNG bytes -> (H, W) uint8 or uint16; InputError where damaged."""
+    try:
+        values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:  # no bytes, or more pixels than OpenCV reads
+        values = None
+    if values is None or values.ndim != 2 or values.dtype not in (np.uint8, np.uint16):
+        raise InputError("map cannot be decoded", where=where, code="member-damaged")
+    return np.asarray(values)
+
+
+def check_sample(sample: Sample) -> None:
+    """Holds a decoded sample's table, maps and codes to one another; for deep verification.
+
+    Raises:
+        InputError: Areas, boxes or centroids do not follow from the map, the void mask does not
+            follow from map and crowd flags, or the EDS codes are not those of its boundaries.
+    """
+    count = len(sample.segments)
+    if sample.index.dtype != index_dtype(count) or sample.index.max(initial=0) > count:
+        raise InputError("index map and table disagree", where=sample.key, code="table-mismatch")
+    found = geometry(sample.index, count)
+    for row, segment in enumerate(sample.segments):
+        hascentroid = segment.isthing and not segment.iscrowd
+        centroid = tuple(found.centroid[row].tolist()) if hascentroid else None
+        measured = replace(
+            segment,
+            area=int(found.area[row]),
+            bbox=tuple(found.bbox[row].tolist()),
+            centroid=centroid,
+        )
+        if measured != segment:
+            raise InputError(
+                f"segment {segment.id} does not match the map",
+                where=sample.key,
+                code="table-mismatch",
+            )
+    if not np.array_equal(
+        sample.void, void_mask(sample.index, [s.iscrowd for s in sample.segments])
+    ):
+        raise InputError("void mask does not match the map", where=sample.key, code="void-mismatch")
+    if not np.array_equal(sample.eds, encode_distance(edge_distance(boundary(sample.index)))):
+        raise InputError("EDS codes do not match the map", where=sample.key, code="eds-mismatch")

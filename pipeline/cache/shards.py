@@ -1,0 +1,212 @@
+"""Shards: writes one tar of samples with its sidecar, reads samples by offset."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.cache.index import (
+    SampleEntry,
+    ShardEntry,
+    Sidecar,
+    decode_sidecar,
+    encode_sidecar,
+    read_index,
+    read_sidecar,
+    size_problem,
+)
+from panoptic_cache.pipeline.cache.sample import MEMBERS, Sample, decode_sample, encode_sample
+from panoptic_cache.pipeline.coco import Rejection
+from panoptic_cache.pipeline.render.plan import claimed_by
+
+_BLOCK = 512
+
+
+def pack_shard(samples: Iterable[Sample]) -> tuple[bytes, tuple[SampleEntry, ...]]:
+    """A tar of samples, byte for byte the same for the same samples, and where each one lies.
+
+    Samples are taken one by one: of a generator's, only one is in memory at a time.
+    """
+    buffer = io.BytesIO()
+    entries: list[SampleEntry] = []
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in samples:
+            start = buffer.tell()
+            places: list[tuple[int, int]] = []
+            for suffix, data in encode_sample(sample).items():
+                info = tarfile.TarInfo(f"{sample.key}.{suffix}")
+                info.size, info.mode = len(data), 0o644
+                places.append((buffer.tell() + _BLOCK, len(data)))
+                tar.addfile(info, io.BytesIO(data))
+            span = buffer.getbuffer()[start : buffer.tell()]
+            entries.append(
+                SampleEntry(sample.key, start, len(span), zlib.crc32(span), tuple(places))
+            )
+            span.release()
+    return buffer.getvalue(), tuple(entries)
+
+
+def write_shard(
+    storage: Storage,
+    name: str,
+    samples: Iterable[Sample],
+    *,
+    plan: str,
+    rejections: Sequence[Rejection],
+    repairs: Mapping[str, int],
+) -> Sidecar:
+    """Writes a tar, then its sidecar; a shard without sidecar is not done.
+
+    Args:
+        storage: The cache's folder.
+        name: See `shard_name`.
+        samples: In their final order.
+        plan: The plan's fingerprint.
+        rejections: What was left out of this shard; read when the samples are exhausted.
+        repairs: Counts by code; read likewise.
+
+    Raises:
+        InputError: It cannot be written, or the folder belongs to another plan by now.
+    """
+    data, entries = pack_shard(samples)
+    sidecar = Sidecar(
+        name=name,
+        fingerprint=plan,
+        size=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        samples=entries,
+        rejections=tuple(rejections),
+        repairs={code: count for code, count in sorted(repairs.items()) if count},
+    )
+    text = encode_sidecar(sidecar)
+    # A task that a scheduler still runs for a driver that was stopped must not write over what the
+    # next one makes.
+    if claimed_by(storage) not in {None, plan}:
+        raise InputError(
+            "the folder belongs to another run by now",
+            where=storage.path(f"{name}.tar"),
+            code="plan-changed",
+        )
+    # Another sidecar must not vouch for the new tar: sizes are multiples of 10 KiB. The same one
+    # may stay: a driver that was killed can have left a worker that writes these bytes, too.
+    try:
+        if storage.read(f"{name}.json") != text:
+            storage.remove(f"{name}.json")
+    except FileNotFoundError:
+        pass
+    storage.write(f"{name}.tar", data)
+    storage.write(f"{name}.json", text)
+    return sidecar
+
+
+def finished_shard(
+    storage: Storage, name: str, plan: str, sizes: Mapping[str, int]
+) -> Sidecar | None:
+    """The sidecar of a shard that is done: whole, right plan, right size. Else None."""
+    if f"{name}.json" not in sizes:
+        return None
+    data = storage.read(f"{name}.json")
+    try:
+        sidecar = decode_sidecar(data, storage.path(f"{name}.json"))
+    except InputError:
+        return None  # rendered again, which replaces it
+    # Else the index, which is made of sidecars, would vouch for a damaged one.
+    if encode_sidecar(sidecar) != data or sidecar.name != name:
+        return None
+    if sidecar.fingerprint != plan or sizes.get(f"{name}.tar") != sidecar.size:
+        return None
+    return sidecar
+
+
+_OPEN_FILES = 256
+"""Tars that a reader holds open; the usual limit of a process is 1024 files."""
+
+
+class ShardReader:
+    """Reads samples of a local cache by position, without scanning tars.
+
+    Every shard's size is checked against the index before its first read. Files are opened when
+    first needed and a reader pickles without them, so each worker process opens its own; threads
+    must not share a reader.
+
+    Attributes:
+        index: The cache's index.
+        keys: Key of each sample, in the order of positions 0..N-1.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        storage = Storage(str(folder))
+        self.index = read_index(storage)
+        sizes = storage.sizes()
+        shards: list[int] = []
+        places: list[tuple[tuple[int, int], ...]] = []
+        keys: list[str] = []
+        for number, shard in enumerate(self.index.shards):
+            problem = size_problem(shard, sizes)
+            if problem:
+                raise InputError(
+                    problem,
+                    where=folder / f"{shard.name}.tar",
+                    remedy="run panoptic verify --deep; remove the shard and preprocess again",
+                    code="shard-size",
+                )
+            sidecar = read_sidecar(storage, shard)
+            shards.extend([number] * len(sidecar.samples))
+            places.extend(entry.members for entry in sidecar.samples)
+            keys.extend(entry.key for entry in sidecar.samples)
+        self.keys = tuple(keys)
+        self._shards = np.array(shards, np.int32)
+        self._places = np.array(places, np.int64).reshape(-1, len(MEMBERS), 2)
+        self._files: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}
+
+    def members(self, position: int) -> dict[str, bytes]:
+        """The members of a sample, by suffix."""
+        file = self._file(int(self._shards[position]))
+        return {
+            suffix: os.pread(file, size, offset)
+            for suffix, (offset, size) in zip(MEMBERS, self._places[position].tolist(), strict=True)
+        }
+
+    def sample(self, position: int) -> Sample:
+        """A sample, decoded; InputError where it is damaged."""
+        return decode_sample(self.keys[position], self.members(position))
+
+    def _file(self, number: int) -> int:
+        if number not in self._files:
+            if len(self._files) >= _OPEN_FILES:
+                os.close(self._files.pop(next(iter(self._files))))
+            path = self._folder / f"{self.index.shards[number].name}.tar"
+            self._files[number] = os.open(path, os.O_RDONLY)
+        return self._files[number]
+
+
+def iterate_samples(storage: Storage, shard: ShardEntry) -> Iterator[Sample]:
+    """All samples of one shard, local or remote, read whole."""
+    data = storage.read(f"{shard.name}.tar")
+    for entry in read_sidecar(storage, shard).samples:
+        yield decode_sample(entry.key, members_of(data, entry))
+
+
+def members_of(data: bytes, entry: SampleEntry) -> dict[str, bytes]:
+    """The members of a sample of a tar in memory, by suffix."""
+    return {
+        suffix: data[offset : offset + size]
+        for suffix, (offset, size) in zip(MEMBERS, entry.members, strict=True)
+    }

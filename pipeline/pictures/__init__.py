@@ -1,0 +1,5 @@
+"""What pictures of samples and results are made of: colours, lettering, sheets.
+
+In: maps of segments, centroids and weights. Out: (H, W, 3) uint8 RGB arrays. Read first:
+`colours.py`.
+"""

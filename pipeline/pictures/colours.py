@@ -1,0 +1,220 @@
+"""Small pure functions that turn maps into pictures; a picture is (H, W, 3) uint8 RGB.
+
+Colours depend on category and instance number only, so the same category looks the same in every
+picture of every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.targets import CROWD, UNLABELLED, IndexMap, boundary, resize_index
+
+Picture = NDArray[np.uint8]
+
+UNLABELLED_COLOUR, CROWD_COLOUR = (29, 53, 87), (244, 140, 6)
+JPEG_QUALITY = 88
+_GOLDEN_ANGLE = 137.50776
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledMap:
+    """The segments of one image, true or predicted, as far as a picture needs them.
+
+    Attributes:
+        index: (H, W) index map, 0 = unlabelled or void, i = segment i - 1 below.
+        labels: Contiguous category of each segment.
+        isthing: Whether its category has instances; false for a crowd.
+        crowd: Positions of the crowds among the segments.
+    """
+
+    index: IndexMap
+    labels: tuple[int, ...]
+    isthing: tuple[bool, ...]
+    crowd: frozenset[int] = frozenset()
+
+    def resized(self, size: tuple[int, int]) -> LabelledMap:
+        """The same segments at (height, width), nearest neighbour."""
+        return replace(self, index=resize_index(self.index, size))
+
+
+def instance_numbers(labels: Sequence[int]) -> tuple[int, ...]:
+    """Counts the segments of each category: 0, 1, ... in the order in which they are listed."""
+    seen: dict[int, int] = {}
+    numbers: list[int] = []
+    for label in labels:
+        numbers.append(seen.get(label, 0))
+        seen[label] = numbers[-1] + 1
+    return tuple(numbers)
+
+
+def segment_colours(
+    labels: Sequence[int], isthing: Sequence[bool], numbers: Sequence[int] | None = None
+) -> Picture:
+    """Colours of n segments: the category decides the hue, the instance number varies it.
+
+    Hues of consecutive labels lie the golden angle apart in CIE L*a*b*; stuff is paler than things,
+    which therefore stand out.
+
+    Args:
+        labels: Contiguous category of each segment.
+        isthing: Whether its category has instances.
+        numbers: Instance number of each segment; see `instance_numbers`, the default.
+
+    Returns:
+        (n + 1, 3) uint8, to be indexed with an index map; row 0 is black.
+    """
+    label = np.asarray(labels, np.float64)
+    thing = np.asarray(isthing, np.bool_)
+    number = np.asarray(instance_numbers(labels) if numbers is None else numbers, np.int64)
+    number = np.where(thing, number, 0)
+    # Steps alternate around the category's own colour and take long to come back to it.
+    swing = (number + 1) // 2 * np.where(number % 2, 1, -1)
+    hue = np.deg2rad(label * _GOLDEN_ANGLE + 20 + (swing * 14 + 28) % 56 - 28)
+    chroma = np.where(thing, 68, 26)
+    lightness = np.where(thing, 64, 68) + (label // 5 % 3 - 1) * 7 + (swing * 14 + 20) % 40 - 20
+    lab = np.stack([lightness, chroma * np.cos(hue), chroma * np.sin(hue)], axis=-1)
+    colours = np.zeros((len(label) + 1, 3), np.uint8)
+    if len(label):
+        rgb = cv2.cvtColor(lab[None].astype(np.float32), cv2.COLOR_Lab2RGB)[0]
+        colours[1:] = np.rint(rgb.clip(0, 1) * 255)
+    return colours
+
+
+def overlay(photo: Picture, index: IndexMap, colours: Picture, alpha: float = 0.6) -> Picture:
+    """A photo with its segments in colour and their outlines in white.
+
+    Args:
+        photo: (H, W, 3) uint8.
+        index: (H, W) index map.
+        colours: (n + 1, 3) uint8, by value of the index map.
+        alpha: Opacity of the colours, 0..1.
+    """
+    blended = photo * (1 - alpha) + colours[index] * alpha
+    edges = boundary(index)
+    blended[edges] = blended[edges] * 0.25 + 255 * 0.75
+    return _rounded(blended)
+
+
+def centroid_colours(uv: NDArray[np.floating[Any]]) -> Picture:
+    """Centroids as colours (Figures 1 and 8): u is red, v is green, blue is constant.
+
+    Args:
+        uv: (2, H, W), in [-1, 1]; nan where there is no instance, which becomes black.
+    """
+    isvoid = np.isnan(uv).any(0)
+    red, green = (np.nan_to_num(uv).clip(-1, 1) + 1) * 127.5
+    picture = np.stack([red, green, np.full_like(red, 140)], axis=-1)
+    picture[isvoid] = 0
+    return _rounded(picture)
+
+
+def mark_points(picture: Picture, uv: Sequence[tuple[float, float]]) -> Picture:
+    """Puts a white dot on each point.
+
+    Args:
+        picture: (H, W, 3) uint8.
+        uv: Points in [-1, 1], as centroids are.
+    """
+    height, width = picture.shape[:2]
+    marked = picture.copy()
+    for u, v in uv:
+        centre = (int((u + 1) / 2 * width), int((v + 1) / 2 * height))
+        cv2.circle(marked, centre, 4, (0, 0, 0), cv2.FILLED, cv2.LINE_AA)
+        cv2.circle(marked, centre, 2, (255, 255, 255), cv2.FILLED, cv2.LINE_AA)
+    return marked
+
+
+def semantic_colours(labels: NDArray[np.integer[Any]], isthing: Sequence[bool]) -> Picture:
+    """A map of categories in their own colours.
+
+    Args:
+        labels: (H, W) contiguous categories; negative values become black.
+        isthing: For each of the C categories.
+    """
+    table = segment_colours(range(len(isthing)), isthing)
+    picture: Picture = table[np.maximum(labels, -1) + 1]
+    return picture
+
+
+def heat(weights: NDArray[np.floating[Any]]) -> Picture:
+    """Weights (H, W) in [0, 1] on a perceptually uniform scale from black (0) to pale yellow."""
+    levels = np.rint(weights.clip(0, 1) * 255).astype(np.uint8)
+    return np.ascontiguousarray(cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO)[..., ::-1])
+
+
+def void_picture(void: NDArray[np.uint8], photo: Picture) -> Picture:
+    """A pale gray photo with unlabelled pixels in blue and crowd in orange.
+
+    Args:
+        void: (H, W) uint8: 0 labelled, 1 unlabelled, 2 crowd.
+        photo: (H, W, 3) uint8.
+    """
+    return stained(photo, ((void == UNLABELLED, UNLABELLED_COLOUR), (void == CROWD, CROWD_COLOUR)))
+
+
+def stained(
+    photo: Picture, marks: Sequence[tuple[NDArray[np.bool_], tuple[int, int, int]]]
+) -> Picture:
+    """A pale gray photo with some pixels in colour: (H, W) masks and their colours."""
+    gray = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY).astype(np.float64)[..., None]
+    picture = np.repeat(gray * 0.35 + 255 * 0.65, 3, axis=-1)
+    for mask, colour in marks:
+        picture[mask] = gray[mask] * 0.25 + np.array(colour) * 0.75
+    return _rounded(picture)
+
+
+def _rounded(picture: NDArray[np.floating[Any]]) -> Picture:
+    rounded: Picture = np.rint(picture).astype(np.uint8)
+    return rounded
+
+
+def fitted(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """(height, width) with the longer side `longest` pixels."""
+    scale = longest / max(size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def resized(picture: Picture, size: tuple[int, int], *, smooth: bool = True) -> Picture:
+    """A picture at (height, width); maps of flat colours want `smooth=False`."""
+    if picture.shape[:2] == size:
+        return picture
+    shrinks = size[0] < picture.shape[0]
+    method = (cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC) if smooth else cv2.INTER_NEAREST_EXACT
+    return np.asarray(cv2.resize(picture, size[::-1], interpolation=method), np.uint8)
+
+
+def encode_picture(picture: Picture, suffix: str = ".png") -> bytes:
+    """PNG or JPEG bytes of a picture.
+
+    Raises:
+        InputError: Another suffix than .png, .jpg or .jpeg.
+    """
+    if suffix.lower() not in {".png", ".jpg", ".jpeg"}:
+        raise InputError(
+            "pictures are written as PNG or JPEG", where=suffix, remedy="name it .png or .jpg"
+        )
+    settings = [] if suffix.lower() == ".png" else [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
+    _, data = cv2.imencode(suffix, picture[..., ::-1], settings)
+    return bytes(data)
+
+
+def save_picture(path: Path, picture: Picture) -> None:
+    """Writes a PNG or JPEG, by suffix, whole or not at all; makes the folder.
+
+    Raises:
+        InputError: Another suffix, no space or no permission.
+    """
+    data = encode_picture(picture, path.suffix)
+    folder = Storage(str(path.parent))
+    folder.create()
+    folder.write(path.name, data)

@@ -1,0 +1,232 @@
+"""How fast rendering is: the obvious way, ours and the floor, on the same pictures in one run."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+from skimage.segmentation import find_boundaries
+
+from panoptic_cache.pipeline.base.config import RenderConfig
+from panoptic_cache.pipeline.cache.sample import Sample
+from panoptic_cache.pipeline.cache.shards import pack_shard
+from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, PanopticRecord, read_dataset
+from panoptic_cache.pipeline.render.image import render_image
+from panoptic_cache.pipeline.scenes.scene import write_dataset
+
+
+class BenchResult(Protocol):
+    """What every benchmark gives: a table, and the same as plain values."""
+
+    @property
+    def title(self) -> str:
+        """What was measured, on what."""
+        ...
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The table's head."""
+        ...
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table's lines."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One way of doing the work.
+
+    Attributes:
+        name: What was done.
+        ms: Milliseconds an image, the best of the repeats.
+        kilobytes: Of output an image; 0 where it has none.
+    """
+
+    name: str
+    ms: float
+    kilobytes: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Timings of one run, and the ratios that count.
+
+    Attributes:
+        title: What was measured, on what.
+        timings: In the order of the table.
+        ratios: By name.
+    """
+
+    title: str
+    timings: tuple[Timing, ...]
+    ratios: dict[str, float]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of `rows`."""
+        return ("", "ms/image", "images/s", "kB/image")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as `bench --json` prints them."""
+        return asdict(self)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """A line for each timing, then one for each ratio."""
+        lines = [
+            (
+                t.name,
+                f"{t.ms:.2f}",
+                f"{1e3 / t.ms:.1f}",
+                f"{t.kilobytes:.0f}" if t.kilobytes else "",
+            )
+            for t in self.timings
+        ]
+        return [*lines, *((name, f"{ratio:.2f}", "", "") for name, ratio in self.ratios.items())]
+
+
+def best_ms(work: Callable[[], object], images: int, repeats: int = 3) -> float:
+    """Milliseconds an image of the fastest of some repeats: the others were disturbed."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times) * 1e3 / images
+
+
+@contextmanager
+def bench_dataset(
+    layout: CocoLayout | None, images: int, size: int = 640
+) -> Iterator[CocoPanoptic]:
+    """The first images of a dataset, or made-up scenes of COCO's size in a temporary folder."""
+    if layout is not None:
+        yield read_dataset(layout).head(images)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_dataset(Path(folder), images=images, val_images=1, seed=0, size=size)
+        yield read_dataset(CocoLayout.of(Path(folder), "train"))
+
+
+def bench_render(layout: CocoLayout | None = None, images: int = 32) -> Bench:
+    """Renders pictures on one core in three ways.
+
+    Args:
+        layout: A real dataset; made-up scenes where None.
+        images: How many.
+    """
+    cv2.setNumThreads(1)
+    with bench_dataset(layout, images) as dataset:
+        records, count = dataset.records, len(dataset.records)
+        samples = render_ours(dataset)
+        ours_bytes, obvious_bytes = len(pack_shard(samples)[0]), len(render_obvious(records))
+        obvious = Timing(
+            "the obvious way: Pillow, find_boundaries, scipy, a loop, dense arrays",
+            best_ms(lambda: render_obvious(records), count),
+            obvious_bytes / count / 1e3,
+        )
+        ours = Timing(
+            "ours",
+            best_ms(lambda: pack_shard(render_ours(dataset)), count),
+            ours_bytes / count / 1e3,
+        )
+        targets = Timing("- of which without the tar", best_ms(lambda: render_ours(dataset), count))
+        floor = Timing(
+            "the floor: read, decode the PNG, write a tar",
+            best_ms(lambda: render_floor(records, ours_bytes // count), count),
+        )
+    return Bench(
+        f"rendering {count} images on one core",
+        (obvious, ours, targets, floor),
+        {
+            "ours against the obvious way": obvious.ms / ours.ms,
+            "ours against the floor": ours.ms / floor.ms,
+        },
+    )
+
+
+def render_ours(dataset: CocoPanoptic) -> list[Sample]:
+    """Every image of a dataset to its sample."""
+    categories = {category.id: category for category in dataset.categories}
+    config = RenderConfig()
+    return [render_image(record, config, categories, Counter()) for record in dataset.records]
+
+
+def render_obvious(records: Sequence[PanopticRecord]) -> bytes:
+    """What one would write first: dense float maps, a mask a segment."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for record in records:
+            photo = record.photo.read_bytes()
+            Image.open(io.BytesIO(photo)).convert("RGB").load()
+            table = [{"id": segment.id, "area": segment.area} for segment in record.segments]
+            members = {"jpg": photo, "json": json.dumps(table).encode()}
+            for name, values in obvious_targets(record).items():
+                member = io.BytesIO()
+                np.save(member, values)
+                members[f"{name}.npy"] = member.getvalue()
+            for name, data in members.items():
+                add(tar, f"{record.key}.{name}", data)
+    return buffer.getvalue()
+
+
+def obvious_targets(record: PanopticRecord, size: int | None = None) -> dict[str, NDArray[Any]]:
+    """Ids, weights and centroids as dense maps, by Pillow, scikit-image, scipy and a loop.
+
+    Args:
+        record: The annotated image.
+        size: Side of the square to squash to; the native size where None.
+    """
+    png = Image.open(record.png).convert("RGB")
+    if size is not None:
+        png = png.resize((size, size), Image.Resampling.NEAREST)
+    rgb = np.asarray(png).astype(np.int32)
+    ids = rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
+    edges = find_boundaries(ids, connectivity=1, mode="thick")
+    distance = ndimage.distance_transform_edt(~edges)
+    height, width = ids.shape
+    centroids = np.zeros((2, height, width), np.float16)
+    for segment in record.segments:
+        mask = ids == segment.id
+        y, x = np.nonzero(mask)
+        if len(x):
+            centroids[0, mask] = 2 * (x.mean() + 0.5) / width - 1
+            centroids[1, mask] = 2 * (y.mean() + 0.5) / height - 1
+    weight = np.exp(-np.square(distance / 20)).astype(np.float16)
+    return {"ids": ids, "weight": weight, "centroids": centroids}
+
+
+def render_floor(records: Sequence[PanopticRecord], size: int) -> bytes:
+    """What nobody can leave out: reading both files, decoding the PNG, writing as many bytes."""
+    buffer, payload = io.BytesIO(), bytes(size)
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for record in records:
+            record.photo.read_bytes()
+            cv2.imread(str(record.png), cv2.IMREAD_COLOR)
+            add(tar, record.key, payload)
+    return buffer.getvalue()
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Adds a member to a tar."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))

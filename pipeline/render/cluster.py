@@ -1,0 +1,200 @@
+"""Dask: a task a shard with a bounded number under way, and one clear line for what goes wrong."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+import uuid
+from asyncio import CancelledError
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from multiprocessing import resource_tracker
+from typing import Any, TypeVar
+
+import cv2
+from distributed import Client, Future, KilledWorker, LocalCluster, as_completed
+from distributed.client import FutureCancelledError
+from distributed.comm import CommClosedError
+
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.heap import keep_heap
+from panoptic_cache.pipeline.base.stopping import held_back
+from panoptic_cache.pipeline.render.plan import ShardPlan
+
+T = TypeVar("T")
+
+CONNECT_SECONDS, WORKER_SECONDS = 10, 120
+"""How long to wait for a running scheduler, and for its first worker."""
+POLL_SECONDS, LOOK_SECONDS, DESERTED_SECONDS = 0.02, 2, 10
+"""How often to look for finished shards and for workers, and how long none may be there."""
+
+log = logging.getLogger(__name__)
+
+# All that Dask gives a level of their own, and the two it works through.
+_DASK_LOGGERS = ("distributed", "distributed.client", "distributed.gc", "tornado", "asyncio")
+
+
+def run_tasks(
+    work: Callable[..., T],
+    shards: Sequence[ShardPlan],
+    *arguments: Any,
+    workers: int,
+    scheduler: str | None,
+) -> Iterator[T]:
+    """Calls `work(shard, *arguments)` for every shard, on Dask, in any order.
+
+    Args:
+        work: At module level, as it is pickled by name.
+        shards: Each task carries its own slice of the annotations, and no other.
+        arguments: The same for each; small.
+        workers: Processes of an own cluster.
+        scheduler: Address of a running scheduler, used instead.
+
+    Raises:
+        InputError: A task raised one, killed its worker again and again, or the scheduler went
+            away.
+    """
+    with _quiet(), connect(workers, scheduler) as client:
+        # Names are new for each run: a scheduler remembers the failed tasks of the last one.
+        run = uuid.uuid4().hex[:8]
+        waiting = iter(shards)
+        names: dict[str, str] = {}
+        futures = as_completed()
+
+        def submit() -> None:
+            # One task a thread. More would lie waiting on the workers, take memory, and share the
+            # blame when a worker dies, and they would win milliseconds in a task of seconds. The
+            # threads are counted anew, for workers come and go.
+            free = max(1, _threads(client) or 0) - len(names)
+            for shard in itertools.islice(waiting, max(0, free)):
+                key = f"{shard.name}-{run}"
+                names[key] = shard.name
+                futures.add(client.submit(work, shard, *arguments, key=key, pure=False))
+
+        submit()
+        for future in _completed(futures, client):
+            name = names.pop(future.key)
+            result = _result(future, name, scheduler)
+            future.release()
+            submit()
+            yield result
+
+
+def _completed(futures: as_completed, client: Client) -> Iterator[Future]:
+    """The futures as they end; a line says so where nobody is left to work on them."""
+    looked = seen = time.monotonic()
+    told = False
+    while not futures.is_empty():
+        if futures.has_ready():
+            yield next(futures)
+            continue
+        time.sleep(POLL_SECONDS)
+        now = time.monotonic()
+        if now - looked < LOOK_SECONDS:
+            continue
+        looked = now
+        if _threads(client) != 0:
+            seen, told = now, False
+        elif now - seen > DESERTED_SECONDS and not told:
+            log.warning("all Dask workers are gone: waiting for new ones (start dask worker)")
+            told = True
+
+
+def _threads(client: Client) -> int | None:
+    """Those of all workers; None where the scheduler is gone, which its futures will tell."""
+    try:
+        return sum(client.nthreads().values()) if client.status == "running" else None
+    except (OSError, TimeoutError):
+        return None
+
+
+def _result(future: Future, name: str, scheduler: str | None) -> Any:
+    try:
+        return future.result()
+    except KilledWorker as error:
+        raise InputError(
+            f"its worker died {error.allowed_failures + 1} times, most likely out of memory",
+            where=f"shard {name}",
+            remedy="go on with fewer --workers, or in another folder with --samples-per-shard 64",
+            code="worker-killed",
+        ) from None
+    except ImportError as error:
+        raise InputError(
+            f"the workers lack a package: {error}",
+            where=scheduler or "",
+            remedy="install the same version of this program for them",
+            code="worker-differs",
+        ) from None
+    except (FutureCancelledError, CancelledError, CommClosedError):
+        raise InputError(
+            "the Dask scheduler went away",
+            where=scheduler or "own cluster",
+            remedy="run the same command to go on",
+            code="scheduler-lost",
+        ) from None
+    except OSError as error:
+        raise InputError(str(error), where=f"shard {name}", code="worker-failed") from None
+
+
+@contextmanager
+def connect(workers: int, scheduler: str | None) -> Iterator[Client]:
+    """A client of an own cluster of `workers` processes, or of the scheduler at an address.
+
+    Raises:
+        InputError: No scheduler answers there, or it has no workers.
+    """
+    if scheduler is not None:
+        try:
+            client = Client(scheduler, timeout=CONNECT_SECONDS)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"no Dask scheduler answers: {error}",
+                where=scheduler,
+                remedy="start dask scheduler, or use --workers",
+            ) from None
+        with client:
+            try:
+                client.wait_for_workers(1, timeout=WORKER_SECONDS)
+            except TimeoutError:
+                raise InputError(
+                    "the Dask scheduler has no workers", where=scheduler, remedy="start dask worker"
+                ) from None
+            yield client
+        return
+    # Otherwise the first process to be spawned starts it, and in doing so lets signals through.
+    resource_tracker.ensure_running()
+    with ExitStack() as stack:
+        with held_back():
+            cluster = LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                dashboard_address="127.0.0.1:0",  # any port: a second run would warn of a taken one
+                silence_logs=logging.CRITICAL,
+            )
+            stack.enter_context(cluster)
+            client = stack.enter_context(Client(cluster))
+        yield client
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences Dask, whose news of lost workers and closed connections are no user's concern.
+
+    Its own switch reaches only its own handlers, not those of a program that has set up logging.
+    """
+    loggers = [logging.getLogger(name) for name in _DASK_LOGGERS]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def prepare_worker() -> None:
+    """In each process that renders: no threads below, and memory that is kept."""
+    cv2.setNumThreads(1)  # the workers are the parallelism
+    keep_heap()

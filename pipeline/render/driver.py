@@ -1,0 +1,260 @@
+"""The Dask driver: plan, skip what is done, submit a task a shard, collect, write the index last.
+
+A shard depends on its own records only, so the bytes are the same for any number of workers and of
+interruptions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from panoptic_cache.pipeline.base.config import RenderConfig
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.base.progress import progress
+from panoptic_cache.pipeline.base.stopping import Interrupted
+from panoptic_cache.pipeline.cache.index import (
+    INDEX_NAME,
+    QUARANTINE_NAME,
+    ShardIndex,
+    encode_index,
+)
+from panoptic_cache.pipeline.cache.sample import FORMAT_VERSION
+from panoptic_cache.pipeline.cache.shards import finished_shard
+from panoptic_cache.pipeline.coco import Category, CocoPanoptic, Rejection
+from panoptic_cache.pipeline.render.cluster import run_tasks
+from panoptic_cache.pipeline.render.job import FinishedShard, RenderJob, render_shard, tools
+from panoptic_cache.pipeline.render.plan import Plan, ShardPlan, allowed, claim, make_plan
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RenderResult:
+    """The outcome, as `preprocess --json` prints it.
+
+    Attributes:
+        images: Annotated images of the split.
+        written: Samples in the cache.
+        quarantined: Images left out.
+        shards: Tars.
+        bytes: Of all tars.
+        seconds: This run took.
+        too_many: More was left out than allowed.
+    """
+
+    images: int
+    written: int
+    quarantined: int
+    shards: int
+    bytes: int
+    seconds: float
+    too_many: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that `preprocess --json` prints."""
+        return {key: value for key, value in asdict(self).items() if key != "too_many"}
+
+
+def render(
+    dataset: CocoPanoptic,
+    split: str,
+    storage: Storage,
+    config: RenderConfig,
+    *,
+    workers: int = 1,
+    scheduler: str | None = None,
+    max_bad: float = 0.01,
+    strict: bool = False,
+    retry: bool = False,
+) -> RenderResult:
+    """Renders a split into a cache, going on where an earlier run stopped.
+
+    Args:
+        dataset: The annotated split.
+        split: Its name.
+        storage: The cache's folder.
+        config: What decides the bytes.
+        workers: Processes of an own Dask cluster; 0 renders in this process.
+        scheduler: Address of a running Dask scheduler, used instead.
+        max_bad: Images that may be left out, as a fraction (below 1) or a count.
+        strict: Every warning aborts.
+        retry: Shards from which an image was left out are rendered again.
+
+    Raises:
+        InputError: Too many images cannot be tried, the folder holds another plan or is in use, or
+            the disk is full.
+    """
+    start = time.monotonic()
+    plan = make_plan(dataset, split, config)
+    images = len(dataset.records) + len(dataset.rejections)
+    limit = 0 if strict else allowed(max_bad, images)
+    check_rejections(plan, images, limit)
+    storage = storage.absolute()
+    storage.create()
+    with storage.locked():
+        claim(storage, plan)
+        done = finished_shards(storage, plan, retry=retry)
+        if strict:
+            _check_strictly(done.values())
+        if done:
+            log.info("%d of %d shards are done already", len(done), len(plan.shards))
+        todo = [shard for shard in plan.shards if shard.name not in done]
+        if todo:
+            storage.remove(INDEX_NAME)  # it says that the cache is finished
+        finished = sum(len(shard.records) for shard in plan.shards if shard.name in done)
+        job = RenderJob(config, plan.fingerprint, dataset.categories, storage, strict, tools())
+        try:
+            with (
+                progress("render", len(dataset.records), "images", finished) as advance,
+                # Closed before the lock is given up: no worker of an own cluster writes after that,
+                # and what another scheduler's still writes, `write_shard` holds to the plan.
+                closing(_run(todo, job, workers, scheduler)) as results,
+            ):
+                for shard in results:
+                    done[shard.entry.name] = shard
+                    advance(shard.entry.samples + len(shard.rejections))
+        except Interrupted as stop:
+            stop.advice = (
+                f"{len(done)} of {len(plan.shards)} shards are done, run the same command to go on"
+            )
+            raise
+        shards = [done[shard.name] for shard in plan.shards]
+        check_places(storage, shards)
+        rejections = left_out(plan, shards)
+        quarantine = encode_quarantine(rejections)
+        index = make_index(plan, dataset.categories, shards, len(rejections), quarantine)
+        storage.write(QUARANTINE_NAME, quarantine)
+        storage.write(INDEX_NAME, encode_index(index))
+    _report(plan, shards)
+    return RenderResult(
+        images=images,
+        written=index.samples,
+        quarantined=len(rejections),
+        shards=len(shards),
+        bytes=sum(shard.entry.size for shard in shards),
+        seconds=round(time.monotonic() - start, 3),
+        too_many=len(rejections) > limit,
+    )
+
+
+def check_rejections(plan: Plan, images: int, limit: int) -> None:
+    """Raises InputError where more of all images are left out already than is allowed."""
+    if len(plan.rejections) > limit:
+        first = plan.rejections[0]
+        raise InputError(
+            f"{len(plan.rejections)} of {images} images are bad, {limit} are allowed; the first is"
+            f" {first.image_id}: {first.message}",
+            where=plan.split,
+            remedy="mend them, or raise --max-bad",
+            code="max-bad",
+        )
+
+
+def finished_shards(
+    storage: Storage, plan: Plan, *, retry: bool = False
+) -> dict[str, FinishedShard]:
+    """The shards that an earlier run finished, by name; with `retry`, only the complete ones."""
+    sizes = storage.sizes()
+    return {
+        shard.name: FinishedShard.of(sidecar)
+        for shard in plan.shards
+        if (sidecar := finished_shard(storage, shard.name, plan.fingerprint, sizes))
+        and not (retry and sidecar.rejections)
+    }
+
+
+def check_places(storage: Storage, shards: Sequence[FinishedShard]) -> None:
+    """Raises InputError where a tar or sidecar is not there: workers have disks of their own."""
+    sizes = storage.sizes()
+    for shard in shards:
+        name = shard.entry.name
+        if sizes.get(f"{name}.tar") != shard.entry.size or f"{name}.json" not in sizes:
+            raise InputError(
+                "a worker wrote it, and it is not here",
+                where=storage.path(f"{name}.tar"),
+                remedy="--out must be a place that all workers share with this process",
+                code="not-shared",
+            )
+
+
+def _run(
+    todo: Sequence[ShardPlan], job: RenderJob, workers: int, scheduler: str | None
+) -> Generator[FinishedShard]:
+    """Renders shards in any order."""
+    if not todo:
+        return
+    if workers == 0 and scheduler is None:
+        for shard in todo:
+            yield render_shard(shard, job)
+        return
+    yield from run_tasks(render_shard, todo, job, workers=workers, scheduler=scheduler)
+
+
+def make_index(
+    plan: Plan,
+    categories: tuple[Category, ...],
+    shards: Sequence[FinishedShard],
+    quarantined: int,
+    quarantine: bytes,
+) -> ShardIndex:
+    """The index of finished shards and of the quarantine's bytes."""
+    return ShardIndex(
+        format_version=FORMAT_VERSION,
+        split=plan.split,
+        fingerprint=plan.fingerprint,
+        settings=asdict(plan.config),
+        categories=categories,
+        samples=sum(shard.entry.samples for shard in shards),
+        quarantined=quarantined,
+        quarantine_sha256=hashlib.sha256(quarantine).hexdigest(),
+        shards=tuple(shard.entry for shard in shards),
+    )
+
+
+def left_out(plan: Plan, shards: Sequence[FinishedShard]) -> tuple[Rejection, ...]:
+    """The images left out, before the work and in it, by image id."""
+    found = [*plan.rejections, *(r for shard in shards for r in shard.rejections)]
+    found.sort(key=lambda rejection: (str(rejection.image_id).zfill(12), rejection.code))
+    return tuple(found)
+
+
+def encode_quarantine(rejections: Sequence[Rejection]) -> bytes:
+    """The bytes of `quarantine.jsonl`: a JSON line for each image left out."""
+    return "".join(f"{json.dumps(asdict(rejection))}\n" for rejection in rejections).encode()
+
+
+def _check_strictly(shards: Iterable[FinishedShard]) -> None:
+    """Raises InputError where an earlier run left out or mended an image."""
+    for shard in shards:
+        for rejection in shard.rejections:
+            raise InputError(
+                f"image {rejection.image_id}: {rejection.message}",
+                where=shard.entry.name,
+                code="strict",
+            )
+        for code, count in shard.repairs.items():
+            raise InputError(f"{code} in {count} places", where=shard.entry.name, code="strict")
+
+
+def _report(plan: Plan, shards: Sequence[FinishedShard]) -> None:
+    repairs: Counter[str] = Counter()
+    for shard in shards:
+        repairs.update(shard.repairs)
+    for code, count in sorted(repairs.items()):
+        if count:
+            log.warning("mended: %s, %d times", code, count)
+    for code, count in sorted(Counter(r.code for r in left_out(plan, shards)).items()):
+        log.warning("left out: %s, %d images, see %s", code, count, QUARANTINE_NAME)
+    if any(shard.rejections for shard in shards):
+        log.info("pictures that are mended come in with --retry")
+    if plan.rejections:
+        log.info("files that were missing and annotations, once mended, need a new cache")

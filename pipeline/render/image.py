@@ -1,0 +1,109 @@
+"""One annotated image -> its sample: read strictly, fit, compute the targets."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import cv2
+
+from panoptic_cache.pipeline.base.config import RenderConfig
+from panoptic_cache.pipeline.cache.sample import Sample, Segment, encode_distance
+from panoptic_cache.pipeline.coco import Category, PanopticRecord
+from panoptic_cache.pipeline.png import read_ids, read_png
+from panoptic_cache.pipeline.render.photo import check_photo, read_photo
+from panoptic_cache.pipeline.targets import (
+    compute_targets,
+    drop_empty_rows,
+    index_map,
+    resize_index,
+)
+
+
+def render_image(
+    record: PanopticRecord,
+    config: RenderConfig,
+    categories: dict[int, Category],
+    repairs: Counter[str],
+) -> Sample:
+    """One image to its sample.
+
+    Args:
+        record: The annotated image.
+        config: Fit and size.
+        categories: By id.
+        repairs: Counts, by code, of what was mended on the way; added to.
+
+    Raises:
+        InputError: The image must be left out.
+    """
+    ids = read_ids(record.png, (record.height, record.width))
+    photo = read_photo(record, repairs, config)
+    index = index_map(ids, [segment.id for segment in record.segments])
+    if cv2.countNonZero(index) < cv2.countNonZero(ids):
+        repairs["png-id-unknown"] += 1
+    size = fitted_size(ids.shape, config)
+    index, kept = drop_empty_rows(index, len(record.segments))
+    repairs["segment-empty"] += len(record.segments) - len(kept)
+    rows = [record.segments[row] for row in kept]
+    if size != ids.shape:
+        index, kept = drop_empty_rows(resize_index(index, size), len(rows))
+        rows = [rows[row] for row in kept]
+    targets = compute_targets(index, [row.iscrowd for row in rows])
+    geometry = targets.geometry
+    if size == ids.shape:
+        for row, area, box in zip(
+            rows, geometry.area.tolist(), geometry.bbox.tolist(), strict=True
+        ):
+            repairs["area-wrong"] += row.area is not None and row.area != area
+            repairs["bbox-wrong"] += row.bbox is not None and list(row.bbox) != box
+    segments = tuple(
+        Segment(
+            id=row.id,
+            category_id=row.category_id,
+            label=(category := categories[row.category_id]).label,
+            isthing=category.isthing,
+            iscrowd=row.iscrowd,
+            area=area,
+            bbox=tuple(box),
+            centroid=tuple(centroid) if category.isthing and not row.iscrowd else None,
+        )
+        for row, area, box, centroid in zip(
+            rows,
+            geometry.area.tolist(),
+            geometry.bbox.tolist(),
+            geometry.centroid.tolist(),
+            strict=True,
+        )
+    )
+    return Sample(
+        key=record.key,
+        image_id=record.image_id,
+        file_name=record.file_name,
+        original_size=(record.height, record.width),
+        photo=photo.resized(size, config.jpeg_quality),
+        index=index,
+        eds=encode_distance(targets.distance),
+        void=targets.void,
+        segments=segments,
+    )
+
+
+def fitted_size(size: tuple[int, ...], config: RenderConfig) -> tuple[int, int]:
+    """(height, width) of the cached sample."""
+    height, width = size
+    if config.size is None:
+        return height, width
+    if config.fit == "squash":
+        return config.size, config.size
+    scale = config.size / max(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def check_files(record: PanopticRecord) -> None:
+    """What can be told of an image's files without decoding a pixel.
+
+    Raises:
+        InputError: As `render_image` would.
+    """
+    read_png(record.png, (record.height, record.width))
+    check_photo(record)

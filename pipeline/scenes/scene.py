@@ -1,0 +1,299 @@
+"""Made-up scenes in COCO panoptic format: for the demo, the tests and the benchmarks.
+
+A scene is two or three bands of stuff with a few things before them, painted back to front; the
+visible part of a thing is its segment. Six of every eight scenes hold something special (see
+`SPECIALS`), so that what COCO does to a pipeline happens here within sixteen pictures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.coco import CocoLayout, SegmentInfo
+from panoptic_cache.pipeline.png import ids_to_rgb
+from panoptic_cache.pipeline.scenes.layout import lay_out
+from panoptic_cache.pipeline.scenes.looks import Canvas, Look, Picture, Shape, paint_thing, texture
+
+CATEGORIES: list[dict[str, Any]] = [
+    {"id": 1, "name": "ball", "supercategory": "round", "isthing": 1, "color": [220, 60, 70]},
+    {"id": 3, "name": "crate", "supercategory": "angular", "isthing": 1, "color": [190, 120, 50]},
+    {"id": 4, "name": "tent", "supercategory": "angular", "isthing": 1, "color": [140, 70, 200]},
+    {"id": 8, "name": "ring", "supercategory": "round", "isthing": 1, "color": [250, 140, 40]},
+    {"id": 13, "name": "star", "supercategory": "angular", "isthing": 1, "color": [240, 210, 60]},
+    {"id": 21, "name": "sky", "supercategory": "open", "isthing": 0, "color": [130, 180, 230]},
+    {"id": 22, "name": "wall", "supercategory": "built", "isthing": 0, "color": [150, 90, 80]},
+    {"id": 40, "name": "grass", "supercategory": "ground", "isthing": 0, "color": [90, 160, 70]},
+    {"id": 57, "name": "water", "supercategory": "ground", "isthing": 0, "color": [40, 100, 150]},
+]
+"""The categories as COCO lists them, in the order of `Look`; the ids have gaps, as COCO's have."""
+
+SPECIALS = ("plain", "unlabelled", "crowd", "concentric", "plain", "tiny", "cut", "split")
+"""What a scene holds, by `index % 8`. Unlabelled is an unknown object or a patch, in turn."""
+
+FIRST_VAL_INDEX = 900_000_000
+"""Scenes from here on are validation. A multiple of 16, so that the specials fall alike."""
+
+MIN_SIZE = 32
+VERSION = 1
+"""Goes up whenever the same arguments give other bytes."""
+
+# Short over long side, and whether the picture is upright: five, to meet the eight specials.
+_FORMATS = ((0.75, False), (0.75, True), (0.667, False), (0.94, False), (0.667, True))
+_SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture and its panoptic ground truth.
+
+    Attributes:
+        photo: (H, W, 3) uint8, RGB.
+        ids: (H, W) int32 segment ids, 0 = unlabelled.
+        segments: A row for every id in `ids` but 0, with area (pixels) and bbox; stuff first.
+    """
+
+    photo: npt.NDArray[np.uint8]
+    ids: npt.NDArray[np.int32]
+    segments: tuple[SegmentInfo, ...]
+
+
+def make_scene(seed: int, index: int, size: int = 160) -> Scene:
+    """Draws one scene, a pure function of its arguments.
+
+    Args:
+        seed: Names a family of scenes.
+        index: The scene in it; `index % 8` chooses its special content, `index % 5` its format.
+        size: Long side in pixels, at least `MIN_SIZE`.
+
+    Returns:
+        The photo and its ground truth.
+
+    Raises:
+        InputError: `size` is too small to show anything.
+    """
+    if size < MIN_SIZE:
+        raise InputError(f"scenes of {size} px show nothing", remedy=f"{MIN_SIZE} px or more")
+    rng = np.random.default_rng([seed, index])
+    ratio, upright = _FORMATS[index % len(_FORMATS)]
+    height, width = (size, round(size * ratio)) if upright else (round(size * ratio), size)
+    special = SPECIALS[index % len(SPECIALS)]
+    if special == "unlabelled":
+        special = ("unknown", "patch")[index // len(SPECIALS) % 2]
+
+    canvas, looks = _paint_stuff(rng, height, width, unit=size / 160)
+    table = [(look, False) for look in looks]
+    groups, patches = lay_out(rng, special, height, width)
+    for patch in patches:
+        canvas.rows[_inside_patch(patch, height, width)] = 0
+    for group in groups:
+        row = 0
+        if group.look is not Look.UNKNOWN:
+            table.append((group.look, group.iscrowd))
+            row = len(table)
+        for shape in group.shapes:
+            paint_thing(rng, canvas, group.look, shape, row=row)
+    ids, segments = _label(rng, canvas.rows, table)
+    return Scene(_expose(rng, canvas), ids, segments)
+
+
+def write_dataset(
+    root: Path,
+    *,
+    images: int,
+    val_images: int,
+    seed: int,
+    size: int = 160,
+    progress: Callable[[int], None] | None = None,
+) -> bool:
+    """Writes scenes in COCO's layout: `ROOT/{train,val}` and `ROOT/annotations`.
+
+    The same arguments give the same bytes. No file bears its final name before it is whole, and
+    the annotation files come last, so running the call again finishes what a killed one began.
+
+    Args:
+        root: Folder to write: missing, empty, or begun by the same call.
+        images: Training images; ids from 1.
+        val_images: Validation images; ids from `FIRST_VAL_INDEX` + 1.
+        seed: Names the family of scenes.
+        size: Long side in pixels.
+        progress: Called after every image with the number of images written so far.
+
+    Returns:
+        True if the dataset was written, False if it was there already, complete.
+
+    Raises:
+        InputError: The folder holds something else, or an argument makes no sense.
+    """
+    if min(images, val_images, seed) < 0 or images > FIRST_VAL_INDEX or size < MIN_SIZE:
+        raise InputError(
+            f"cannot draw {images} + {val_images} scenes of {size} px with seed {seed}",
+            remedy=f"none may be negative, and scenes have {MIN_SIZE} px or more",
+        )
+    arguments = {
+        "images": images, "val_images": val_images, "seed": seed, "size": size, "version": VERSION,
+    }  # fmt: skip
+    indexes = {
+        "train": range(images),
+        "val": range(FIRST_VAL_INDEX, FIRST_VAL_INDEX + val_images),
+    }
+    marker = root / "synthetic.json"
+    if root.exists() and not _is_empty(root):
+        if not (marker.is_file() and marker.read_bytes() == _json_bytes(arguments)):
+            raise InputError(
+                "holds something other than these scenes",
+                where=root,
+                remedy="choose another folder or remove this one",
+                code="folder-taken",
+            )
+        if all(path.is_file() for split in _SPLITS for path in _files(root, split, indexes[split])):
+            return False
+    root.mkdir(parents=True, exist_ok=True)
+    _replace(marker, _json_bytes(arguments))
+
+    documents, done = {}, 0
+    for split in _SPLITS:
+        rows: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
+        for image, annotation in _write_scenes(root, split, seed, indexes[split], size):
+            rows["images"].append(image)
+            rows["annotations"].append(annotation)
+            done += 1
+            if progress is not None:
+                progress(done)
+        info = {"description": "Made-up scenes", **arguments}
+        documents[split] = {"info": info, "licenses": [], "categories": CATEGORIES, **rows}
+    for split, document in documents.items():
+        _replace(_layout(root, split).panoptic_json, _json_bytes(document))
+    return True
+
+
+def _paint_stuff(
+    rng: np.random.Generator, height: int, width: int, unit: float
+) -> tuple[Canvas, list[Look]]:
+    """Paints bands of stuff with wavy borders; returns them with the look of each row from 1."""
+    looks = [Look.SKY if rng.random() < 0.7 else Look.WALL]
+    looks += [Look.GRASS, Look.WATER] if rng.random() < 0.5 else [Look.WATER, Look.GRASS]
+    cuts = [rng.uniform(0.28, 0.4), rng.uniform(0.6, 0.75)]
+    if rng.random() < 0.8:
+        looks, cuts = looks[:2], [rng.uniform(0.35, 0.6)]
+    across = np.linspace(0, 1, width, dtype=np.float32)
+    borders = [np.zeros(width, np.float32)]
+    for cut in cuts:
+        wave = np.sin(across * rng.uniform(3, 9) + rng.uniform(0, 6))
+        wave += 0.4 * np.sin(across * rng.uniform(12, 25) + rng.uniform(0, 6))
+        borders.append(height * (cut + rng.uniform(0.01, 0.045) * wave).astype(np.float32))
+    borders.append(np.full(width, height, np.float32))
+
+    photo: Picture = np.zeros((height, width, 3), np.float32)
+    rows = np.ones((height, width), np.uint8)
+    down = np.arange(height, dtype=np.float32)[:, None] + np.float32(0.5)
+    for row, (look, upper, lower) in enumerate(zip(looks, borders, borders[1:], strict=False), 1):
+        first, last = max(0, int(upper.min()) - 1), min(height, int(lower.max()) + 2)
+        stuff = texture(rng, look, last - first, width, unit)
+        cover = np.clip(down[first:last] - upper + np.float32(0.5), 0, 1)
+        photo[first:last] += cover[..., None] * (stuff - photo[first:last])
+        rows[first:last][cover >= 0.5] = row
+    return Canvas(photo, rows, rng.standard_normal((height, width), dtype=np.float32)), looks
+
+
+def _inside_patch(patch: Shape, height: int, width: int) -> npt.NDArray[np.bool_]:
+    """(H, W) bool: a circle with a wavy outline."""
+    x = np.arange(width, dtype=np.float32)[None, :] - np.float32(patch.x)
+    y = np.arange(height, dtype=np.float32)[:, None] - np.float32(patch.y)
+    turn = np.arctan2(y, x) + patch.angle
+    limit = 1 + 0.15 * np.sin(3 * turn) + 0.1 * np.sin(5 * turn + patch.angle)
+    return np.asarray(np.hypot(x, y) < patch.r * limit)
+
+
+def _expose(rng: np.random.Generator, canvas: Canvas) -> npt.NDArray[np.uint8]:
+    """(H, W, 3) uint8: the photo with its brightness and the noise of its sensor."""
+    photo = canvas.photo * np.float32(255 * rng.uniform(0.85, 1.08))
+    photo += canvas.grain[..., None] * np.float32(rng.uniform(1.5, 4))
+    return np.clip(photo, 0, 255, out=photo).astype(np.uint8)
+
+
+def _label(
+    rng: np.random.Generator, rows: npt.NDArray[np.uint8], table: list[tuple[Look, bool]]
+) -> tuple[npt.NDArray[np.int32], tuple[SegmentInfo, ...]]:
+    """Turns rows into ids, colours near the category's as COCO's are, and measures the visible."""
+    areas = np.bincount(rows.ravel(), minlength=len(table) + 1)
+    ids = [0]
+    segments = []
+    for row, (look, iscrowd) in enumerate(table, start=1):
+        category, identity = CATEGORIES[look], 0
+        while identity in ids:
+            red, green, blue = np.clip(category["color"] + rng.integers(-24, 25, 3), 0, 255)
+            identity = int(red + 256 * green + 65536 * blue)
+        ids.append(identity)
+        if areas[row] == 0:
+            continue  # hidden altogether: COCO lists visible segments only
+        x, y, width, height = cv2.boundingRect((rows == row).view(np.uint8))
+        bbox = (x, y, width, height)
+        segments.append(SegmentInfo(identity, category["id"], iscrowd, int(areas[row]), bbox))
+    return np.array(ids, np.int32)[rows], tuple(segments)
+
+
+def _write_scenes(
+    root: Path, split: str, seed: int, indexes: range, size: int
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Writes photo and PNG of each scene; yields its rows of `images` and `annotations`."""
+    layout = _layout(root, split)
+    layout.images.mkdir(exist_ok=True)
+    layout.panoptic_dir.mkdir(parents=True, exist_ok=True)
+    for index in indexes:
+        scene = make_scene(seed, index, size)
+        name = f"{index + 1:012d}"
+        jpeg = simplejpeg.encode_jpeg(scene.photo, quality=92, colorspace="RGB")
+        _replace(layout.images / f"{name}.jpg", jpeg)
+        bgr = np.ascontiguousarray(ids_to_rgb(scene.ids)[..., ::-1])
+        encoded, png = cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 3])
+        if not encoded:
+            raise RuntimeError(f"OpenCV could not encode {name}.png")
+        _replace(layout.panoptic_dir / f"{name}.png", png.tobytes())
+        height, width = scene.ids.shape
+        rows = [{**asdict(row), "iscrowd": int(row.iscrowd)} for row in scene.segments]
+        yield (
+            {"id": index + 1, "file_name": f"{name}.jpg", "height": height, "width": width},
+            {"image_id": index + 1, "file_name": f"{name}.png", "segments_info": rows},
+        )
+
+
+def _layout(root: Path, split: str) -> CocoLayout:
+    """COCO's own layout, whether it is there yet or not."""
+    annotations = root / "annotations"
+    name = f"panoptic_{split}"
+    return CocoLayout(root / split, annotations / f"{name}.json", annotations / name)
+
+
+def _files(root: Path, split: str, indexes: range) -> Iterator[Path]:
+    """Every file of a split."""
+    layout = _layout(root, split)
+    yield layout.panoptic_json
+    for index in indexes:
+        yield layout.images / f"{index + 1:012d}.jpg"
+        yield layout.panoptic_dir / f"{index + 1:012d}.png"
+
+
+def _is_empty(root: Path) -> bool:
+    """Whether the folder holds nothing, or nothing but what a run killed at once leaves behind."""
+    return root.is_dir() and all(path.name == ".synthetic.json.tmp" for path in root.iterdir())
+
+
+def _json_bytes(document: object) -> bytes:
+    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Writes a file so that it is whole as soon as it bears its name."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
