@@ -17,10 +17,10 @@ WORKERS   ?= 2
 SCHEDULER ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format preprocess bench clean
+.PHONY: help install demo test test-fast check format preprocess bench clean
 
 help:  ## Show this.
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/installed  ## Set up .venv with everything, pinned by constraints.txt.
 
@@ -61,6 +61,9 @@ endif
 
 test: install  ## All tests.
 	$(BIN)/pytest --numprocesses auto
+
+test-fast: install  ## The tests that take no long run: under a minute on two cores.
+	$(BIN)/pytest --numprocesses auto -m "not slow"
 
 check: install  ## Lint, format, types; and that torchvision is nowhere.
 	$(BIN)/ruff check .

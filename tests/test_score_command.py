@@ -79,8 +79,8 @@ def test_workers_score_the_same_however_they_start(
     script = tmp_path / "script.py"
     script.write_text(
         "import multiprocessing, sys\n"
-        "import cli\n"
-        "from evaluate import sharing\n"
+        "from panoptic_cache import cli\n"
+        "from panoptic_cache.evaluate.metric import sharing\n"
         f"sharing._context = lambda: multiprocessing.get_context({method!r})\n"
         "if __name__ == '__main__':\n"
         "    cli.main()\n"
