@@ -22,21 +22,30 @@ ARROWS = {
     "pipeline.render": "pipeline.base pipeline pipeline.cache pipeline.scenes",
     "pipeline.scenes": "pipeline.base pipeline",
     "pipeline.pictures": "pipeline.base pipeline pipeline.cache",
+    "pipeline.console": "pipeline.base pipeline pipeline.render",
+    "pipeline.commands": "pipeline.* pipeline.console",
     "train": "pipeline.*",
+    "train.commands": "pipeline.* pipeline.console train",
     "evaluate.decoder": "pipeline.base train",
     "evaluate.metric": "pipeline.base pipeline",
     "evaluate.report": "pipeline.* evaluate.metric evaluate.decoder evaluate",
-    "evaluate.split": "pipeline.* train evaluate evaluate.*",
+    "evaluate.split": "pipeline.* train evaluate.*",
     "evaluate.study": "pipeline.* train evaluate.decoder evaluate.metric",
     "evaluate": "pipeline.* train evaluate.decoder evaluate.metric evaluate.report",
-    "cli": "pipeline.* train evaluate evaluate.*",
+    "evaluate.commands": "pipeline.* pipeline.console train evaluate.*",
+    "cli": "pipeline.console pipeline.commands train.commands evaluate.commands",
 }
 """What the files of a package may import beside their own: packages without their sub-packages, or
-`name.*` for both. What is not in the table may not be imported."""
+`name.*` for a package with them. What is not in the table may not be imported: commands, by none
+but `cli`."""
+COMMAND_LINE = {"commands", "console", "__main__"}
 
 
 def package(path: Path) -> str:
+    """The row of the table that a file belongs to; the command line has rows of its own."""
     parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[-1] in COMMAND_LINE:
+        return ".".join((*parts[:-1], parts[-1].replace("__main__", "commands")))
     return ".".join(parts if len(parts) == 1 else parts[:-1])
 
 
@@ -52,13 +61,13 @@ FILES = {
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Full names of all modules a file imports, anywhere in it."""
+    """Full names of all that a file imports, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def owner(module: str) -> str:
@@ -72,7 +81,8 @@ def test_arrows(name: str) -> None:
     allowed = {name}
     for entry in ARROWS[name].split():
         top = entry.removesuffix(".*")
-        allowed |= {key for key in ARROWS if key == top or (top != entry and top in key)}
+        below = {key for key in ARROWS if key.startswith(f"{top}.")} if top != entry else set()
+        allowed |= {top} | {key for key in below if key.split(".")[1] not in COMMAND_LINE}
     assert FILES[name], "the table names a package that is not there"
     for path in FILES[name]:
         modules = [*imported(path)]

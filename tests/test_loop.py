@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import Run
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -44,7 +45,6 @@ from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import CocoPanoptic
 from panoptic_cache.pipeline.render.driver import render
-from panoptic_cache.train.__main__ import main
 from panoptic_cache.train.config import (
     DataConfig,
     LossConfig,
@@ -56,6 +56,7 @@ from panoptic_cache.train.loop import instance_distance, task_of
 from panoptic_cache.train.loop import train as train_run
 from panoptic_cache.train.losses import instance_loss, semantic_loss
 from panoptic_cache.train.optim import learning_rate
+from panoptic_cache.train.ranks import Ranks
 from panoptic_cache.train.restore import incomplete, latest_checkpoint, load_model, read_state
 from panoptic_cache.train.watch import keep_lines
 
@@ -341,7 +342,7 @@ def test_a_size_that_patches_do_not_tile_leaves_no_folder(tiny_cache: Path, tmp_
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_line(
-    tiny_cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Run, tiny_cache: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "run.toml"
     config = make_config(
@@ -351,10 +352,8 @@ def test_a_loss_that_is_not_finite_stops_with_a_line(
         optim=OptimConfig(lr=1e30, warmup_epochs=0.0),
     )
     write_config(config, file)
-    with pytest.raises(SystemExit) as caught:
-        main(file, ["checkpoint_every=3"], resume=False)
-    assert caught.value.code == 1
-    message = caplog.records[-1].getMessage()
+    code, _, message = run("train", file, "--set", "checkpoint_every=3")
+    assert code == 1
     assert "the loss is nan at step 1" in message  # the first after weights of 1e30
     assert message.startswith("batch of 0")
     assert message.endswith("(lower optim.lr, or use fp32)")
@@ -480,7 +479,7 @@ def test_a_run_asked_to_stop_saves_and_goes_on_bit_for_bit(
 
 
 def test_before_the_first_step_there_is_nothing_to_finish(
-    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write_config(make_config(tiny_cache, tmp_path / "run"), tmp_path / "run.toml")
 
@@ -488,9 +487,7 @@ def test_before_the_first_step_there_is_nothing_to_finish(
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr("panoptic_cache.train.loop.open_index", opened)
-    with pytest.raises(SystemExit) as caught:
-        main(file, None, resume=False)
-    assert caught.value.code == 143
+    assert run("train", file)[0] == 143
     assert not (tmp_path / "run").exists()
 
 
@@ -541,10 +538,10 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
 
 
 def test_only_samples_of_the_guilty_micro_batch_are_named() -> None:
-    error = not_finite(7, [0.5, math.nan], [("a", "b"), ("c", "d")], math.nan)
+    error = not_finite(Ranks(), 7, [0.5, math.nan], [("a", "b"), ("c", "d")], math.nan)
     assert str(error).startswith("batch of c, d: the loss is nan at step 7")
     many = [tuple(f"{n}" for n in range(40))]
-    assert "31 and 8 more: " in str(not_finite(7, [math.inf], many, 1.0))
+    assert "31 and 8 more: " in str(not_finite(Ranks(), 7, [math.inf], many, 1.0))
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def said(call: Any) -> str:
 
 def two_ranks(rank: int, store: str, answers: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    ranks = Ranks(2)
+    ranks = Ranks(rank, 2)
     found = [
         said(lambda: ranks.check_same({"the cache": "a"})),
         said(lambda: ranks.check_same({"the cache": "a", "first": rank})),
@@ -79,7 +79,7 @@ def test_two_ranks_hear_the_same(tmp_path: Path) -> None:
 def test_a_folder_that_a_rank_does_not_see_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ranks, file = Ranks(1), tmp_path / "run" / "config.toml"
+    ranks, file = Ranks(), tmp_path / "run" / "config.toml"
     monkeypatch.setattr("panoptic_cache.train.ranks.PATIENCE", 1.5)
     monkeypatch.setattr(ranks, "first", lambda _: b"what rank 0 has written")
     with pytest.raises(InputError, match=r"rank 0 does not see config\.toml"):
@@ -95,7 +95,7 @@ def test_a_folder_that_a_rank_does_not_see_is_said(
 
 
 def test_one_rank_agrees_with_itself() -> None:
-    ranks = Ranks(1)
+    ranks = Ranks()
     ranks.check_same({"x": 1})
     ranks.check_disjoint(["a", "a"], repeats=False)
     assert ranks.agree(1, 0, signal=2, finite=False) == Verdict(2, False)

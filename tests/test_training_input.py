@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import Run
 from short_runs import ROOT, make_config, same_run, saved_steps, write_config
 
 import panoptic_cache.train.checkpoint
@@ -25,7 +26,6 @@ from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
 from panoptic_cache.pipeline.render.driver import render
-from panoptic_cache.train.__main__ import main
 from panoptic_cache.train.data import iterate, open_index
 from panoptic_cache.train.guards import disk_advice, rank_advice
 from panoptic_cache.train.loop import train as train_run
@@ -47,15 +47,14 @@ def one_thread_without_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def refuse(tiny_cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Refuse:
+def refuse(run: Run, tiny_cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Refuse:
     """Runs the command with settings; the one line that it ends with."""
 
     def call(*settings: str, resume: bool = False) -> str:
         file = write_config(make_config(tiny_cache, tmp_path / "run"), tmp_path / "run.toml")
-        caplog.clear()
-        with pytest.raises(SystemExit) as caught:
-            main(file, list(settings), resume=resume)
-        assert caught.value.code == 1
+        options = [part for setting in settings for part in ("--set", setting)]
+        code, _, _ = run("train", file, *options, *(["--resume"] if resume else []))
+        assert code == 1
         (line,) = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
         assert "\n" not in line
         return line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,7 +17,8 @@ from torch.distributed import DistError
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.train.config import TrainConfig
-from panoptic_cache.train.stopping import StopRequest
+from panoptic_cache.train.ranks import Ranks
+from panoptic_cache.train.stopping import StopRequest, stop_with_launcher
 
 log = logging.getLogger(__name__)
 
@@ -33,16 +35,23 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, 
 
 
 def not_finite(
-    step: int, losses: Sequence[float], keys: Sequence[tuple[str, ...]], norm: float
+    ranks: Ranks,
+    step: int,
+    losses: Sequence[float],
+    keys: Sequence[tuple[str, ...]],
+    norm: float,
 ) -> InputError:
-    """Says where a loss or a gradient stopped being a number.
+    """Says on every rank where a loss or a gradient stopped being a number.
 
     Args:
+        ranks: All of them call this.
         step: 0-based.
-        losses: Of the micro-batches of all ranks.
+        losses: Of this rank's micro-batches.
         keys: Of their samples.
         norm: Of the gradient over all ranks.
     """
+    everyone = ranks.gather(lambda: [*zip(losses, keys, strict=True)])
+    losses, keys = zip(*(pair for pairs in everyone for pair in pairs), strict=True)
     guilty = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
     what = (
         f"the loss is {losses[guilty[0]]} at step {step}"
@@ -169,3 +178,17 @@ def alone(out: Path) -> Iterator[None]:
             held.close()
             with suppress(OSError):
                 out.rmdir()  # nothing came of it
+
+
+@contextmanager
+def guarded_run(config: TrainConfig) -> Iterator[None]:
+    """Everything around a run that a command line wants: the folder's lock, errors as one line."""
+    stop_with_launcher()
+    out = Path(config.out)
+    with ExitStack() as guards:
+        guards.enter_context(disk_advice(out))
+        if os.environ.get("RANK", "0") == "0":
+            guards.enter_context(alone(out))
+        guards.enter_context(memory_advice(smaller_steps(config)))
+        guards.enter_context(rank_advice())
+        yield

@@ -72,7 +72,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
         project_dir=config.out,
     )
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    main, ranks = accelerator.is_main_process, Ranks(world)
+    main, ranks = accelerator.is_main_process, Ranks(rank, world)
 
     # The run's folder.
     out = Path(config.out)
@@ -218,13 +218,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
             finite = all(map(math.isfinite, (*totals, length)))
             verdict = ranks.agree(step, TASKS.index(task), signal=request.signal, finite=finite)
             if not verdict.finite:
-                everyone = ranks.gather((totals, keys))
-                raise not_finite(
-                    step,
-                    [loss for losses, _ in everyone for loss in losses],
-                    [batch_keys for _, found in everyone for batch_keys in found],
-                    length,
-                )
+                raise not_finite(ranks, step, totals, keys, length)
             optimizer.step()
             optimizer.zero_grad()
             if ema is not None:

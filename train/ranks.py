@@ -1,25 +1,29 @@
-"""What the ranks must agree on: the run, the step and its task, when to stop, whose samples.
+"""The processes that share a run or an evaluation, and what they tell each other.
 
-Facts travel through a Gloo group of their own, from CPU to CPU: the GPU is not waited for. One
-small reduction a step costs well below a millisecond, and no rank ever waits for another that has
-left.
+`accelerate launch` or `torchrun` starts them. Facts travel through a Gloo group of their own, from
+CPU to CPU, so no GPU is waited for: one small reduction a step costs well below a millisecond.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 
 from panoptic_cache.pipeline.base.errors import InputError
 
 Value = TypeVar("Value")
 
+SLOWEST = timedelta(days=1)
+"""How long a rank of an evaluation waits for a slower one."""
 PATIENCE = 60.0
 """Seconds to wait for a file that another machine wrote."""
 
@@ -38,15 +42,70 @@ class Verdict:
 
 
 class Ranks:
-    """The processes of a run; make it on all of them."""
+    """This process among its equals; make it on all of them, once they form a process group.
 
-    def __init__(self, world: int) -> None:
-        self._world = world
-        self._group: Any = dist.new_group(backend="gloo") if world > 1 else None
+    Args:
+        timeout: How long to wait for another rank; by default Gloo's half an hour.
+
+    Attributes:
+        rank: From 0, the main one.
+        world: How many there are.
+        device: This process' own, such as `cuda:1`; None where the caller chooses one.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        world: int = 1,
+        device: str | None = None,
+        timeout: timedelta | None = None,
+    ) -> None:
+        self.rank, self.world, self.device = rank, world, device
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if world > 1 else None
+
+    @classmethod
+    def current(cls, *, cpu: bool = False) -> Ranks:
+        """Joins the processes that a launcher has started; alone, this costs nothing.
+
+        Args:
+            cpu: Leave GPUs alone.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        state = PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=SLOWEST)
+        return cls(state.process_index, state.num_processes, str(state.device), SLOWEST)
+
+    @property
+    def main(self) -> bool:
+        """The one that writes results and prints."""
+        return self.rank == 0
+
+    def gather(self, work: Callable[[], Value]) -> list[Value]:
+        """Does the work and returns the values of all ranks, by rank, on every rank.
+
+        Raises:
+            InputError: That of the first rank that met one, on every rank.
+        """
+        if self._group is None:
+            return [work()]
+        try:
+            mine: tuple[Value | None, InputError | None] = work(), None
+        except InputError as error:
+            mine = None, error
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, mine, group=self._group)
+        for _, problem in everyone:
+            if problem is not None:
+                raise problem
+        return [value for value, _ in everyone]
+
+    def first(self, work: Callable[[], Value]) -> Value:
+        """What rank 0 finds, on every rank, so that all go on from the same."""
+        return cast("Value", self.gather(lambda: work() if self.main else None)[0])
 
     def check_same(self, facts: Mapping[str, object]) -> None:
         """Raises InputError on every rank where a fact differs between ranks."""
-        everyone = self.gather(dict(facts))
+        everyone = self.gather(lambda: dict(facts))
         for name, value in everyone[0].items():
             for rank, other in enumerate(everyone):
                 if other[name] != value:
@@ -57,9 +116,9 @@ class Ranks:
                     )
 
     def check_shared(self, file: Path) -> None:
-        """Raises InputError on every rank where one does not see a file that the main rank wrote.
+        """Raises InputError on every rank where one does not see a file that rank 0 wrote.
 
-        What a network's file system shows of other machines may be a minute old.
+        A network file system may show what other machines wrote as late as a minute after.
         """
         wanted = self.first(lambda: _content(file))
         end = time.monotonic() + PATIENCE
@@ -67,8 +126,8 @@ class Ranks:
             if time.monotonic() > end:
                 break
             time.sleep(1)
-        for rank, theirs in enumerate(self.gather(seen)):
-            if not theirs:
+        for rank, sees_it in enumerate(self.gather(lambda: seen)):
+            if not sees_it:
                 raise InputError(
                     f"rank {rank} does not see {file.name} that rank 0 has written",
                     where=file.parent,
@@ -80,10 +139,10 @@ class Ranks:
 
         Args:
             keys: Of this rank's first micro-batch.
-            repeats: The same sample may rightly come twice in a step; then only ranks with the
-                very same keys are refused.
+            repeats: A sample may come twice in a step; then only ranks with exactly the same keys
+                are refused.
         """
-        everyone = [frozenset(each) for each in self.gather(list(keys))]
+        everyone = [frozenset(each) for each in self.gather(lambda: list(keys))]
         for rank, theirs in enumerate(everyone):
             for earlier, others in enumerate(everyone[:rank]):
                 if theirs == others if repeats else theirs & others:
@@ -107,7 +166,7 @@ class Ranks:
         """
         if self._group is None:
             return Verdict(signal, finite)
-        # The largest of x and of -x, so one reduction tells both ends.
+        # The maximum of x and of -x gives both ends in one reduction.
         facts = torch.tensor([signal, not finite, step, task, -step, -task], dtype=torch.int64)
         dist.all_reduce(facts, dist.ReduceOp.MAX, group=self._group)
         asked, broken, last, high, first, low = facts.tolist()
@@ -119,25 +178,11 @@ class Ranks:
             )
         return Verdict(asked, not broken)
 
-    def gather(self, mine: Value) -> list[Value]:
-        """The values of all ranks, by rank, on every rank."""
-        if self._group is None:
-            return [mine]
-        everyone: list[Any] = [None] * self._world
-        dist.all_gather_object(everyone, mine, group=self._group)
-        return everyone
-
-    def first(self, look: Callable[[], Value]) -> Value:
-        """What rank 0 finds, on every rank: so that all go on from the same."""
-        found: list[Any] = [look() if self._group is None or dist.get_rank() == 0 else None]
-        if self._group is not None:
-            dist.broadcast_object_list(found, src=0, group=self._group)
-        value: Value = found[0]
-        return value
+    def leave(self) -> None:
+        """Ends the process group; a process that exits in it warns."""
+        if self.world > 1:
+            PartialState().destroy_process_group()
 
 
 def _content(file: Path) -> bytes | None:
-    try:
-        return file.read_bytes()
-    except FileNotFoundError:
-        return None
+    return file.read_bytes() if file.exists() else None

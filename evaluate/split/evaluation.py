@@ -18,7 +18,6 @@ from typing import Any
 
 from panoptic_cache.evaluate.metric.score import ImageScore, Outcome, check_scorable, total_scores
 from panoptic_cache.evaluate.predict import Predictor
-from panoptic_cache.evaluate.ranks import Ranks
 from panoptic_cache.evaluate.report.drawing import draw_pictures
 from panoptic_cache.evaluate.report.page import write_report
 from panoptic_cache.evaluate.split.journal import Row, journal_files, read_journals
@@ -29,6 +28,7 @@ from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.base.stopping import Interrupted
 from panoptic_cache.pipeline.coco import Category, CocoPanoptic, ImageId
+from panoptic_cache.train.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 

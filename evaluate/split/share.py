@@ -16,7 +16,6 @@ from panoptic_cache.evaluate.metric.measures import thing_ids
 from panoptic_cache.evaluate.metric.score import ImageScore, score_image
 from panoptic_cache.evaluate.photos import read_ahead
 from panoptic_cache.evaluate.predict import Predictor
-from panoptic_cache.evaluate.ranks import Ranks
 from panoptic_cache.evaluate.split.journal import Journal, Row
 from panoptic_cache.evaluate.split.superseded import supersede
 from panoptic_cache.evaluate.study.clock import Clock
@@ -28,6 +27,7 @@ from panoptic_cache.pipeline.coco import CocoPanoptic, ImageId, PanopticRecord
 from panoptic_cache.pipeline.pictures.colours import Picture
 from panoptic_cache.pipeline.png import read_ids
 from panoptic_cache.train.guards import memory_advice
+from panoptic_cache.train.ranks import Ranks
 
 Outcomes = dict[int, tuple[Row, ImageScore]]
 """Row of `panoptic.json` and score, by position in the split."""

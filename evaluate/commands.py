@@ -1,0 +1,297 @@
+"""Commands of evaluation: scores, predictions, exports, and how good a decoder is."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from panoptic_cache.pipeline.console import (
+    Annotations,
+    Count,
+    Images,
+    Json,
+    Pngs,
+    Root,
+    Split,
+    bench_layout,
+    dataset_layout,
+    print_bench,
+    print_json,
+    print_values,
+)
+
+if TYPE_CHECKING:
+    from panoptic_cache.evaluate.metric.pq import PQResult
+    from panoptic_cache.pipeline.coco import Category
+
+app = typer.Typer()
+bench = typer.Typer()
+log = logging.getLogger(__name__)
+
+Checkpoint = Annotated[Path, typer.Option(help="A run's folder, or one of its checkpoints.")]
+WeightsOption = Annotated[
+    Literal["model", "ema"] | None,
+    typer.Option("--weights", help="Last ones or their average; the average where there is one."),
+]
+Device = Annotated[str | None, typer.Option(help="Such as cuda; by default a GPU if there is one.")]
+
+SemanticNoise = Annotated[
+    float, typer.Option(min=0, help="Level of corruption of the semantic logits, 0 to 3.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")]
+PrecisionOption = Annotated[
+    Literal["fp32", "bf16"],
+    typer.Option("--precision", help="Of the network; bf16 is several times as fast on a GPU."),
+]
+Flip = Annotated[
+    bool, typer.Option("--flip", help="Average with the mirrored picture: 2x the network.")
+]
+Sizes = Annotated[
+    str | None,
+    typer.Option(help="Average over input sides, as 420,518; each costs (side / trained)^2."),
+]
+
+
+@app.command("evaluate")
+def evaluate(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="Folder of predictions, pictures and report.")],
+    coco: Root = None,
+    split: Split = None,
+    images: Images = None,
+    panoptic_json: Annotations = None,
+    panoptic_dir: Pngs = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 8,
+    limit: Limit = None,
+    overlays: Annotated[int, typer.Option(min=0, help="Images to draw.")] = 16,
+    flip: Flip = False,
+    sizes: Sizes = None,
+    device: Device = None,
+    weights: WeightsOption = None,
+    precision: PrecisionOption = "fp32",
+    as_json: Json = False,
+) -> None:
+    """Predict a split, score it, and write predictions, overlays and a report.
+
+    Stopped, it goes on when run again. Several GPUs: accelerate launch cli.py evaluate ...
+    """
+    from panoptic_cache.evaluate.predict import Predictor
+    from panoptic_cache.evaluate.split.evaluation import evaluate as run
+    from panoptic_cache.pipeline.coco import read_dataset
+    from panoptic_cache.train.ranks import Ranks
+
+    layout, name = dataset_layout(coco, split, images, panoptic_json, panoptic_dir)
+    dataset = read_dataset(layout).head(limit)
+    ranks = Ranks.current(cpu=device == "cpu")
+    outcome = run(
+        Predictor(
+            checkpoint,
+            ranks.device or device,
+            flip=flip,
+            sizes=_sides(sizes),
+            weights=weights,
+            precision=precision,
+        ),
+        dataset,
+        out,
+        batch=batch,
+        overlays=overlays,
+        title=f"Panoptic quality, {name}",
+        ranks=ranks,
+    )
+    ranks.leave()
+    if ranks.main:
+        _show_scores(outcome.pq, dataset.categories, outcome.to_json(), as_json)
+        log.info("report: %s", out / "report.html")
+
+
+@app.command("predict")
+def predict(
+    pictures: Annotated[list[Path], typer.Argument(help="JPEGs, PNGs, or folders of them.")],
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="Folder of overlays, panoptic PNGs and JSON.")],
+    flip: Flip = False,
+    sizes: Sizes = None,
+    device: Device = None,
+    weights: WeightsOption = None,
+    precision: PrecisionOption = "fp32",
+    as_json: Json = False,
+) -> None:
+    """Segment any pictures: overlays with labels, panoptic PNGs and their JSON.
+
+    What cannot be read is left out, and the exit code is 3.
+    """
+    from panoptic_cache.evaluate.photos import list_pictures
+    from panoptic_cache.evaluate.predict import Predictor
+    from panoptic_cache.evaluate.writer import predict_pictures
+
+    paths = list_pictures(pictures)
+    predictor = Predictor(
+        checkpoint,
+        device,
+        flip=flip,
+        sizes=_sides(sizes),
+        weights=weights,
+        precision=precision,
+    )
+    written = predict_pictures(predictor, paths, out)
+    shown = {"pictures": written.pictures, "left_out": written.left_out, "json": str(written.json)}
+    print_values(shown, as_json)
+    if written.left_out:
+        raise typer.Exit(3)
+
+
+@app.command("score")
+def score(
+    truth: Annotated[Path, typer.Argument(help="Panoptic JSON of the ground truth.")],
+    prediction: Annotated[Path, typer.Argument(help="Panoptic JSON of the prediction.")],
+    gt_dir: Annotated[Path | None, typer.Option(help="Its PNGs; by default beside it.")] = None,
+    pred_dir: Annotated[Path | None, typer.Option(help="Its PNGs; by default beside it.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; by default as many as help.")
+    ] = None,
+    official: Annotated[
+        bool, typer.Option("--official", help="Run panopticapi too, if installed, and compare.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Score one COCO panoptic JSON against another, to the official evaluator's last digit."""
+    # Before numpy is imported, of which starting threads for linear algebra would take a third.
+    # Nothing here multiplies matrices.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from panoptic_cache.evaluate.metric.pairs import read_pairs
+    from panoptic_cache.evaluate.metric.pool import useful_workers
+    from panoptic_cache.evaluate.metric.score import score_all
+    from panoptic_cache.pipeline.base.collector import collector_paused
+    from panoptic_cache.pipeline.base.progress import progress
+
+    if official:
+        from panoptic_cache.evaluate.metric.official import (
+            compare_results,
+            import_official,
+            run_official,
+        )
+
+        reference = import_official()
+    with collector_paused():
+        categories, pairs = read_pairs(truth, prediction, gt_dir, pred_dir)
+        workers = workers or useful_workers(len(pairs))
+        with progress("score", len(pairs), "images", patience=1.0) as advance:
+            scores = score_all(categories, pairs, workers=workers, advance=advance)
+    values = scores.to_json()
+    if not official:
+        _show_scores(scores.pq, categories, values, as_json)
+        return
+    with progress("panopticapi", len(pairs), "images") as advance:
+        theirs = run_official(reference, truth, prediction, gt_dir, pred_dir, advance=advance)
+    found = compare_results(scores.pq, theirs)
+    _show_scores(scores.pq, categories, {**values, "official": found.to_json()}, as_json)
+    line = f"largest difference from panopticapi: {found.difference:.1e}, {found.at}"
+    if not found.agrees:
+        log.error("%s: more than rounding", line)
+        raise typer.Exit(1)
+    log.info("%s", line if found.difference else "panopticapi finds exactly the same")
+
+
+@app.command("ceiling")
+def ceiling(
+    coco: Root = None,
+    split: Split = None,
+    images: Images = None,
+    panoptic_json: Annotations = None,
+    panoptic_dir: Pngs = None,
+    size: Annotated[int, typer.Option(min=1, help="Side of the network's input.")] = 420,
+    noise: Annotated[float, typer.Option(min=0, help="Level of corruption, 0 to 3.")] = 0.0,
+    semantic_noise: SemanticNoise = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the corruption.")] = 0,
+    limit: Limit = None,
+    as_json: Json = False,
+) -> None:
+    """Score the ground truth, encoded, corrupted and decoded: the best a network could reach."""
+    from panoptic_cache.evaluate.study.ceiling import ceiling as measure
+    from panoptic_cache.pipeline.coco import read_dataset
+
+    layout, _ = dataset_layout(coco, split, images, panoptic_json, panoptic_dir)
+    dataset = read_dataset(layout).head(limit)
+    result = measure(dataset, size=size, noise=noise, semantic_noise=semantic_noise, seed=seed)
+    _show_scores(result.pq, dataset.categories, result.to_json(), as_json, by_category=False)
+
+
+@app.command("export")
+def export(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Also model.onnx: photo -> panoptic map.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Save a trained model as a folder that Predictor("DIR") loads, and as ONNX."""
+    from panoptic_cache.evaluate.export import export_model, export_onnx, onnx_difference
+    from panoptic_cache.evaluate.predict import Predictor
+
+    predictor = Predictor(checkpoint, "cpu")
+    shown: dict[str, Any] = {"folder": str(export_model(predictor.model, predictor.state, out))}
+    if onnx:
+        path = export_onnx(predictor.model, predictor.state, out, predictor.cells)
+        difference = onnx_difference(predictor.model, predictor.state, path, predictor.cells)
+        largest = None if difference is None else max(difference.values())
+        shown |= {"onnx": str(path), "difference_from_pytorch": largest}
+    print_values(shown, as_json)
+
+
+@bench.command("decode")
+def bench_decode(
+    coco: Root = None,
+    split: Split = None,
+    count: Count = 4,
+    size: Annotated[int, typer.Option(min=14, help="Side of the network's output.")] = 420,
+    semantic_noise: SemanticNoise = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Decoding by ours and by other decoders: PQ by level of noise, and time."""
+    from panoptic_cache.evaluate.study.bench import bench_decode as measure
+
+    print_bench(measure(bench_layout(coco, split), count, size, semantic_noise), as_json)
+
+
+@bench.command("score")
+def bench_score(
+    coco: Root = None, split: Split = None, count: Count = 64, as_json: Json = False
+) -> None:
+    """Scoring one image in one process."""
+    from panoptic_cache.evaluate.study.bench import bench_score as measure
+
+    print_bench(measure(bench_layout(coco, split), count), as_json)
+
+
+def _sides(text: str | None) -> tuple[int, ...]:
+    """`420,518` as numbers."""
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise typer.BadParameter(f"--sizes takes numbers such as 420,518, not {text}") from None
+
+
+def _show_scores(
+    result: PQResult,
+    categories: Sequence[Category],
+    values: dict[str, Any],
+    as_json: bool,
+    *,
+    by_category: bool = True,
+) -> None:
+    from panoptic_cache.evaluate.report.tables import score_text
+
+    if as_json:
+        print_json(values)
+        return
+    print(score_text(result, categories, values, by_category=by_category))
+    if "seconds_per_image" in values:
+        parts = ", ".join(f"{k} {v * 1e3:.1f}" for k, v in values["seconds_per_image"].items())
+        print(f"{values['images']} images; ms an image: {parts}")

@@ -1,0 +1,188 @@
+"""Commands of the first stage: made-up scenes, rendering, checking and showing a cache."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from panoptic_cache.pipeline.console import (
+    Annotations,
+    Count,
+    Images,
+    Json,
+    Pngs,
+    Root,
+    Split,
+    bench_layout,
+    dataset_layout,
+    print_bench,
+    print_json,
+    print_table,
+    print_values,
+)
+
+app = typer.Typer()
+bench = typer.Typer()
+log = logging.getLogger(__name__)
+
+
+@app.command("synth")
+def synth(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    images: Annotated[int, typer.Option(min=1, help="Scenes of the train split.")] = 64,
+    val_images: Annotated[int, typer.Option(min=0, help="Scenes of the val split.")] = 16,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    size: Annotated[int, typer.Option(min=32, help="Longer side, pixels.")] = 160,
+) -> None:
+    """Write made-up scenes as a COCO panoptic dataset."""
+    from panoptic_cache.pipeline.base.progress import progress
+    from panoptic_cache.pipeline.scenes.scene import write_dataset
+
+    with progress("synth", images + val_images, "scenes") as advance:
+        written = write_dataset(
+            out,
+            images=images,
+            val_images=val_images,
+            seed=seed,
+            size=size,
+            progress=lambda _: advance(),
+        )
+    log.info("%s: %s", out, "written" if written else "is complete already")
+
+
+@app.command("preprocess")
+def preprocess(
+    out: Annotated[str, typer.Option(help="Folder or fsspec URL of the cache.")],
+    coco: Root = None,
+    split: Split = None,
+    images: Images = None,
+    panoptic_json: Annotations = None,
+    panoptic_dir: Pngs = None,
+    fit: Annotated[
+        Literal["native", "squash", "longest"],
+        typer.Option(help="native: COCO's own size; squash: a square; longest: longer side."),
+    ] = "native",
+    size: Annotated[int | None, typer.Option(min=1, help="Pixels; not with native.")] = None,
+    samples_per_shard: Annotated[int, typer.Option(min=1)] = 256,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 = in this one.")] = 2,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Address of a running Dask scheduler, for --workers.")
+    ] = None,
+    max_bad: Annotated[
+        float, typer.Option(min=0, help="Images that may be left out: a part below 1, or a count.")
+    ] = 0.01,
+    strict: Annotated[bool, typer.Option(help="Every warning aborts.")] = False,
+    retry: Annotated[bool, typer.Option(help="Try again what was left out before.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check what can be without decoding.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Render a split into shards with precomputed targets; run again to go on."""
+    from panoptic_cache.pipeline.base.config import RenderConfig
+    from panoptic_cache.pipeline.base.files import Storage
+    from panoptic_cache.pipeline.coco import read_dataset
+    from panoptic_cache.pipeline.render.driver import render
+    from panoptic_cache.pipeline.render.dry_run import dry_run as look
+
+    layout, name = dataset_layout(coco, split, images, panoptic_json, panoptic_dir)
+    config = RenderConfig(fit=fit, size=size, samples_per_shard=samples_per_shard)
+    dataset = read_dataset(layout)
+    if dry_run:
+        outlook = look(
+            dataset,
+            config,
+            workers=workers,
+            max_bad=max_bad,
+            split=name,
+            storage=Storage(out),
+            retry=retry,
+        )
+        print_values(outlook, as_json)
+        if outlook["too_many"]:
+            log.error("%s: more images would be left out than --max-bad allows", out)
+            raise typer.Exit(3)
+        return
+    result = render(
+        dataset,
+        name,
+        Storage(out),
+        config,
+        workers=workers,
+        scheduler=scheduler,
+        max_bad=max_bad,
+        strict=strict,
+        retry=retry,
+    )
+    print_values(result.to_json(), as_json)
+    if result.too_many:
+        log.error("%s: more images left out than --max-bad allows, see quarantine.jsonl", out)
+        raise typer.Exit(3)
+
+
+@app.command("verify")
+def verify(
+    cache: Annotated[str, typer.Argument(help="Folder or URL of a cache.")],
+    deep: Annotated[bool, typer.Option(help="Read every byte, decode every member.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a cache against its index; exit 1 and name what is damaged."""
+    from panoptic_cache.pipeline.base.files import Storage
+    from panoptic_cache.pipeline.cache.verify import verify as check
+
+    report = check(Storage(cache), deep=deep)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        for problem in report.problems:
+            print(problem)
+        sound = "sound" if deep else "sound by names and sizes, --deep reads the bytes"
+        state = sound if report.ok else f"{len(report.problems)} problems"
+        print(f"{report.shards} shards, {report.samples} samples: {state}")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command("inspect")
+def inspect(
+    place: Annotated[str, typer.Argument(help="A cache's folder or URL, or one tar.")],
+    sample: Annotated[str | None, typer.Option(help="Key of the sample to draw.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to put the sample's picture.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a cache or a shard as a table, a sample as one picture."""
+    from panoptic_cache.pipeline.cache.inspect import (
+        ShardSummary,
+        describe,
+        find_categories,
+        find_sample,
+    )
+    from panoptic_cache.pipeline.pictures.colours import save_picture
+    from panoptic_cache.pipeline.pictures.sample_sheet import sample_sheet
+
+    if sample is not None or out is not None:
+        found = find_sample(place, sample)
+        path = out or Path(f"{found.key}.png")
+        save_picture(path, sample_sheet(found, find_categories(place)))
+        print_values({"sample": found.key, "picture": str(path)}, as_json)
+        return
+    summary = describe(place)
+    if as_json:
+        print_json(summary.to_json())
+    elif isinstance(summary, ShardSummary):
+        print_table(summary.COLUMNS, summary.rows(), left=1)
+    else:
+        print_table(("", place), summary.rows(), left=2)
+    if isinstance(summary, ShardSummary) and summary.problem:
+        log.warning("%s: %s", place, summary.problem)
+
+
+@bench.command("render")
+def bench_render(
+    coco: Root = None, split: Split = None, count: Count = 32, as_json: Json = False
+) -> None:
+    """Rendering one image on one core."""
+    from panoptic_cache.pipeline.render.bench import bench_render as measure
+
+    print_bench(measure(bench_layout(coco, split), count), as_json)

@@ -1,0 +1,141 @@
+"""What the commands of all stages share: options, printing, and how a program ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.stopping import Interrupted, interruptible
+from panoptic_cache.pipeline.base.text import table
+
+if TYPE_CHECKING:
+    from panoptic_cache.pipeline.coco import CocoLayout
+    from panoptic_cache.pipeline.render.bench import BenchResult
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
+Root = Annotated[Path | None, typer.Option("--coco", help="Root of a dataset in COCO's layout.")]
+Split = Annotated[str | None, typer.Option(help="Such as val2017.")]
+Images = Annotated[Path | None, typer.Option(help="Folder of photos, instead of --coco.")]
+Annotations = Annotated[Path | None, typer.Option(help="Annotation file, instead of --coco.")]
+Pngs = Annotated[Path | None, typer.Option(help="Folder of panoptic PNGs, instead of --coco.")]
+Count = Annotated[int, typer.Option("--count", min=1, help="Images to measure on.")]
+
+GRACE = 5.0
+"""Seconds in which a launcher ends the other ranks once one has failed."""
+
+log = logging.getLogger(__name__)
+
+
+def dataset_layout(
+    coco: Path | None,
+    split: str | None,
+    images: Path | None = None,
+    panoptic_json: Path | None = None,
+    panoptic_dir: Path | None = None,
+) -> tuple[CocoLayout, str]:
+    """The dataset that the options name, and what to call it."""
+    from panoptic_cache.pipeline.coco import CocoLayout  # noqa: PLC0415
+
+    if coco is not None and split is not None and not (images or panoptic_json or panoptic_dir):
+        return CocoLayout.of(coco, split), split
+    if coco is None and images and panoptic_json and panoptic_dir:
+        name = split or panoptic_json.stem.removeprefix("panoptic_")
+        return CocoLayout(images, panoptic_json, panoptic_dir), name
+    raise typer.BadParameter(
+        "give --coco and --split, or --images, --panoptic-json and --panoptic-dir"
+    )
+
+
+def bench_layout(coco: Path | None, split: str | None) -> CocoLayout | None:
+    """The dataset to measure on; None where the options name none."""
+    return None if coco is None else dataset_layout(coco, split)[0]
+
+
+def print_bench(result: BenchResult, as_json: bool) -> None:
+    """Prints a benchmark as a table or as JSON."""
+    if as_json:
+        print_json(result.to_json())
+    else:
+        print(result.title)
+        print_table(result.columns, result.rows(), left=1)
+
+
+def print_values(values: dict[str, Any], as_json: bool) -> None:
+    """Prints values by name, as a table or as JSON."""
+    if as_json:
+        print_json(values)
+    else:
+        rows = [
+            (name, f"{value:,}" if isinstance(value, int) and value is not True else str(value))
+            for name, value in values.items()
+        ]
+        print_table(("", ""), rows, left=2)
+
+
+def print_json(values: dict[str, Any]) -> None:
+    """Prints one JSON object on one line."""
+    print(json.dumps(values))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> None:
+    """Prints aligned columns, the first `left` of them aligned to the left."""
+    print(table(columns, rows, left=left))
+
+
+def run_program(app: Callable[[], object]) -> NoReturn:
+    """Runs a command line; what a user can cause ends in one line and an exit code.
+
+    Of several ranks that share the work, the first one speaks. An error that only one of the others
+    has met is told by that one, `GRACE` seconds later: by then the launcher has ended the ranks
+    that met the same error as the first.
+
+    Raises:
+        SystemExit: Always. 0 finished, 1 failed, 2 wrong usage, 3 too much left out, 130 and 143
+            stopped by SIGINT and SIGTERM.
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    level = logging.WARNING if first else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("panoptic_cache").setLevel(logging.INFO if first else logging.ERROR)
+    code = _exit_code(app, first=first)
+    if code and os.environ.get("WORLD_SIZE", "1") != "1":
+        # Threads of a process group whose other ranks have gone may abort on the way out, and
+        # print so below the line that says what happened.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)
+
+
+def _exit_code(app: Callable[[], object], *, first: bool) -> int:
+    try:
+        with interruptible():
+            app()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except InputError as error:
+        if not first or error.code == "rank-lost":
+            time.sleep(GRACE)
+        log.error("%s", error)
+    except Interrupted as stop:
+        if first:
+            log.error("%s", stop)
+        return stop.exit_code
+    except BrokenPipeError:  # whoever reads what is printed, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # no rights, no such place, a disk that fails
+        what = error.strerror or str(error) or type(error).__name__
+        log.error("%s: %s", error.filename, what) if error.filename else log.error("%s", what)
+    else:
+        return 0
+    return 1
