@@ -126,11 +126,10 @@ def predict(
 
     What cannot be read is left out, and the exit code is 3.
     """
-    from panoptic_cache.evaluate.photos import list_pictures
+    from panoptic_cache.evaluate.photos import list_photos, predict_photos
     from panoptic_cache.evaluate.predict import Predictor
-    from panoptic_cache.evaluate.writer import predict_pictures
 
-    paths = list_pictures(pictures)
+    paths = list_photos(pictures)
     predictor = Predictor(
         checkpoint,
         device,
@@ -139,10 +138,10 @@ def predict(
         weights=weights,
         precision=precision,
     )
-    written = predict_pictures(predictor, paths, out)
-    shown = {"pictures": written.pictures, "left_out": written.left_out, "json": str(written.json)}
+    done = predict_photos(predictor, paths, out)
+    shown = {"pictures": done.photos, "left_out": done.left_out, "json": str(done.json)}
     print_values(shown, as_json)
-    if written.left_out:
+    if done.left_out:
         raise typer.Exit(3)
 
 

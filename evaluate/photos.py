@@ -1,76 +1,105 @@
-"""Pictures of any kind as RGB arrays, and ahead of their use."""
+"""The command `panoptic predict`: photos in, overlays, panoptic PNGs and their JSON out."""
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator, Sequence
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from itertools import islice
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-import numpy as np
-from PIL import Image
-
+from panoptic_cache.evaluate.predict import Predictor, read_picture
+from panoptic_cache.evaluate.prediction_files import (
+    JSON_NAME,
+    PNG_FOLDER,
+    Row,
+    write_json,
+    write_png,
+)
+from panoptic_cache.evaluate.report.pictures import predicted_map, write_overlay
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.pictures.colours import Picture
+from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.base.progress import progress
+from panoptic_cache.train.guards import memory_advice
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
-ORIENTATION = 0x0112
-"""The EXIF tag."""
-TURNS: dict[Any, Image.Transpose] = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""By its value, what makes a picture upright."""
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".jpg", ".jpeg", ".png")
+LONGEST_STEM = 200
+"""Bytes of a file name without suffix; most file systems allow 255 for the whole name."""
+
+Source = TypeVar("Source")
+Value = TypeVar("Value")
 
 
-def read_picture(path: Path | str, *, upright: bool = True) -> Picture:
-    """Any picture that Pillow reads as (H, W, 3) uint8 RGB, the first one of an animation.
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """What `predict_photos` did.
 
-    Gray and CMYK become RGB, 16 bits become 8, transparency is ignored.
+    Attributes:
+        json: The JSON of the predictions.
+        photos: Number of photos in it.
+        left_out: Number of photos that could not be used.
+    """
+
+    json: Path
+    photos: int
+    left_out: int
+
+
+def predict_photos(predictor: Predictor, paths: Sequence[Path], out: Path) -> Predicted:
+    """Predicts photos and writes `overlays/*.jpg`, `panoptic/*.png` and `panoptic.json`.
+
+    A photo that cannot be read, or for which the network returns NaN, is left out with a warning.
 
     Args:
-        path: Of the picture.
-        upright: Turn it as its EXIF tag says. Annotated photos must not be: annotations lie on
-            the pixels as they are stored.
+        predictor: The trained model.
+        paths: The photos.
+        out: The folder to write.
 
     Raises:
-        InputError: Missing, damaged, no picture, or so large that it may be an attack.
+        InputError: No photo can be used, or the folder cannot be written.
     """
-    try:
-        with Image.open(path) as file:
-            image: Image.Image = file
-            # By the tag alone: writing all tags anew, as Pillow's own function does, trips over
-            # those of an odd type.
-            turn = file.getexif().get(ORIENTATION) if upright else None
-            if turn in TURNS:
-                image = image.transpose(TURNS[turn])
-            if image.mode.startswith("I"):  # 16 bits of gray, which Pillow would cut off at 255
-                gray = np.asarray(image, np.int64).clip(0, 65535) // 257
-                return np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
-            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except FileNotFoundError:
-        raise InputError("no such picture", where=path, code="picture-missing") from None
-    # A damaged header makes Pillow raise all of these.
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        what = str(error).removesuffix(f" {str(path)!r}")
-        raise InputError(
-            f"not a readable picture: {what}", where=path, code="picture-damaged"
-        ) from None
+    for name in (PNG_FOLDER, "overlays"):
+        Storage(str(out / name)).create()
+    names = unique_names(path.stem for path in paths)
+    rows: list[Row] = []
+    errors: list[InputError] = []
+    with progress("predict", len(paths), "photos") as advance, ExitStack() as stack:
+        for path, name, reading in zip(paths, names, ahead(read_picture, paths, 4), strict=True):
+            try:
+                photo = reading.result()
+                with memory_advice("ask for fewer or smaller --sizes, or another --device"):
+                    result = predictor([photo])[0]
+            except InputError as error:
+                error.where = error.where or str(path)
+                if len(paths) > 1:
+                    logger.warning("left out: %s", error)
+                errors.append(error)
+                advance()
+                continue
+            row = write_png(out, f"{name}{path.suffix}", name, result, predictor.categories)
+            if not rows:  # from now on, also when stopped, the JSON is replaced
+                stack.callback(write_json, out, rows, predictor.categories)
+            rows.append(row)
+            overlay = out / "overlays" / f"{name}.jpg"
+            write_overlay(overlay, photo, predicted_map(result), predictor.categories)
+            advance()
+    if not rows:
+        none = InputError(f"none of {len(errors)} photos can be used")
+        raise errors[0] if len(errors) == 1 else none
+    return Predicted(out / JSON_NAME, len(rows), len(errors))
 
 
-def list_pictures(paths: Sequence[Path]) -> list[Path]:
-    """The pictures named, and those in the folders named, in order.
+def list_photos(paths: Sequence[Path]) -> list[Path]:
+    """The files among `paths`, and the photos in the folders among them, in order.
 
     Raises:
-        InputError: Nothing there.
+        InputError: A path does not exist, or a folder holds no JPEG or PNG.
     """
     found: list[Path] = []
     for path in paths:
@@ -79,9 +108,9 @@ def list_pictures(paths: Sequence[Path]) -> list[Path]:
                 path.stat()
                 found.append(path)
                 continue
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
         except FileNotFoundError:
-            raise InputError("no such picture or folder", where=path) from None
+            raise InputError("no such photo or folder", where=path) from None
         except OSError as error:
             raise InputError(f"cannot be read: {error.strerror}", where=path) from None
         if not inside:
@@ -90,19 +119,31 @@ def list_pictures(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def read_ahead(
-    paths: Sequence[Path], ahead: int, *, upright: bool = True
-) -> Iterator[Future[Picture]]:
-    """Reads pictures in order with a few threads, at most `ahead` of them early.
+def ahead(
+    read: Callable[[Source], Value], sources: Iterable[Source], depth: int
+) -> Iterator[Future[Value]]:
+    """Reads in order with two threads, at most `depth` sources ahead of the consumer.
 
     Yields:
-        One future a path; its `result()` waits for the picture, or raises `read_picture`'s error.
+        A future for each source; `result()` returns the value or raises the error of `read`.
     """
-    read = partial(read_picture, upright=upright)
+    rest = iter(sources)
     with ThreadPoolExecutor(2) as pool:
-        waiting: list[Future[Picture]] = []
-        rest = iter(paths)
-        waiting.extend(pool.submit(read, path) for path in islice(rest, ahead))
+        waiting = [pool.submit(read, source) for source in islice(rest, depth)]
         while waiting:
             yield waiting.pop(0)
-            waiting.extend(pool.submit(read, path) for path in islice(rest, 1))
+            waiting += [pool.submit(read, source) for source in islice(rest, 1)]
+
+
+def unique_names(stems: Iterable[str]) -> list[str]:
+    """The stems, with `_2`, `_3`, ... appended to those that occurred before.
+
+    Long stems are cut, so that a suffix still fits into the file system's limit.
+    """
+    taken: set[str] = set()
+    names = []
+    for stem in (os.fsencode(each)[:LONGEST_STEM].decode(errors="ignore") for each in stems):
+        choices = chain([stem], (f"{stem}_{number}" for number in count(2)))
+        names.append(next(name for name in choices if name not in taken))
+        taken.add(names[-1])
+    return names

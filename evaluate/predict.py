@@ -1,6 +1,6 @@
-"""A trained model on pictures: photos -> heads -> panoptic maps -> COCO panoptic PNG and JSON.
+"""A trained model: photos -> heads -> panoptic maps.
 
-Three lines do it from Python:
+From Python:
 
     from panoptic_cache.evaluate.predict import Predictor, read_picture
     predictor = Predictor("runs/train")
@@ -10,6 +10,7 @@ Three lines do it from Python:
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 
 from panoptic_cache.evaluate.decoder.decode import DecodeConfig, PanopticMap, decode
-from panoptic_cache.evaluate.photos import read_picture
 from panoptic_cache.evaluate.views import Heads, average, mirrored, network_cost
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category
@@ -31,33 +33,48 @@ from panoptic_cache.train.encoding import Encoding, grid_cells, make_encoding, n
 from panoptic_cache.train.model import PanopticModel, check_size
 from panoptic_cache.train.restore import TrainState, Weights, find_checkpoint, load_model
 
-__all__ = ["Predictor", "read_picture"]
+Pixels = NDArray[np.uint8]
+"""A photo: (H, W, 3) uint8 RGB."""
+
+ORIENTATION = 0x0112
+"""The EXIF tag that says how a photo must be turned."""
+TURNS: dict[Any, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a photo upright, by the value of that tag."""
 
 
 class Predictor:
-    """A model with everything that turns pictures into panoptic maps.
+    """A model and everything needed to turn photos into panoptic maps.
 
     Args:
-        checkpoint: A run's folder or one of its checkpoints.
+        checkpoint: A run's folder, one of its checkpoints, or an exported model.
         device: Such as `cuda`; by default the GPU where there is one.
         decoding: Settings of the decoder.
-        flip: Average with the mirrored picture: 2x the network.
-        sizes: Average over these sides of the input, multiples of the patch size; each costs the
-            network (side / trained side)^2. The trained side alone where empty.
-        weights: `model`, the last ones, or `ema`, their moving average; by default the average
+        flip: Average with the mirrored photo; doubles the cost of the network.
+        sizes: Input sides to average over, multiples of the patch size; each costs
+            (side / trained side)^2. Empty: the trained side alone.
+        weights: `model` (the last ones) or `ema` (their moving average); by default the average
             where there is one.
-        precision: Of the network; `bf16` is several times as fast on a GPU, and changes a few
+        precision: Of the network. `bf16` is several times as fast on a GPU and changes a few
             pixels.
 
     Raises:
-        InputError: No complete checkpoint, no such device, or a side that patches do not tile.
+        InputError: No complete checkpoint, no such device, or a side that the patch size does not
+            divide.
 
     Attributes:
         categories: By label.
         size: Side of the network's square input, pixels.
         model: The network, in evaluation mode.
-        cost: How often the pixels of the trained size go through the network.
-        identity: What its predictions depend on beside the pictures; plain values.
+        cost: Pixels that go through the network, as a multiple of one trained-size input.
+        identity: What its predictions depend on besides the photos, as plain values.
     """
 
     identity: dict[str, Any]
@@ -77,8 +94,10 @@ class Predictor:
         folder = find_checkpoint(Path(checkpoint))  # once: a running training adds newer ones
         model, state = load_model(folder, chosen, weights=weights)
         self._set_up(model, state, decoding, flip=flip, sizes=sizes, precision=precision)
+        # complete.json holds the SHA-256 of every file of the checkpoint.
+        complete = (folder / "complete.json").read_bytes()
         self.identity = {
-            "checkpoint": checkpoint_digest(folder),
+            "checkpoint": hashlib.sha256(complete).hexdigest(),
             "decoding": asdict(self._decoding),
             "flip": flip,
             "sizes": list(sizes),
@@ -88,9 +107,9 @@ class Predictor:
 
     @classmethod
     def of_model(cls, model: PanopticModel, state: TrainState) -> Predictor:
-        """Predicts with a model that is in training, where and in the precision that it is.
+        """Predicts with a model in training, on its device and in its precision.
 
-        It must be in evaluation mode.
+        The model must be in evaluation mode.
         """
         predictor, precision = cls.__new__(cls), state.config.precision
         predictor._set_up(model, state, None, flip=False, sizes=(), precision=precision)
@@ -106,26 +125,25 @@ class Predictor:
         sizes: Sequence[int],
         precision: Precision,
     ) -> None:
+        config = state.config
         self.model, self.state, self._device = model, state, model.mean.device
-        config = self.state.config
-        self._decoding = decoding or DecodeConfig(cells=grid_cells(config.data.size))
         self.identity = {"step": state.step}
-        self._fit, self._precision = config.data.fit, precision
-        self.size = config.data.size
+        self.size, self._fit, self._precision = config.data.size, config.data.fit, precision
+        self._decoding = decoding or DecodeConfig(cells=grid_cells(self.size))
         self._flip, self._sizes = flip, tuple(sizes) or (self.size,)
         for side in sizes:
-            check_size(side, side, self.model.patch_size, where="--sizes")
+            check_size(side, side, model.patch_size, where="--sizes")
         self.cost = network_cost(self.size, self._sizes, flip=flip)
-        self.categories: tuple[Category, ...] = self.state.categories
+        self.categories: tuple[Category, ...] = state.categories
         self.encoding: Encoding = make_encoding(config.loss.encoding, config.loss.harmonics)
         self._isthing = torch.tensor([category.isthing for category in self.categories])
 
-    def __call__(self, photos: Sequence[Picture]) -> list[PanopticMap]:
+    def __call__(self, photos: Sequence[Pixels]) -> list[PanopticMap]:
         """Panoptic maps of (H, W, 3) uint8 RGB photos, at their own sizes."""
         return self.decode(self.heads(photos), [(len(p), p.shape[1]) for p in photos])
 
     @torch.inference_mode()
-    def heads(self, photos: Sequence[Picture]) -> list[Heads]:
+    def heads(self, photos: Sequence[Pixels]) -> list[Heads]:
         """Runs the network on one batch of photos of any sizes, once for each view."""
         views = [self._run(photos, side) for side in self._sizes]
         if self._flip:
@@ -135,18 +153,21 @@ class Predictor:
                 views.append([mirrored(heads, self.encoding) for heads in run])
         return [average(of_one) for of_one in zip(*views, strict=True)]
 
-    def _run(self, photos: Sequence[Picture], side: int) -> list[Heads]:
+    def _run(self, photos: Sequence[Pixels], side: int) -> list[Heads]:
+        """Heads of photos that are fitted into (side, side); the padding is cut off again."""
+        fit = "squash" if self._fit == "squash" else "longest"  # as in training, but never cropped
         batch = np.zeros((len(photos), side, side, 3), np.uint8)
         spans: list[tuple[slice, slice]] = []
         for canvas, photo in zip(batch, photos, strict=True):
-            height, width = self._fitted(photo, side)
+            fitted = fitted_size(photo.shape[0], photo.shape[1], side, fit)
+            height, width = (max(1, round(length)) for length in fitted)
             top, left = (side - height) // 2, (side - width) // 2
             span = slice(top, top + height), slice(left, left + width)
             canvas[span] = resize_photo(photo, (height, width))
             spans.append(span)
-        pictures = torch.from_numpy(batch).permute(0, 3, 1, 2).to(self._device)
+        inputs = torch.from_numpy(batch).permute(0, 3, 1, 2).to(self._device)  # (B, 3, S, S)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16"):
-            prediction = self.model(pictures, "both")
+            prediction = self.model(inputs, "both")
         prediction = prediction.resized((side, side))
         return [
             Heads(instance[:, *span], semantic[:, *span])
@@ -156,23 +177,17 @@ class Predictor:
         ]
 
     def wait(self) -> None:
-        """Until the device has done what it was given: to tell the time of the network."""
+        """Waits for the device, so that the network's time can be told from the decoder's."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
     @property
     def cells(self) -> int:
-        """Cells an axis of the decoding grid."""
+        """Cells per axis of the decoding grid."""
         return self._decoding.cells
 
-    def _fitted(self, photo: Picture, side: int) -> tuple[int, int]:
-        """Size on the network's canvas: as in training, but never cropped."""
-        fit = "squash" if self._fit == "squash" else "longest"
-        height, width = fitted_size(photo.shape[0], photo.shape[1], side, fit)
-        return max(1, round(height)), max(1, round(width))
-
     def decode(self, heads: Sequence[Heads], sizes: Sequence[tuple[int, int]]) -> list[PanopticMap]:
-        """The panoptic maps of pictures of (height, width); see `decoder.decode`."""
+        """Panoptic maps at sizes (height, width); see `decoder.decode`."""
         return decode(
             [one.instance for one in heads],
             [one.semantic for one in heads],
@@ -183,11 +198,48 @@ class Predictor:
         )
 
     def head_pictures(self, heads: Heads) -> tuple[Picture, Picture]:
-        """The instance head as centroid colours and the semantic head's categories (Figure 8)."""
+        """The instance head as colours of centroids, and the semantic head's best categories.
+
+        Both (h, w, 3) uint8, as in Figure 8 of the paper.
+        """
         uv = nearest_centroids(heads.instance, self.encoding, self._decoding.cells)
         labels = heads.semantic.argmax(0).cpu().numpy()
         isthing = [category.isthing for category in self.categories]
         return centroid_colours(uv), semantic_colours(labels, isthing)
+
+
+def read_picture(path: Path | str, *, upright: bool = True) -> Pixels:
+    """Any photo that Pillow reads, as (H, W, 3) uint8 RGB; the first frame of an animation.
+
+    Gray and CMYK become RGB, 16 bits become 8, transparency is ignored.
+
+    Args:
+        path: Of the photo.
+        upright: Turn it as its EXIF tag says. Annotated photos must not be turned: annotations
+            belong to the pixels as they are stored.
+
+    Raises:
+        InputError: Missing, damaged, not a photo, or so large that it may be an attack.
+    """
+    try:
+        with Image.open(path) as file:
+            image: Image.Image = file
+            # Pillow's own exif_transpose writes all tags again, and fails on those of an odd type.
+            turn = file.getexif().get(ORIENTATION) if upright else None
+            if turn in TURNS:
+                image = image.transpose(TURNS[turn])
+            if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
+                gray = np.asarray(image, np.int64).clip(0, 65535) // 257
+                return np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    except FileNotFoundError:
+        raise InputError("no such photo", where=path, code="picture-missing") from None
+    # Pillow raises any of these for a damaged header.
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+        what = str(error).removesuffix(f" {str(path)!r}")
+        raise InputError(
+            f"not a readable photo: {what}", where=path, code="picture-damaged"
+        ) from None
 
 
 def find_device(name: str | None = None) -> torch.device:
@@ -199,7 +251,7 @@ def find_device(name: str | None = None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
-    # A name of no device, a torch without CUDA, a number that is too high.
+    # An unknown name, a torch without CUDA, a device number that is too high.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(
             f"cannot be used: {str(error).partition('. ')[0].splitlines()[0]}",
@@ -208,8 +260,3 @@ def find_device(name: str | None = None) -> torch.device:
             code="device",
         ) from None
     return device
-
-
-def checkpoint_digest(folder: Path) -> str:
-    """SHA-256 of `complete.json`, which holds those of all files of a checkpoint."""
-    return hashlib.sha256((folder / "complete.json").read_bytes()).hexdigest()

@@ -1,6 +1,6 @@
-"""What the network says of one picture, averaged over several views of it.
+"""The network's output for one photo, and its mean over several views of the photo.
 
-A view is the picture at a size, mirrored or not. Each costs one more run of the network.
+A view is the photo at one input size, mirrored or not. Each view costs one run of the network.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from panoptic_cache.train.encoding import ClassificationCode, DirectCode, Encodi
 
 @dataclass(frozen=True)
 class Heads:
-    """What the network says of one picture, before decoding.
+    """The network's output for one photo, before decoding.
 
     Attributes:
-        instance: (channels, h, w) codes, at the network's size without padding.
+        instance: (channels, h, w) codes, at the network's input size without padding.
         semantic: (C, h, w) logits.
     """
 
@@ -29,53 +29,54 @@ class Heads:
 
 
 def mirrored(heads: Heads, encoding: Encoding) -> Heads:
-    """What the heads would be of the mirrored picture, left for right."""
+    """Turns the heads of a mirrored photo back: what the unmirrored photo would give."""
     return Heads(mirrored_code(heads.instance.flip(-1), encoding), heads.semantic.flip(-1))
 
 
 def mirrored_code(code: Tensor, encoding: Encoding) -> Tensor:
-    """The codes of the centroids (-u, v), and void for void; linear, so good for any prediction.
+    """Turns codes of centroids (u, v) into codes of (-u, v); void stays void.
 
-    Positional: the sines of u change sign. Direct: u in [0, 1] becomes 1 - u, where the third
-    channel, 1 for an instance and 0 for void, is the 1. Classification: the cells of u in reverse.
+    The map is linear, so it also holds for predictions that are not exact codes.
 
     Args:
         code: (channels, ...).
-        encoding: What they are.
+        encoding: Of the codes.
     """
     match encoding:
         case DirectCode():
+            # (u', v', 1) with u' in [0, 1] becomes (1 - u', v', 1); void (0, 0, 0) stays.
             return torch.stack([code[2] - code[0], code[1], code[2]])
         case ClassificationCode():
+            # u comes first: its cells from left to right, then void; only the cells change places.
             return torch.cat([code[: encoding.cells].flip(0), code[encoding.cells :]])
         case _:
+            # The first half holds sine and cosine of u in turn; the sines change their sign.
             turned = code.clone()
             turned[: len(code) // 2 : 2] *= -1
             return turned
 
 
 def average(views: Sequence[Heads]) -> Heads:
-    """Mean of codes and of probabilities, at the size of the largest view.
+    """Mean of codes and of probabilities over the views of one photo, at the largest view's size.
 
     Args:
-        views: Of one picture, turned back; returned as it is where there is only one.
+        views: Already turned back; a single view is returned as it is.
 
     Returns:
-        Codes, and the logarithms of the mean probabilities.
+        Mean codes, and the logarithms of the mean probabilities.
     """
     if len(views) == 1:
         return views[0]
     height, width = max((v.instance.shape[-2:] for v in views), key=lambda size: size.numel())
-    codes, chances = [], []
-    for view in views:
-        codes.append(_resized(view.instance, height, width))
-        chances.append(_resized(view.semantic.softmax(0), height, width))
+    codes = [_resized(view.instance, height, width) for view in views]
+    chances = [_resized(view.semantic.softmax(0), height, width) for view in views]
+    # A probability of zero would become -inf.
     chance = torch.stack(chances).mean(0).clamp_min(torch.finfo(torch.float32).tiny)
     return Heads(torch.stack(codes).mean(0), chance.log())
 
 
 def network_cost(size: int, sizes: Sequence[int], *, flip: bool) -> float:
-    """How often the pixels of the trained size go through the network: 2.0 with a flip."""
+    """Pixels that go through the network, as a multiple of one trained-size input."""
     return (2 if flip else 1) * sum(side**2 for side in sizes) / size**2
 
 

@@ -28,8 +28,9 @@ ARROWS = {
     "train.commands": "pipeline.* pipeline.console train",
     "evaluate.decoder": "pipeline.base train",
     "evaluate.metric": "pipeline.base pipeline",
-    "evaluate.report": "pipeline.* evaluate.metric evaluate.decoder evaluate",
-    "evaluate.split": "pipeline.* train evaluate.*",
+    "evaluate.report": "pipeline.base pipeline pipeline.pictures evaluate.metric evaluate.decoder",
+    "evaluate.split": "pipeline.base pipeline train evaluate evaluate.decoder evaluate.metric"
+    " evaluate.report",
     "evaluate.study": "pipeline.* train evaluate.decoder evaluate.metric",
     "evaluate": "pipeline.* train evaluate.decoder evaluate.metric evaluate.report",
     "evaluate.commands": "pipeline.* pipeline.console train evaluate.*",

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import CATEGORIES, result_of, view
+from test_report import CATEGORIES, gallery_of, result_of, view
 
 from panoptic_cache.evaluate.metric.measures import Measures
 from panoptic_cache.evaluate.metric.score import Scores
 from panoptic_cache.evaluate.report.charts import confusion_table, size_chart
-from panoptic_cache.evaluate.report.gallery import Gallery
 from panoptic_cache.evaluate.report.page import write_report
 
 BROWSER = next(
@@ -83,8 +82,7 @@ def test_charts_show_what_was_measured() -> None:
 def test_the_page_works_in_a_browser(tmp_path: Path) -> None:
     if BROWSER is None:
         pytest.skip("no chromium is installed")
-    gallery = Gallery(CATEGORIES, 1)
-    gallery.add(view())
+    gallery = gallery_of(view())
     page = write_report(tmp_path / "page", result_of(view()), CATEGORIES, gallery, values=values())
     text = page.read_text()
     page.write_text(text.replace("<title>", f"{PROBE}<title>", 1))

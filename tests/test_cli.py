@@ -228,11 +228,11 @@ def bad_input(root: Path, tmp_path: Path, trained: Path) -> dict[str, tuple[tupl
         ),
         "no picture": (
             ("predict", tmp_path / "none.jpg", "--checkpoint", trained, "--out", out),
-            "no such picture",
+            "no such photo",
         ),
         "damaged picture": (
             ("predict", tmp_path / "bad.jpg", "--checkpoint", trained, "--out", out),
-            "not a readable picture",
+            "not a readable photo",
         ),
         "unknown setting": (("model", tmp_path / "bad.toml"), "learning_rate"),
         "no configuration": (("model", tmp_path / "none.toml"), "no such configuration"),

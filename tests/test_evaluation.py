@@ -19,13 +19,13 @@ import torch
 from conftest import Run
 from handmade import hashes
 
+from panoptic_cache.evaluate.metric.score import score_image
+from panoptic_cache.evaluate.photos import predict_photos
 from panoptic_cache.evaluate.predict import Predictor
-from panoptic_cache.evaluate.split import evaluation
-from panoptic_cache.evaluate.split import share as slices
+from panoptic_cache.evaluate.split import evaluation, share
 from panoptic_cache.evaluate.split.evaluation import evaluate, identity_of
-from panoptic_cache.evaluate.split.journal import Journal, read_journals
+from panoptic_cache.evaluate.split.folder import Journal, read_journals
 from panoptic_cache.evaluate.views import Heads
-from panoptic_cache.evaluate.writer import predict_pictures
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
 
@@ -93,7 +93,7 @@ def test_what_one_process_meets_stops_both_with_one_line(
     assert done.stdout == ""
     lines = [line for line in done.stderr.splitlines() if photo.name in line]
     assert len(lines) == 1
-    assert "not a readable picture" in lines[0]
+    assert "not a readable photo" in lines[0]
     assert not (tmp_path / "out" / "panoptic.json").exists()
 
 
@@ -108,15 +108,15 @@ def test_killed_it_goes_on(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    score_row, calls = slices.score_row, []
+    calls: list[int] = []
 
-    def dying(*arguments: Any) -> Any:
+    def dying(*arguments: Any, **settings: Any) -> Any:
         calls.append(1)
         if len(calls) == 7:
             raise Killed
-        return score_row(*arguments)
+        return score_image(*arguments, **settings)
 
-    monkeypatch.setattr(slices, "score_row", dying)
+    monkeypatch.setattr(share, "score_image", dying)
     with pytest.raises(Killed):
         evaluate(predictor, tiny_dataset, tmp_path, batch=4, overlays=3)
     monkeypatch.undo()
@@ -128,13 +128,13 @@ def test_killed_it_goes_on(
     damaged = sorted((tmp_path / "panoptic").iterdir())[2]
     damaged.write_bytes(damaged.read_bytes()[:50])
 
-    decoded, again = slices.decoded, []
+    decode, again = predictor.decode, []
 
-    def counting(*arguments: Any) -> Any:
-        again.extend(arguments[-1])
-        return decoded(*arguments)
+    def counting(heads: Any, sizes: Any) -> Any:
+        again.extend(sizes)
+        return decode(heads, sizes)
 
-    monkeypatch.setattr(slices, "decoded", counting)
+    monkeypatch.setattr(predictor, "decode", counting)
     evaluate(predictor, tiny_dataset, tmp_path, batch=4, overlays=3)
     assert len(again) == 12 - 7 + 1, "what was left, and the damaged one"
     assert results(tmp_path) == results(once)
@@ -214,7 +214,7 @@ def test_a_killed_evaluation_is_no_finished_one_and_its_next_sweeps(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "finish", killed)
+        patch.setattr(evaluation, "write_results", killed)
         with pytest.raises(KeyboardInterrupt):
             evaluate(predictor, few, tmp_path, overlays=2)
     for name in ("panoptic.json", "scores.json", "report.html", "comparison.png"):
@@ -227,7 +227,7 @@ def test_a_killed_evaluation_is_no_finished_one_and_its_next_sweeps(
 def test_what_predict_left_stays(
     predictor: Predictor, tiny_dataset: CocoPanoptic, tmp_path: Path
 ) -> None:
-    predict_pictures(predictor, [record.photo for record in tiny_dataset.records[3:6]], tmp_path)
+    predict_photos(predictor, [record.photo for record in tiny_dataset.records[3:6]], tmp_path)
     before = hashes(tmp_path)
     evaluate(predictor, tiny_dataset.head(3), tmp_path, overlays=0)
     after = hashes(tmp_path)

@@ -28,7 +28,6 @@ from panoptic_cache.evaluate.metric.measures import (
 from panoptic_cache.evaluate.metric.overlap import count_pairs
 from panoptic_cache.evaluate.metric.pq import CategoryStat, PQStat, match_image
 from panoptic_cache.evaluate.metric.score import score_image, total_scores
-from panoptic_cache.evaluate.report.drawing import extremes
 from panoptic_cache.pipeline.coco import Category, SegmentInfo
 
 Ids = NDArray[np.int32]
@@ -164,8 +163,6 @@ def test_worst_and_extreme_images() -> None:
     scores: list[float | None] = [0.5, None, 0.1, 0.9, 0.1]
     worst = worst_images(zip("abcde", scores, strict=True))
     assert [row["image_id"] for row in worst] == ["c", "e", "a", "d"]
-    assert extremes(scores, 1) == {2, 3}
-    assert extremes(scores, 0) == set()
     assert image_pq(PQStat({1: CategoryStat(tp=1, iou=0.8), 2: CategoryStat(fn=1)})) == 0.4
 
 

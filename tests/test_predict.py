@@ -15,12 +15,10 @@ import torch
 from conftest import Run
 from PIL import Image, ImageOps
 
-from panoptic_cache.evaluate.photos import read_picture
-from panoptic_cache.evaluate.predict import Predictor
+from panoptic_cache.evaluate.photos import predict_photos, unique_names
+from panoptic_cache.evaluate.predict import Pixels, Predictor, read_picture
 from panoptic_cache.evaluate.views import Heads
-from panoptic_cache.evaluate.writer import predict_pictures, unique_names
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.pictures.colours import Picture
 from panoptic_cache.pipeline.png import read_ids
 
 
@@ -121,10 +119,10 @@ def test_unreadable_pictures_are_said(tmp_path: Path) -> None:
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:400])
     saved(tmp_path / "bomb.png", Image.new("1", (15000, 15000)))
     for path in sorted(tmp_path.iterdir()):
-        with pytest.raises(InputError, match=rf"{path.name}: not a readable picture: \S") as caught:
+        with pytest.raises(InputError, match=rf"{path.name}: not a readable photo: \S") as caught:
             read_picture(path)
         assert str(caught.value).count(str(path)) == 1
-    with pytest.raises(InputError, match="no such picture"):
+    with pytest.raises(InputError, match="no such photo"):
         read_picture(tmp_path / "none.jpg")
 
 
@@ -138,7 +136,7 @@ def test_a_bad_picture_costs_only_itself(run: Run, trained: Path, tmp_path: Path
     code, said, err = run(*command, folder, folder / "more")
     assert code == 3
     assert err.count("left out") == 1
-    assert "b.jpg: not a readable picture" in err
+    assert "b.jpg: not a readable photo" in err
     shown = json.loads(said)
     assert (shown["pictures"], shown["left_out"]) == (3, 1)
     rows = json.loads((out / "panoptic.json").read_text())["annotations"]
@@ -157,7 +155,7 @@ def test_a_network_that_says_nan_names_the_picture(
     for weight in predictor.model.parameters():
         monkeypatch.setattr(weight, "data", torch.full_like(weight, torch.nan))
     with pytest.raises(InputError, match=r"photo\.png: the network's output holds NaN"):
-        predict_pictures(predictor, [photo], tmp_path / "out")
+        predict_photos(predictor, [photo], tmp_path / "out")
 
 
 def test_names_are_unique() -> None:
@@ -180,10 +178,10 @@ def test_a_failure_leaves_what_an_earlier_call_wrote(
     predictor: Predictor, tiny_root: Path, tmp_path: Path
 ) -> None:
     photos = sorted((tiny_root / "val").iterdir())[:2]
-    before = predict_pictures(predictor, photos, tmp_path / "out").json.read_bytes()
+    before = predict_photos(predictor, photos, tmp_path / "out").json.read_bytes()
     (tmp_path / "bad.jpg").write_bytes(b"none")
     with pytest.raises(InputError):
-        predict_pictures(predictor, [tmp_path / "bad.jpg"], tmp_path / "out")
+        predict_photos(predictor, [tmp_path / "bad.jpg"], tmp_path / "out")
     assert (tmp_path / "out" / "panoptic.json").read_bytes() == before
 
 
@@ -196,7 +194,7 @@ def test_a_device_without_memory_is_one_line(
     monkeypatch.setattr(Predictor, "heads", full)
     photo = next((tiny_root / "val").iterdir())
     with pytest.raises(InputError, match=r"out of memory.*--sizes") as caught:
-        predict_pictures(predictor, [photo], tmp_path)
+        predict_photos(predictor, [photo], tmp_path)
     assert caught.value.where == str(photo)
 
 
@@ -206,7 +204,7 @@ def test_stopped_it_leaves_the_json_of_what_is_done(
     paths = [saved(tmp_path / f"{name}.png", Image.fromarray(GRAY)) for name in "abc"]
     run_network, runs = predictor.heads, 0
 
-    def stopped(photos: Sequence[Picture]) -> list[Heads]:
+    def stopped(photos: Sequence[Pixels]) -> list[Heads]:
         nonlocal runs
         runs += 1
         if runs == 3:
@@ -215,7 +213,7 @@ def test_stopped_it_leaves_the_json_of_what_is_done(
 
     monkeypatch.setattr(predictor, "heads", stopped)
     with pytest.raises(KeyboardInterrupt):
-        predict_pictures(predictor, paths, tmp_path / "out")
+        predict_photos(predictor, paths, tmp_path / "out")
     rows = json.loads((tmp_path / "out" / "panoptic.json").read_text())["annotations"]
     assert [row["file_name"] for row in rows] == ["a.png", "b.png"]
 

@@ -15,15 +15,18 @@ from panoptic_cache.evaluate.decoder.decode import DecodedSegment, PanopticMap
 from panoptic_cache.evaluate.metric.measures import image_pq
 from panoptic_cache.evaluate.metric.pq import PQResult, PQStat, match_image, summarize
 from panoptic_cache.evaluate.report.compare import compare, matched_numbers
-from panoptic_cache.evaluate.report.gallery import Gallery
 from panoptic_cache.evaluate.report.page import write_report
-from panoptic_cache.evaluate.report.panels import (
+from panoptic_cache.evaluate.report.pictures import (
     BOTH,
     FALSE,
     MISSED,
+    Gallery,
     ImageView,
     comparison_sheet,
+    draw_pictures,
     error_picture,
+    extremes,
+    make_figure,
     panels,
     predicted_map,
     true_map,
@@ -186,30 +189,36 @@ def test_overlays_are_of_a_size_to_look_at(
     assert named == 0 or named >= 8 * max(shown) / 640, "names grow with the picture"
 
 
-@given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), max_size=9), st.integers(0, 3))
-@settings(max_examples=12, deadline=None)
-def test_gallery_keeps_the_best_and_the_worst(scores: list[float], limit: int) -> None:
-    gallery = Gallery(CATEGORIES, limit)
-    small = LabelledMap(np.ones((2, 2), np.uint8), (2,), (False,))
-    for number, pq in enumerate(scores):
-        kept = gallery.wants(pq)
-        gallery.add(ImageView(str(number), np.zeros((2, 2, 3), np.uint8), small, pq=pq))
-        shown = {f.title for f in (*gallery.best(), *gallery.worst())}
-        assert kept == (str(number) in shown)
-    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-    best = [str(i) for i in order[:limit]]
-    worst = sorted(range(len(scores)), key=lambda i: (scores[i], i))[:limit]
-    assert [figure.title for figure in gallery.best()] == best
-    assert [figure.title for figure in gallery.worst()] == [
-        str(i) for i in worst if str(i) not in best
-    ]
+@given(st.lists(st.sampled_from([None, 0.0, 0.25, 0.5, 1.0]), max_size=9), st.integers(0, 3))
+@settings(max_examples=50, deadline=None)
+def test_the_best_and_the_worst_images_are_shown(scores: list[float | None], limit: int) -> None:
+    best, worst = extremes(scores, limit)
+    defined = [(pq, at) for at, pq in enumerate(scores) if pq is not None]
+    order = [at for _, at in sorted(defined, key=lambda row: (-row[0], row[1]))]
+    assert best == order[:limit]
+    assert worst == [at for _, at in sorted(defined)[:limit] if at not in best]
 
 
-def test_gallery_passes_over_images_without_pq() -> None:
-    gallery = Gallery(CATEGORIES)
-    gallery.add(view(pq=None))
-    assert not gallery.wants(None)
-    assert gallery.best() == ()
+def test_pictures_of_an_evaluation(tmp_path: Path) -> None:
+    scores = [None, *(number / 20 for number in range(19))]
+    asked: dict[int, bool] = {}
+
+    def view_of(at: int, with_heads: bool) -> ImageView:
+        assert at not in asked
+        asked[at] = with_heads
+        return view(str(at), scores[at])
+
+    names = [f"image{at}" for at in range(20)]
+    gallery = draw_pictures(tmp_path, names, scores, view_of, CATEGORIES, overlays=2)
+    assert [figure.title for figure in gallery.best] == ["19", "18", "17", "16", "15", "14"]
+    assert [figure.title for figure in gallery.worst] == ["1", "2", "3", "4", "5", "6"]
+    assert asked == {at: at > 0 for at in (*range(7), *range(14, 20))}
+    assert {path.name for path in (tmp_path / "overlays").iterdir()} == {"image0.jpg", "image1.jpg"}
+    assert (tmp_path / "comparison.png").exists()
+
+
+def gallery_of(*views: ImageView) -> Gallery:
+    return Gallery(tuple(make_figure(one, CATEGORIES) for one in views))
 
 
 class Page(HTMLParser):
@@ -233,9 +242,10 @@ class Page(HTMLParser):
 
 
 def test_page_is_one_file_without_any_other(tmp_path: Path) -> None:
-    gallery = Gallery(CATEGORIES, 1)
-    for number, pq in enumerate((0.2, 0.9)):
-        gallery.add(view(f"<i>{number}</i>.jpg", pq))
+    figures = [
+        make_figure(view(f"<i>{n}</i>.jpg", pq), CATEGORIES) for n, pq in enumerate((0.2, 0.9))
+    ]
+    gallery = Gallery((figures[1],), (figures[0],))
     path = write_report(
         tmp_path / "new", result_of(view()), CATEGORIES, gallery, facts={"images": "2 < 3"}
     )
@@ -258,7 +268,7 @@ def test_page_is_one_file_without_any_other(tmp_path: Path) -> None:
 
 def test_page_without_images_or_scores(tmp_path: Path) -> None:
     text = write_report(
-        tmp_path, summarize(PQStat(), CATEGORIES), CATEGORIES, Gallery(CATEGORIES)
+        tmp_path, summarize(PQStat(), CATEGORIES), CATEGORIES, Gallery()
     ).read_text()
     assert "undefined" in text
     assert "<article>" not in text

@@ -10,9 +10,8 @@ from typing import Any
 
 from panoptic_cache.evaluate.metric.pq import GroupPQ, PQResult
 from panoptic_cache.evaluate.report.charts import confusion_table, measure_list, size_chart
-from panoptic_cache.evaluate.report.gallery import Figure, Gallery
 from panoptic_cache.evaluate.report.page_assets import SCRIPT, STYLE
-from panoptic_cache.evaluate.report.panels import BOTH, FALSE, MISSED
+from panoptic_cache.evaluate.report.pictures import BOTH, FALSE, MISSED, Figure, Gallery
 from panoptic_cache.evaluate.report.tables import CATEGORY_COLUMNS, category_table
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import Category
@@ -55,8 +54,8 @@ def write_report(
     text = page(
         result,
         categories,
-        gallery.best(),
-        gallery.worst(),
+        gallery.best,
+        gallery.worst,
         title=title,
         facts=facts or {},
         values=values,

@@ -1,8 +1,9 @@
-"""A checkpoint on a COCO panoptic split: predictions, scores, pictures, report.
+"""A trained model on a COCO panoptic split: predictions, scores, pictures, report.
 
-    slice of a process -> predict, write, note, score -> gather in image order -> sums, pictures
+    each process:  read -> network -> decode -> write, note, score      images [rank::world]
+    main process:  gather in image order -> sums -> pictures, report
 
-Each process takes the images [rank::world]. What was predicted before a kill is read back instead.
+What was predicted before a kill is read back instead of predicted again.
 """
 
 from __future__ import annotations
@@ -12,22 +13,28 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from panoptic_cache.evaluate.metric.score import ImageScore, Outcome, check_scorable, total_scores
-from panoptic_cache.evaluate.predict import Predictor
-from panoptic_cache.evaluate.report.drawing import draw_pictures
+from panoptic_cache.evaluate.predict import Predictor, read_picture
+from panoptic_cache.evaluate.prediction_files import PNG_FOLDER, Row, read_png, write_json
 from panoptic_cache.evaluate.report.page import write_report
-from panoptic_cache.evaluate.split.journal import Row, journal_files, read_journals
-from panoptic_cache.evaluate.split.share import predict_slice
-from panoptic_cache.evaluate.split.superseded import sweep
-from panoptic_cache.evaluate.writer import PredictionWriter
+from panoptic_cache.evaluate.report.pictures import (
+    ImageView,
+    draw_pictures,
+    predicted_map,
+    true_map,
+)
+from panoptic_cache.evaluate.split.folder import SCORES, read_journals, sweep
+from panoptic_cache.evaluate.split.share import STEPS, predict_share
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.base.stopping import Interrupted
 from panoptic_cache.pipeline.coco import Category, CocoPanoptic, ImageId
+from panoptic_cache.pipeline.png import read_ids
 from panoptic_cache.train.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -43,24 +50,23 @@ def evaluate(
     title: str = "Panoptic quality",
     ranks: Ranks | None = None,
 ) -> Outcome:
-    """Predicts every image of a split, scores, and writes what there is to look at.
+    """Predicts every image of a split, scores the predictions, and writes pictures and a report.
 
     `out` gets `panoptic/*.png` and `panoptic.json` (COCO's layout of a prediction), `scores.json`,
-    `overlays/*.jpg` and `comparison.png` of the first images, and `report.html`. Until all of that
-    is there, `predictions*.jsonl` tell what is done, and the same call goes on from it.
+    `overlays/*.jpg` and `comparison.png` of the first images, and `report.html`. Until all of them
+    are written, `predictions*.jsonl` lists what is done, and the same call resumes from it.
 
     Args:
         predictor: The trained model.
-        dataset: The annotated split; ground truth is never mended.
-        out: Where to write.
-        batch: Images the network takes at once.
-        overlays: Images to draw.
+        dataset: The annotated split; its ground truth is never repaired.
+        out: Folder to write.
+        batch: Images that the network takes at once.
+        overlays: Number of images to draw.
         title: Of the report.
         ranks: The processes that share the work; all of them call this and get the result.
 
     Returns:
-        With the seconds of `read`, `network`, `decode`, `write` and `score`; 0 where all images had
-        been predicted before.
+        Scores and the seconds of each step; 0 where all images had been predicted before.
 
     Raises:
         InputError: An image cannot be used, categories differ from the model's, or `out` holds an
@@ -72,36 +78,40 @@ def evaluate(
     with ExitStack() as stack:
 
         def begin() -> dict[ImageId, Row]:
-            if ranks.main:
-                Storage(str(out / "panoptic")).create()
-                stack.enter_context(Storage(str(out)).locked())
-            return read_journals(out, identity) if ranks.main else {}
+            if not ranks.main:
+                return {}
+            Storage(str(out / PNG_FOLDER)).create()
+            stack.enter_context(Storage(str(out)).locked())
+            return read_journals(out, identity)
 
         done = ranks.gather(begin)[0]
         if done and ranks.main:
-            logger.info("%s: goes on, %d images are predicted already", out, len(done))
+            logger.info("%s: resumes, %d images are already predicted", out, len(done))
+        work = partial(
+            predict_share,
+            predictor,
+            dataset,
+            out,
+            batch=batch,
+            ranks=ranks,
+            done=done,
+            identity=identity,
+        )
         try:
-            slices = ranks.gather(
-                lambda: predict_slice(
-                    predictor, dataset, out, batch=batch, ranks=ranks, done=done, identity=identity
-                )
-            )
+            shares = ranks.gather(work)
         except Interrupted as stop:
             stop.advice = "run the same command to go on"
             raise
-        outcomes = {at: outcome for part in slices for at, outcome in part.outcomes.items()}
+        outcomes = {at: outcome for share in shares for at, outcome in share.outcomes.items()}
         rows, images = zip(*(outcomes[at] for at in range(len(dataset.records))), strict=True)
-        predicted = max(1, sum(part.predicted for part in slices))
-        outcome = Outcome(
-            total_scores(images, dataset.categories),
-            len(images),
-            {
-                name: round(sum(part.seconds[name] for part in slices) / predicted, 6)
-                for name in slices[0].seconds
-            },
-        )
+        predicted = max(1, sum(share.predicted for share in shares))
+        seconds = {
+            step: round(sum(share.seconds[step] for share in shares) / predicted, 6)
+            for step in STEPS
+        }
+        outcome = Outcome(total_scores(images, dataset.categories), len(images), seconds)
         if ranks.main:
-            finish(
+            write_results(
                 predictor,
                 dataset,
                 out,
@@ -111,20 +121,11 @@ def evaluate(
                 overlays=overlays,
                 title=title,
             )
+            sweep(out, rows, overlays)
     return outcome
 
 
-def identity_of(predictor: Predictor, dataset: CocoPanoptic) -> dict[str, Any]:
-    """What the predictions depend on; plain values."""
-    photos = "\n".join(str(record.photo) for record in dataset.records)
-    return {
-        **predictor.identity,
-        "annotations": dataset.digest,
-        "photos": hashlib.sha256(photos.encode(errors="surrogatepass")).hexdigest(),
-    }
-
-
-def finish(
+def write_results(
     predictor: Predictor,
     dataset: CocoPanoptic,
     out: Path,
@@ -135,12 +136,36 @@ def finish(
     overlays: int,
     title: str,
 ) -> None:
-    """Writes JSONs, pictures and the report; removes an earlier one's and the journals last."""
-    PredictionWriter(out, predictor.categories).finish(rows)
+    """Writes `panoptic.json`, `scores.json`, pictures and the report."""
+    categories = predictor.categories
+    write_json(out, rows, categories)
     scores = json.dumps(outcome.to_json(), indent=1).encode() + b"\n"
-    Storage(str(out)).write("scores.json", scores)
-    values = [image.value for image in images]
-    gallery = draw_pictures(predictor, dataset.records, rows, values, out, overlays=overlays)
+    Storage(str(out)).write(SCORES, scores)
+
+    def view_of(at: int, with_heads: bool) -> ImageView:
+        record = dataset.records[at]
+        photo = read_picture(record.photo, upright=False)
+        instance = semantic = None
+        if with_heads:  # the heads are not kept; the network runs again on these few images
+            instance, semantic = predictor.head_pictures(predictor.heads([photo])[0])
+        return ImageView(
+            title=record.file_name,
+            photo=photo,
+            prediction=predicted_map(read_png(out, rows[at], categories)),
+            truth=true_map(read_ids(record.png), record.segments, categories),
+            instance=instance,
+            semantic=semantic,
+            pq=images[at].value,
+        )
+
+    gallery = draw_pictures(
+        out,
+        [record.key for record in dataset.records],
+        [image.value for image in images],
+        view_of,
+        categories,
+        overlays=overlays,
+    )
     facts = {
         "images": str(outcome.images),
         "step": str(predictor.state.step),
@@ -149,17 +174,18 @@ def finish(
         "seconds an image": f"{sum(outcome.seconds_per_image.values()):.3f}",
     }
     write_report(
-        out,
-        outcome.pq,
-        predictor.categories,
-        gallery,
-        title=title,
-        facts=facts,
-        values=outcome.to_json(),
+        out, outcome.pq, categories, gallery, title=title, facts=facts, values=outcome.to_json()
     )
-    sweep(out, rows, overlays)
-    for path in journal_files(out):
-        path.unlink()
+
+
+def identity_of(predictor: Predictor, dataset: CocoPanoptic) -> dict[str, Any]:
+    """What the predictions depend on, as plain values."""
+    photos = "\n".join(str(record.photo) for record in dataset.records)
+    return {
+        **predictor.identity,
+        "annotations": dataset.digest,
+        "photos": hashlib.sha256(photos.encode(errors="surrogatepass")).hexdigest(),
+    }
 
 
 def check_dataset(categories: Sequence[Category], dataset: CocoPanoptic) -> None:

@@ -1,11 +1,13 @@
-"""The share of one process in an evaluation: predict, write, note, score; or read back."""
+"""The share of one process in an evaluation: predict, write, note and score its images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -14,41 +16,48 @@ from numpy.typing import NDArray
 from panoptic_cache.evaluate.decoder.decode import PanopticMap
 from panoptic_cache.evaluate.metric.measures import thing_ids
 from panoptic_cache.evaluate.metric.score import ImageScore, score_image
-from panoptic_cache.evaluate.photos import read_ahead
-from panoptic_cache.evaluate.predict import Predictor
-from panoptic_cache.evaluate.split.journal import Journal, Row
-from panoptic_cache.evaluate.split.superseded import supersede
-from panoptic_cache.evaluate.study.clock import Clock
+from panoptic_cache.evaluate.photos import ahead
+from panoptic_cache.evaluate.predict import Pixels, Predictor, read_picture
+from panoptic_cache.evaluate.prediction_files import PNG_FOLDER, Row, write_png
+from panoptic_cache.evaluate.split.folder import Journal, supersede
 from panoptic_cache.evaluate.views import Heads
-from panoptic_cache.evaluate.writer import PredictionWriter
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.progress import progress
 from panoptic_cache.pipeline.coco import CocoPanoptic, ImageId, PanopticRecord
-from panoptic_cache.pipeline.pictures.colours import Picture
 from panoptic_cache.pipeline.png import read_ids
 from panoptic_cache.train.guards import memory_advice
 from panoptic_cache.train.ranks import Ranks
+
+STEPS = ("read", "network", "decode", "write", "score")
+"""What is timed."""
 
 Outcomes = dict[int, tuple[Row, ImageScore]]
 """Row of `panoptic.json` and score, by position in the split."""
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
+@dataclass(slots=True)
+class Share:
     """What one process did.
 
     Attributes:
         outcomes: Of its images.
-        predicted: Images that went through the network.
-        seconds: Wall time by name, summed over them; `write` and `score` run beside the others.
+        predicted: Number of images that went through the network.
+        seconds: Wall time of each step, summed over them; `write` and `score` run beside the rest.
     """
 
-    outcomes: Outcomes
-    predicted: int
-    seconds: dict[str, float]
+    outcomes: Outcomes = field(default_factory=dict)
+    predicted: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STEPS, 0.0))
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Adds the wall time of a block to a step."""
+        start = perf_counter()
+        yield
+        self.seconds[step] += perf_counter() - start
 
 
-def predict_slice(
+def predict_share(
     predictor: Predictor,
     dataset: CocoPanoptic,
     out: Path,
@@ -57,102 +66,92 @@ def predict_slice(
     ranks: Ranks,
     done: Mapping[ImageId, Row],
     identity: Mapping[str, Any],
-) -> Slice:
-    """Predicts and scores the images [rank::world]; reads back those that are done.
+) -> Share:
+    """Predicts and scores the images [rank::world], but scores those that are done from disk.
 
     Raises:
-        InputError: A picture or an annotation cannot be read, or the network says NaN.
+        InputError: A photo or an annotation cannot be read, or the network returns NaN.
     """
-    batch = min(batch, len(dataset.records))
-    clock, things = Clock("read", "network", "decode"), thing_ids(dataset.categories)
-    outcomes: Outcomes = {}
-    for at in range(ranks.rank, len(dataset.records), ranks.world):
+    share, things = Share(), thing_ids(dataset.categories)
+    mine = range(ranks.rank, len(dataset.records), ranks.world)
+    for at in mine:
         record = dataset.records[at]
         row = done.get(record.image_id)
-        if row is not None and (score := score_again(record, row, out, things)):
-            outcomes[at] = row, score
-    rest = [at for at in range(ranks.rank, len(dataset.records), ranks.world) if at not in outcomes]
-    photos = read_ahead([dataset.records[at].photo for at in rest], 2 * batch, upright=False)
-    total, before = len(rest) + len(outcomes), len(outcomes)
+        if row is not None:
+            # What cannot be read back is predicted again.
+            with suppress(InputError):
+                ids = read_ids(out / PNG_FOLDER / row["file_name"])
+                share.outcomes[at] = row, score_row(record, row, ids, things)
+    rest = [at for at in mine if at not in share.outcomes]
+    share.predicted = len(rest)
+    batch = min(batch, len(dataset.records))
+    photos = ahead(read_annotated, [dataset.records[at] for at in rest], 2 * batch)
+
+    def keep(places: Sequence[int], results: Sequence[PanopticMap]) -> Outcomes:
+        """Writes, notes and scores a batch."""
+        supersede(out)
+        found: Outcomes = {}
+        for at, result in zip(places, results, strict=True):
+            record = dataset.records[at]
+            with share.timed("write"):
+                row = write_png(out, record.image_id, record.key, result, predictor.categories)
+                journal.note(row)
+            with share.timed("score"):
+                found[at] = row, score_row(record, row, result.ids, things)
+        return found
+
     with (
         Journal(out, identity, ranks.rank) as journal,
-        progress("evaluate", total, "images", before) as advance,
+        progress("evaluate", len(mine), "images", len(share.outcomes)) as advance,
         ThreadPoolExecutor(1, "keep") as behind,
     ):
-        # While the network is at a batch, the one before it is written and scored.
-        keeper = Keeper(out, PredictionWriter(out, predictor.categories), journal, things)
-        kept: Future[Outcomes] = Future()
-        kept.set_result({})
-        for places in chunks(rest, batch):
-            clock.start()
-            pictures = [next(photos).result() for _ in places]
-            clock.lap("read")
+        # While the network runs on one batch, the batch before it is written and scored.
+        kept: Future[Outcomes] = behind.submit(dict)
+        for start in range(0, len(rest), batch):
+            places = rest[start : start + batch]
             records = [dataset.records[at] for at in places]
-            check_photos(records, pictures)
+            with share.timed("read"):
+                pixels = [next(photos).result() for _ in places]
             with memory_advice("lower --batch, or ask for fewer or smaller --sizes"):
-                # Always of one size: rounding of a network depends on its batch's.
-                heads = predictor.heads([*pictures, *pictures[:1] * (batch - len(pictures))])
-                predictor.wait()
-                clock.lap("network")
-                results = decoded(predictor, heads[: len(places)], pictures, records)
-            clock.lap("decode")
-            outcomes |= kept.result()
+                with share.timed("network"):
+                    # Batches of one size: a network rounds differently in a smaller one.
+                    padding = pixels[:1] * (batch - len(pixels))
+                    heads = predictor.heads([*pixels, *padding])[: len(pixels)]
+                    predictor.wait()
+                with share.timed("decode"):
+                    results = decoded(predictor, heads, pixels, records)
+            share.outcomes |= kept.result()
             advance(len(kept.result()))
-            kept = behind.submit(keeper.keep, places, records, results)
-        outcomes |= kept.result()
+            kept = behind.submit(keep, places, results)
+        share.outcomes |= kept.result()
         advance(len(kept.result()))
-    return Slice(outcomes, len(rest), clock.seconds | keeper.clock.seconds)
+    return share
 
 
-@dataclass
-class Keeper:
-    """Writes, notes and scores predictions.
-
-    Attributes:
-        out: Where they go.
-        writer: Of their PNGs.
-        journal: Of their rows.
-        things: Ids of the thing categories.
-        clock: Tells the time of `write` and `score`.
-    """
-
-    out: Path
-    writer: PredictionWriter
-    journal: Journal
-    things: frozenset[int]
-    clock: Clock = field(default_factory=lambda: Clock("write", "score"))
-
-    def keep(
-        self,
-        places: Sequence[int],
-        records: Sequence[PanopticRecord],
-        results: Sequence[PanopticMap],
-    ) -> Outcomes:
-        """The outcomes of a batch, by position in the split."""
-        supersede(self.out)
-        found: Outcomes = {}
-        for at, record, result in zip(places, records, results, strict=True):
-            self.clock.start()
-            row = self.writer.add(record.image_id, record.key, result)
-            self.journal.note(row)
-            self.clock.lap("write")
-            found[at] = row, score_row(record, row, result.ids, self.things)
-            self.clock.lap("score")
-        return found
+def read_annotated(record: PanopticRecord) -> Pixels:
+    """The photo of an annotated image; InputError where it has another size than annotated."""
+    photo = read_picture(record.photo, upright=False)
+    if photo.shape[:2] != (record.height, record.width):
+        raise InputError(
+            f"sizes differ: photo {photo.shape[:2]}, JSON {(record.height, record.width)}",
+            where=record.photo,
+            remedy="evaluation never repairs a dataset: mend or remove the image",
+            code="size-mismatch",
+        )
+    return photo
 
 
 def decoded(
     predictor: Predictor,
     heads: Sequence[Heads],
-    photos: Sequence[Picture],
+    photos: Sequence[Pixels],
     records: Sequence[PanopticRecord],
 ) -> list[PanopticMap]:
     """The panoptic maps of a batch; an error names the photo."""
-    sizes = [(photo.shape[0], photo.shape[1]) for photo in photos]
     try:
-        return predictor.decode(heads, sizes)
+        return predictor.decode(heads, [(len(photo), photo.shape[1]) for photo in photos])
     except InputError as error:
-        if len(heads) > 1:  # one by one, to learn which it is
+        if len(heads) > 1:  # one by one, to find the photo
             each = zip(heads, photos, records, strict=True)
             return [decoded(predictor, [h], [p], [r])[0] for h, p, r in each]
         raise InputError(
@@ -160,23 +159,10 @@ def decoded(
         ) from None
 
 
-def check_photos(records: Sequence[PanopticRecord], photos: Sequence[Picture]) -> None:
-    """Raises InputError where a photo has another size than it is annotated with."""
-    for record, photo in zip(records, photos, strict=True):
-        found, wanted = photo.shape[:2], (record.height, record.width)
-        if found != wanted:
-            raise InputError(
-                f"sizes differ: photo {found}, JSON {wanted}",
-                where=record.photo,
-                remedy="evaluation never repairs a dataset: mend or remove the image",
-                code="size-mismatch",
-            )
-
-
 def score_row(
     record: PanopticRecord, row: Row, ids: NDArray[np.int32], things: frozenset[int]
 ) -> ImageScore:
-    """Scores a prediction as `panoptic.json` will tell of it."""
+    """Scores a prediction from its (H, W) ids and its row of `panoptic.json`."""
     infos = row["segments_info"]
     return score_image(
         record.image_id,
@@ -187,20 +173,3 @@ def score_row(
         scores={info["id"]: info["score"] for info in infos},
         things=things,
     )
-
-
-def score_again(
-    record: PanopticRecord, row: Row, out: Path, things: frozenset[int]
-) -> ImageScore | None:
-    """Scores what an earlier run predicted; None where its PNG is not as noted."""
-    try:
-        ids = read_ids(out / "panoptic" / row["file_name"])
-        return score_row(record, row, ids, things)
-    except InputError:
-        return None  # predicted again, where what is wrong with the truth will be told
-
-
-def chunks(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """Consecutive slices of at most `size`."""
-    for start in range(0, len(places), size):
-        yield places[start : start + size]
