@@ -28,14 +28,16 @@ from panoptic_cache.train.augment import (
     Item,
     draw_augmentation,
     fitted_size,
+    jitter_colour,
     make_item,
     place_window,
 )
-from panoptic_cache.train.batch import Batch, collate, jitter_colour
 from panoptic_cache.train.config import DataConfig
 from panoptic_cache.train.data import (
+    Batch,
     MicroBatches,
     check_rendered_size,
+    collate,
     indexed_loader,
     iterate,
     micro_batch_sizes,

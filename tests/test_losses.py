@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from panoptic_cache.train.augment import PADDING
-from panoptic_cache.train.batch import Batch
 from panoptic_cache.train.config import LossConfig
+from panoptic_cache.train.data import Batch
 from panoptic_cache.train.encoding import (
     ClassificationCode,
     DirectCode,

@@ -15,9 +15,8 @@ import pytest
 from torch import Tensor
 
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.train.batch import Batch
 from panoptic_cache.train.config import DataConfig
-from panoptic_cache.train.data import iterate, open_index
+from panoptic_cache.train.data import Batch, iterate, open_index
 from panoptic_cache.train.stream import make_loader
 
 SMALL = DataConfig(reader="stream", size=56, batch=4, micro_batch=4, workers=0)

@@ -23,7 +23,6 @@ from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.pipeline.coco import CocoLayout, read_dataset
 from panoptic_cache.pipeline.render.driver import render
 from panoptic_cache.train.augment import Augmentation, make_item
-from panoptic_cache.train.batch import collate
 from panoptic_cache.train.config import (
     DataConfig,
     ModelConfig,
@@ -32,6 +31,7 @@ from panoptic_cache.train.config import (
     TrainConfig,
     ValidationConfig,
 )
+from panoptic_cache.train.data import collate
 from panoptic_cache.train.encoding import PositionalCode, grid_cells
 from panoptic_cache.train.loop import train
 from panoptic_cache.train.losses import gather_rows

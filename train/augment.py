@@ -7,7 +7,9 @@ from typing import TypeVar
 
 import numpy as np
 import simplejpeg
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.cache.sample import Sample, encode_distance
@@ -176,3 +178,29 @@ class Window:
 def place_window(height: int, width: int, side: int, place: tuple[float, float]) -> Window:
     """Where the crop begins: a part `place` of the room that is left, negative for padding."""
     return Window(round((height - side) * place[1]), round((width - side) * place[0]), side)
+
+
+def jitter_colour(photo: Tensor, factors: Tensor, void: Tensor | None = None) -> Tensor:
+    """Brightness, contrast and saturation, on the device.
+
+    Contrast is about the mean of the picture. Padding has no part in it, else a picture that fills
+    less of the input would fade to black, and stays black, as at prediction.
+
+    Args:
+        photo: (B, 3, S, S) uint8 RGB, 0 in the padding.
+        factors: (B, 3) float32, 1 = unchanged.
+        void: (B, S, S) uint8 that says where padding is; None where there is none.
+
+    Returns:
+        (B, 3, S, S) float32 in [0, 1].
+    """
+    brightness, contrast, saturation = factors.T[..., None, None, None]  # (B, 1, 1, 1) each
+    inside = torch.ones_like(photo[:, 0]).bool() if void is None else void != PADDING
+    pixels = inside.sum((1, 2)).clamp(min=1).view(-1, 1, 1, 1)
+    # A sum of whole numbers is the same in any order: on any device, however it is split.
+    mean = photo.sum((1, 2, 3), keepdim=True) / (3 * pixels) * (brightness / 255)
+    scaled = photo.float() * (brightness * contrast / 255)
+    grey = scaled.mean(1, keepdim=True)
+    jittered = torch.lerp(grey, scaled, saturation) + mean * (1 - contrast)
+    result: Tensor = jittered.clamp(0, 1) * inside[:, None]
+    return result

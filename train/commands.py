@@ -93,7 +93,7 @@ def bench_step(
     as_json: Json = False,
 ) -> None:
     """Training steps on this machine's device: the encoder, the whole step, fed by the loader."""
-    from panoptic_cache.train.bench_step import bench_step as measure
+    from panoptic_cache.train.bench import bench_step as measure
     from panoptic_cache.train.config import TrainConfig
 
     if config is None and settings:

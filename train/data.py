@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import accumulate, islice
 from typing import Any, cast
@@ -19,6 +20,7 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from panoptic_cache.pipeline.base.errors import InputError
@@ -26,7 +28,6 @@ from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.cache.index import ShardIndex, read_index
 from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.train.augment import Item, Place, draw_augmentation, make_item
-from panoptic_cache.train.batch import Batch, collate
 from panoptic_cache.train.config import DataConfig
 from panoptic_cache.train.stopping import stop_with_parent_only
 
@@ -39,6 +40,80 @@ Or the pipe to it breaks, an OSError or EOFError.
 """
 
 _PREFIX = "panoptic_cache.pipeline.base.errors.InputError: "
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples of side S, on any device.
+
+    Row 0 of the tables stands for unlabelled pixels, so that the index map gathers directly.
+
+    Attributes:
+        keys: B sample keys.
+        photo: (B, 3, S, S) uint8 RGB.
+        index: (B, S, S) uint8 or int32, rows of the tables.
+        eds: (B, S, S) uint8, see `panoptic_cache.pipeline.cache.sample`.
+        void: (B, S, S) uint8, 0 labelled, 1 unlabelled, 2 crowd, 3 padding.
+        eds_scale: (B,) float32, pixels of S for one pixel that `eds` counts.
+        colour: (B, 3) float32 factors of brightness, contrast and saturation.
+        centroid: (B, R, 2) float32, (u, v) in [-1, 1].
+        instance: (B, R) bool, the row is a non-crowd thing with pixels.
+        label: (B, R) int64, category, -1 for unlabelled and for rows of no segment.
+    """
+
+    keys: tuple[str, ...]
+    photo: Tensor
+    index: Tensor
+    eds: Tensor
+    void: Tensor
+    eds_scale: Tensor
+    colour: Tensor
+    centroid: Tensor
+    instance: Tensor
+    label: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device; without waiting for the copies where memory is pinned."""
+        return Batch(
+            self.keys,
+            *(getattr(self, name).to(device, non_blocking=True) for name in _TENSORS),
+        )
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; called by the loader."""
+        return Batch(self.keys, *(getattr(self, name).pin_memory() for name in _TENSORS))
+
+
+_TENSORS = tuple(field.name for field in fields(Batch) if field.name != "keys")
+
+
+def collate(items: Sequence[Item]) -> Batch:
+    """Stacks items; tables are padded with rows of no segment."""
+    rows = max(len(item.label) for item in items)
+    index = np.stack([item.index for item in items])
+
+    def table(name: str, fill: float) -> Tensor:
+        values = [getattr(item, name) for item in items]
+        result = np.full((len(items), rows, *values[0].shape[1:]), fill, values[0].dtype)
+        for row, value in zip(result, values, strict=True):
+            row[: len(value)] = value
+        return torch.from_numpy(result)
+
+    def stack(name: str) -> Tensor:
+        return torch.from_numpy(np.stack([getattr(item, name) for item in items]))
+
+    return Batch(
+        keys=tuple(item.key for item in items),
+        photo=stack("photo"),
+        index=torch.from_numpy(index if index.dtype == np.uint8 else index.astype(np.int32)),
+        eds=stack("eds"),
+        void=stack("void"),
+        eds_scale=torch.tensor([item.eds_scale for item in items]),
+        colour=stack("colour"),
+        centroid=table("centroid", 0.0),
+        instance=table("instance", 0),
+        label=table("label", -1),
+    )
 
 
 class CachedItems(Dataset[Item]):

@@ -18,16 +18,15 @@ from panoptic_cache.pipeline.base.config import fingerprint
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.progress import progress
 from panoptic_cache.pipeline.base.stopping import Interrupted
-from panoptic_cache.train.batch import jitter_colour
+from panoptic_cache.train.augment import jitter_colour
 from panoptic_cache.train.checkpoint import save_checkpoint
 from panoptic_cache.train.config import LossConfig, TrainConfig
 from panoptic_cache.train.data import iterate, micro_batch_sizes, open_index, repeats
-from panoptic_cache.train.ema import Ema
 from panoptic_cache.train.encoding import make_encoding
 from panoptic_cache.train.guards import not_finite, rank_advice
 from panoptic_cache.train.losses import Distance, instance_loss, semantic_loss
 from panoptic_cache.train.model import PanopticModel, Task, check_size
-from panoptic_cache.train.optim import learning_rate, parameter_groups, set_learning_rate
+from panoptic_cache.train.optim import Ema, learning_rate, parameter_groups, set_learning_rate
 from panoptic_cache.train.ranks import Ranks
 from panoptic_cache.train.restore import (
     ARCHITECTURE,

@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from panoptic_cache.pipeline.cache.sample import EDS_FAR, EDS_STEP
 from panoptic_cache.pipeline.targets import CROWD, UNLABELLED
 from panoptic_cache.train.augment import PADDING
-from panoptic_cache.train.batch import Batch
+from panoptic_cache.train.class_losses import PixelTerms, class_losses
 from panoptic_cache.train.config import LossConfig
+from panoptic_cache.train.data import Batch
 from panoptic_cache.train.encoding import ClassificationCode, Encoding, PositionalCode
 from panoptic_cache.train.model import resize_maps
-from panoptic_cache.train.strips import PixelTerms, class_losses
 
 Distance = Literal["norm", "squared"]
 

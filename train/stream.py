@@ -25,9 +25,14 @@ from panoptic_cache.pipeline.cache.index import ShardEntry, ShardIndex
 from panoptic_cache.pipeline.cache.sample import MEMBERS, decode_sample
 from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.train.augment import Item, draw_augmentation, make_item
-from panoptic_cache.train.batch import Batch, collate
 from panoptic_cache.train.config import DataConfig
-from panoptic_cache.train.data import indexed_loader, micro_batch_sizes, prepare_worker
+from panoptic_cache.train.data import (
+    Batch,
+    collate,
+    indexed_loader,
+    micro_batch_sizes,
+    prepare_worker,
+)
 
 BUFFER = 256
 """Samples that are mixed; about 40 MB of JPEGs and PNGs a loader process."""

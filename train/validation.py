@@ -17,9 +17,8 @@ from panoptic_cache.pipeline.cache.sample import Sample
 from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.train.augment import Augmentation, make_item
-from panoptic_cache.train.batch import Batch, collate
 from panoptic_cache.train.config import LossConfig, TrainConfig
-from panoptic_cache.train.data import check_rendered_size
+from panoptic_cache.train.data import Batch, check_rendered_size, collate
 from panoptic_cache.train.encoding import Encoding, grid_cells, nearest_cell, nearest_cells
 from panoptic_cache.train.losses import (
     Distance,

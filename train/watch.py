@@ -23,8 +23,8 @@ from panoptic_cache.pipeline.pictures.colours import (
     semantic_colours,
 )
 from panoptic_cache.pipeline.pictures.sheets import Tile, sheet
-from panoptic_cache.train.batch import Batch
 from panoptic_cache.train.curves import draw_curves
+from panoptic_cache.train.data import Batch
 from panoptic_cache.train.encoding import Encoding, grid_cells, nearest_centroids
 from panoptic_cache.train.model import PanopticModel
 

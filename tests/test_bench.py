@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from panoptic_cache.train.batch import Batch
-from panoptic_cache.train.bench_step import SMALL, bench_step, matrix_rate, round_ms
+from panoptic_cache.train.bench import SMALL, bench_step, matrix_rate, round_ms
 from panoptic_cache.train.config import DataConfig, ModelConfig, RandomBackbone, TrainConfig
+from panoptic_cache.train.data import Batch
 from panoptic_cache.train.loop import train
 from panoptic_cache.train.model import Task
 from panoptic_cache.train.summary import summarize_model

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from panoptic_cache.train import strips
-from panoptic_cache.train.strips import PixelTerms, class_losses
+from panoptic_cache.train import class_losses as strips
+from panoptic_cache.train.class_losses import PixelTerms, class_losses
 
 
 def make_terms(maps: int, classes: int, height: int, width: int) -> PixelTerms:
