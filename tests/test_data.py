@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.cache.sample import Sample, decode_distance, encode_distance
+from panoptic_cache.pipeline.cache.sample import Sample, eds_distances, encode_distance
 from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.pipeline.render.photo import encode_jpeg
 from panoptic_cache.pipeline.targets import IndexMap, boundary, edge_distance, resize_index
@@ -271,7 +271,7 @@ def test_distances_survive_an_isotropic_scale(index: IndexMap, side: int, scale:
     new = round(side * scale)
     picture = item.index[inside].reshape(new, new)
     anew = edge_distance(boundary(picture))
-    carried = decode_distance(item.eds[inside].reshape(new, new)) * item.eds_scale
+    carried = eds_distances()[item.eds[inside].reshape(new, new)] * item.eds_scale
     assert item.eds_scale == pytest.approx(new / length)
     if np.isinf(anew).any():
         assert np.isinf(carried).all()
@@ -286,7 +286,7 @@ def test_far_pixels_of_a_large_photo_keep_their_weight(fit: Fit) -> None:
     index = np.ones((1600, 1600), np.uint8)
     index[:, 800:] = 2
     item = make_item(make_sample(index), DataConfig(size=80, fit=fit), Augmentation())
-    distance = decode_distance(item.eds) * item.eds_scale
+    distance = eds_distances()[item.eds] * item.eds_scale
     assert distance[:, 0].tolist() == [39.0] * 80
 
 

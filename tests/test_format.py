@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -53,7 +52,7 @@ def table(head: str) -> dict[str, str]:
 
 
 def names(cls: Any) -> list[str]:
-    return [field.name for field in fields(cls)]
+    return [*get_type_hints(cls)]
 
 
 def codes(text: str) -> list[str]:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import webdataset
 from handmade import hashes, same_sample, small_samples
+from msgspec import structs
 
 import panoptic_cache.pipeline.cache.shards
 from panoptic_cache.pipeline.base.config import fingerprint
@@ -30,11 +31,10 @@ from panoptic_cache.pipeline.cache.index import (
     read_index,
     read_sidecar,
 )
-from panoptic_cache.pipeline.cache.sample import MEMBERS, Sample, encode_sample
+from panoptic_cache.pipeline.cache.sample import MEMBERS, Sample, decode_sample, encode_sample
 from panoptic_cache.pipeline.cache.shards import (
     ShardReader,
     finished_shard,
-    iterate_samples,
     members_of,
     pack_shard,
     write_shard,
@@ -46,8 +46,15 @@ SAMPLES = small_samples()
 
 
 def all_samples(cache: Path) -> list[Sample]:
-    storage = Storage(str(cache))
-    return [s for shard in read_index(storage).shards for s in iterate_samples(storage, shard)]
+    """Read through the sidecars, from whole tars."""
+    storage, samples = Storage(str(cache)), []
+    for shard in read_index(storage).shards:
+        data = storage.read(f"{shard.name}.tar")
+        samples += [
+            decode_sample(entry.key, members_of(data, entry))
+            for entry in read_sidecar(storage, shard).samples
+        ]
+    return samples
 
 
 def test_packing_gives_the_same_bytes() -> None:
@@ -187,7 +194,7 @@ def test_an_index_of_missing_keys_is_named(cache: Path) -> None:
     del values["categories"], values["digest"]
     values["digest"] = fingerprint(values)
     path.write_text(json.dumps(values))
-    with pytest.raises(InputError, match="lacks categories"):
+    with pytest.raises(InputError, match="missing required field `categories`"):
         read_index(Storage(str(cache)))
 
 
@@ -204,13 +211,35 @@ def test_sidecars_survive_encoding(tiny_cache: Path) -> None:
         ),
         repairs={"area-wrong": 3},
     )
-    for each in (sidecar, replace(sidecar, samples=(), rejections=())):
+    for each in (sidecar, structs.replace(sidecar, samples=(), rejections=())):
         data = encode_sidecar(each)
         assert decode_sidecar(data, "x") == each
         assert data.count(b"\n") == len(each.samples) + 2 + (not each.samples)
     shard = read_index(Storage(str(tiny_cache))).shards[0]
     read = read_sidecar(Storage(str(tiny_cache)), shard)
     assert encode_sidecar(read) == (tiny_cache / f"{shard.name}.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"crc32":', '"crc":', "unknown field `crc` - at `$.samples[0]`"),
+        ('"repairs":{},', "", "missing required field `repairs`"),
+        ('"offset":0', '"offset":"0"', "Expected `int`, got `str` - at `$.samples[0].offset`"),
+        ('"members":[[', '"members":[[1,2],[', "length <= 5 - at `$.samples[0].members`"),
+        ('"repairs":{}', '"repairs":{"a":null}', "got `null` - at `$.repairs[...]`"),
+        ('"samples":[', '"samples":[3,', "Expected `object`, got `int` - at `$.samples[0]`"),
+        ('"samples":[', '"samples":', "Expecting property name"),
+    ],
+)
+def test_what_is_wrong_with_a_sidecar_is_named(old: str, new: str, message: str) -> None:
+    data, entries = pack_shard(SAMPLES)
+    text = encode_sidecar(Sidecar("x-00000", "p", len(data), "0", entries, (), {})).decode()
+    with pytest.raises(InputError, match="x-00000") as caught:
+        decode_sidecar(text.replace(old, new).encode(), "x-00000.json")
+    assert "x-00000.json: not a sidecar: " in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_shard_is_finished_only_with_a_true_sidecar(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import pytest
 from handmade import make_sample
+from msgspec import structs
 
 from panoptic_cache.pipeline.base.config import fingerprint
 from panoptic_cache.pipeline.base.errors import InputError
@@ -299,7 +300,7 @@ def write_cache(
     storage.create()
     sidecar = write_shard(storage, "x-00000", samples, plan="p", rejections=(), repairs={})
     data = tar(storage.read("x-00000.tar"))
-    sidecar = replace(sidecar, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    sidecar = structs.replace(sidecar, size=len(data), sha256=hashlib.sha256(data).hexdigest())
     sidecar = change(sidecar)
     storage.write("x-00000.tar", data)
     storage.write("x-00000.json", encode_sidecar(sidecar))
@@ -372,8 +373,8 @@ def test_a_sample_that_is_there_twice_is_named(tmp_path: Path) -> None:
 
 def change_entry(**changes: object) -> Callable[[Sidecar], Sidecar]:
     def change(sidecar: Sidecar) -> Sidecar:
-        entry = replace(sidecar.samples[0], **changes)  # type: ignore[arg-type]
-        return replace(sidecar, samples=(entry, *sidecar.samples[1:]))
+        entry = structs.replace(sidecar.samples[0], **changes)
+        return structs.replace(sidecar, samples=(entry, *sidecar.samples[1:]))
 
     return change
 
@@ -385,11 +386,11 @@ def change_entry(**changes: object) -> Callable[[Sidecar], Sidecar]:
         (change_entry(size=512), "its place in the sidecar is impossible"),
         (change_entry(members=((512, 1),) * 5), "its place in the sidecar is impossible"),
         (change_entry(members=()), "sidecar is not the one the index names|not a sidecar"),
-        (lambda sidecar: replace(sidecar, samples=()), "sidecar and index disagree"),
-        (lambda sidecar: replace(sidecar, name="x-00001"), "sidecar and index disagree"),
-        (lambda sidecar: replace(sidecar, size=10240 * 9), "sidecar and index disagree"),
-        (lambda sidecar: replace(sidecar, sha256="0"), "sidecar and index disagree"),
-        (lambda sidecar: replace(sidecar, fingerprint="q"), "sidecar and index disagree"),
+        (lambda sidecar: structs.replace(sidecar, samples=()), "sidecar and index disagree"),
+        (lambda sidecar: structs.replace(sidecar, name="x-00001"), "sidecar and index disagree"),
+        (lambda sidecar: structs.replace(sidecar, size=10240 * 9), "sidecar and index disagree"),
+        (lambda sidecar: structs.replace(sidecar, sha256="0"), "sidecar and index disagree"),
+        (lambda sidecar: structs.replace(sidecar, fingerprint="q"), "sidecar and index disagree"),
     ],
 )
 def test_an_impossible_sidecar_is_found(
@@ -398,6 +399,21 @@ def test_an_impossible_sidecar_is_found(
     report = write_cache(tmp_path, [GOOD], change, deep=False)
     assert re.search(message, report.problems[0].problem)
     assert not check(tmp_path).ok
+
+
+def test_a_sidecar_with_an_unknown_field_is_found(tmp_path: Path) -> None:
+    write_cache(tmp_path, [GOOD])
+    path, index = tmp_path / "x-00000.json", read_index(Storage(str(tmp_path)))
+    path.write_bytes(path.read_bytes().replace(b'"crc32":', b'"colour":1,"crc32":'))
+    shard = structs.replace(
+        index.shards[0], sidecar_sha256=hashlib.sha256(path.read_bytes()).hexdigest()
+    )
+    (tmp_path / "index.json").write_bytes(encode_index(structs.replace(index, shards=(shard,))))
+    (problem,) = check(tmp_path).problems
+    assert (
+        problem.problem
+        == "not a sidecar: Object contains unknown field `colour` - at `$.samples[0]`"
+    )
 
 
 def test_members_that_overlap_are_found(tmp_path: Path) -> None:
@@ -421,14 +437,18 @@ def test_headers_that_tell_another_story_are_found(tmp_path: Path) -> None:
     assert [data[a : a + n] for a, n in entries[0].members] == list(encode_sample(GOOD).values())
 
     def recalled(sidecar: Sidecar) -> Sidecar:
-        return replace(sidecar, samples=entries_with_crc(entries, other))
+        return structs.replace(sidecar, samples=entries_with_crc(entries, other))
 
     report = write_cache(tmp_path, [GOOD], recalled, tar=lambda _: other)
     assert [p.problem for p in report.problems] == ["tar headers and sidecar disagree"]
 
 
 def entries_with_crc(entries: tuple[SampleEntry, ...], data: bytes) -> tuple[SampleEntry, ...]:
-    return tuple(replace(e, crc32=zlib.crc32(data[e.offset : e.offset + e.size])) for e in entries)
+    spans = [data[entry.offset : entry.offset + entry.size] for entry in entries]
+    return tuple(
+        structs.replace(entry, crc32=zlib.crc32(span))
+        for entry, span in zip(entries, spans, strict=True)
+    )
 
 
 def test_an_index_that_does_not_add_up_is_found(cache: Path) -> None:

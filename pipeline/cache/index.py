@@ -10,21 +10,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from panoptic_cache.pipeline.base.config import build_config, fingerprint
+from msgspec import Meta, Struct, ValidationError, convert, to_builtins
+from msgspec.structs import astuple
+
+from panoptic_cache.pipeline.base.config import fingerprint
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage, cannot_read
-from panoptic_cache.pipeline.cache.sample import FORMAT_VERSION, MEMBERS
+from panoptic_cache.pipeline.cache.sample import FORMAT_VERSION, MEMBERS, decode_json
 from panoptic_cache.pipeline.coco import Category, Rejection
 
 INDEX_NAME = "index.json"
 QUARANTINE_NAME = "quarantine.jsonl"
 
+Span = tuple[int, Annotated[int, Meta(ge=0)]]
+"""Offset and size of a member's payload in its tar, bytes."""
 
-@dataclass(frozen=True, slots=True)
-class SampleEntry:
+
+class SampleEntry(Struct, frozen=True, forbid_unknown_fields=True):
     """Where a sample lies in its shard.
 
     Attributes:
@@ -39,11 +43,10 @@ class SampleEntry:
     offset: int
     size: int
     crc32: int
-    members: tuple[tuple[int, int], ...]
+    members: Annotated[tuple[Span, ...], Meta(min_length=len(MEMBERS), max_length=len(MEMBERS))]
 
 
-@dataclass(frozen=True, slots=True)
-class Sidecar:
+class Sidecar(Struct, frozen=True, forbid_unknown_fields=True):
     """Everything known of one shard; written right after its tar.
 
     Attributes:
@@ -65,8 +68,13 @@ class Sidecar:
     repairs: Mapping[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class ShardEntry:
+class _SidecarFile(Sidecar, frozen=True, forbid_unknown_fields=True):
+    """What a sidecar's file holds."""
+
+    digest: str
+
+
+class ShardEntry(Struct, frozen=True, forbid_unknown_fields=True):
     """A shard in the index."""
 
     name: str
@@ -76,8 +84,7 @@ class ShardEntry:
     sidecar_sha256: str
 
 
-@dataclass(frozen=True, slots=True)
-class ShardIndex:
+class ShardIndex(Struct, frozen=True, forbid_unknown_fields=True):
     """The contents page of a cache.
 
     Attributes:
@@ -110,7 +117,7 @@ def shard_name(split: str, number: int) -> str:
 
 def encode_sidecar(sidecar: Sidecar) -> bytes:
     """Canonical JSON with a digest of its contents and a line for each sample."""
-    values = asdict(sidecar)
+    values = to_builtins(sidecar)
     digest = fingerprint(values)
     samples = ",\n  ".join(_compact(row) for row in values.pop("samples"))
     head = _compact({**values, "digest": digest})
@@ -120,29 +127,15 @@ def encode_sidecar(sidecar: Sidecar) -> bytes:
 def decode_sidecar(data: bytes, where: str) -> Sidecar:
     """The inverse of `encode_sidecar`; InputError where it is none. Checks no digest."""
     try:
-        values = json.loads(data)
-        del values["digest"]
-        return Sidecar(
-            **{
-                **values,
-                "samples": tuple(_entry(row) for row in values["samples"]),
-                "rejections": tuple(Rejection(**row) for row in values["rejections"]),
-            }
-        )
-    except (ValueError, KeyError, TypeError) as error:
+        *values, _ = astuple(decode_json(data, _SidecarFile))
+    except ValueError as error:
         raise InputError(
             f"not a sidecar: {error}",
             where=where,
             remedy="remove the shard and its sidecar and run preprocess again",
             code="sidecar-damaged",
         ) from None
-
-
-def _entry(row: Mapping[str, Any]) -> SampleEntry:
-    members = tuple((offset, size) for offset, size in row["members"])
-    if len(members) != len(MEMBERS):
-        raise ValueError(f"{len(members)} members in {row['key']}, not {len(MEMBERS)}")
-    return SampleEntry(**{**row, "members": members})
+    return Sidecar(*values)
 
 
 def _compact(values: object) -> str:
@@ -151,7 +144,7 @@ def _compact(values: object) -> str:
 
 def encode_index(index: ShardIndex) -> bytes:
     """The bytes of `index.json`: canonical JSON with a digest of its own contents."""
-    values = asdict(index)
+    values = to_builtins(index)
     values["digest"] = fingerprint(values)
     return json.dumps(values, indent=1).encode() + b"\n"
 
@@ -191,7 +184,10 @@ def read_index(storage: Storage) -> ShardIndex:
             remedy="run panoptic preprocess again: it rewrites the index from the sidecars",
             code="index-damaged",
         )
-    return build_config(ShardIndex, values, where=where)
+    try:
+        return convert(values, ShardIndex)
+    except ValidationError as error:
+        raise InputError(f"index damaged: {error}", where=where, code="index-damaged") from None
 
 
 def read_sidecar(storage: Storage, shard: ShardEntry) -> Sidecar:

@@ -301,14 +301,14 @@ def _row(key: str, members: Mapping[str, bytes]) -> SampleRow:
     if "json" not in members:
         raise InputError("sample lacks json", where=key, code="member-missing")
     table = decode_table(members["json"], key)
-    height, width = table["size"]
+    height, width = table.size
     kinds = Counter(
-        "crowd" if segment["iscrowd"] else "things" if segment["isthing"] else "stuff"
-        for segment in table["segments"]
+        "crowd" if segment.iscrowd else "things" if segment.isthing else "stuff"
+        for segment in table.segments
     )
     return SampleRow(
         key=key,
-        image_id=table["image_id"],
+        image_id=table.image_id,
         height=height,
         width=width,
         bytes=sum(map(len, members.values())),

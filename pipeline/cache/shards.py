@@ -7,7 +7,7 @@ import io
 import os
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.cache.index import (
     SampleEntry,
-    ShardEntry,
     Sidecar,
     decode_sidecar,
     encode_sidecar,
@@ -195,13 +194,6 @@ class ShardReader:
             path = self._folder / f"{self.index.shards[number].name}.tar"
             self._files[number] = os.open(path, os.O_RDONLY)
         return self._files[number]
-
-
-def iterate_samples(storage: Storage, shard: ShardEntry) -> Iterator[Sample]:
-    """All samples of one shard, local or remote, read whole."""
-    data = storage.read(f"{shard.name}.tar")
-    for entry in read_sidecar(storage, shard).samples:
-        yield decode_sample(entry.key, members_of(data, entry))
 
 
 def members_of(data: bytes, entry: SampleEntry) -> dict[str, bytes]:
