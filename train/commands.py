@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from panoptic_cache.pipeline.base.config import load_config
 from panoptic_cache.pipeline.console import (
     Count,
     Json,
@@ -37,6 +36,7 @@ def train(
 
     Several GPUs: accelerate launch -m panoptic_cache.train CONFIG ...
     """
+    from panoptic_cache.pipeline.base.config import load_config
     from panoptic_cache.train.config import TrainConfig
     from panoptic_cache.train.guards import guarded_run
     from panoptic_cache.train.loop import train as run
@@ -54,6 +54,7 @@ def model(
     as_json: Json = False,
 ) -> None:
     """Show a configuration's parameters, operations and memory."""
+    from panoptic_cache.pipeline.base.config import load_config
     from panoptic_cache.train.config import TrainConfig
     from panoptic_cache.train.summary import summarize_model
 
@@ -93,6 +94,7 @@ def bench_step(
     as_json: Json = False,
 ) -> None:
     """Training steps on this machine's device: the encoder, the whole step, fed by the loader."""
+    from panoptic_cache.pipeline.base.config import load_config
     from panoptic_cache.train.bench import bench_step as measure
     from panoptic_cache.train.config import TrainConfig
 
