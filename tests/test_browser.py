@@ -8,14 +8,12 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 from test_report import CATEGORIES, gallery_of, result_of, view
 
 from panoptic_cache.evaluate.metric.measures import Measures
 from panoptic_cache.evaluate.metric.score import Scores
-from panoptic_cache.evaluate.report.charts import confusion_table, size_chart
 from panoptic_cache.evaluate.report.page import write_report
 
 BROWSER = next(
@@ -58,34 +56,35 @@ MEASURES = Measures(
 )
 
 
-def values() -> dict[str, Any]:
-    return Scores(result_of(view()), MEASURES, None, []).to_json()
+def page_of(folder: Path, measures: Measures) -> str:
+    values = Scores(result_of(view()), measures, None, []).to_json()
+    return write_report(
+        folder, result_of(view()), CATEGORIES, gallery_of(view()), values=values
+    ).read_text()
 
 
-def test_charts_show_what_was_measured() -> None:
-    shown = values()
-    chart = size_chart(shown["sizes"])
+def test_charts_show_what_was_measured(tmp_path: Path) -> None:
+    text = page_of(tmp_path, MEASURES)
+    chart = text[text.index("<svg") : text.index("</svg>")]
     assert chart.count("<rect") == 3, "from the first to the last size with instances"
     assert "8-16 px" in chart
     assert ">50.0<" in chart
     assert ">75.0<" in chart
-    table = confusion_table(shown["confusion"], CATEGORIES)
+    table = text[text.index("<h2>Confusions") : text.index("<h2>Best")]
     assert re.findall(r'data-v="([^"]*)"', table) == [
         *("disc", "&lt;b&gt;box &amp; co&lt;/b&gt;", "2", str(2 / 17)),
         *("&lt;b&gt;box &amp; co&lt;/b&gt;", "disc", "1", "1.0"),
     ]
-    empty = Measures().to_json()
-    assert size_chart(empty["sizes"]) == ""
-    assert "No segment" in confusion_table(empty["confusion"], CATEGORIES)
+    empty = page_of(tmp_path, Measures())
+    assert "<svg" not in empty
+    assert "No segment was found under another category" in empty
 
 
 def test_the_page_works_in_a_browser(tmp_path: Path) -> None:
     if BROWSER is None:
         pytest.skip("no chromium is installed")
-    gallery = gallery_of(view())
-    page = write_report(tmp_path / "page", result_of(view()), CATEGORIES, gallery, values=values())
-    text = page.read_text()
-    page.write_text(text.replace("<title>", f"{PROBE}<title>", 1))
+    page = tmp_path / "page.html"
+    page.write_text(page_of(tmp_path, MEASURES).replace("<title>", f"{PROBE}<title>", 1))
     command = [BROWSER, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     found = re.search(r"<output>(.*?)</output>", done.stdout, re.DOTALL)

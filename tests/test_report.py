@@ -243,7 +243,8 @@ class Page(HTMLParser):
 
 def test_page_is_one_file_without_any_other(tmp_path: Path) -> None:
     figures = [
-        make_figure(view(f"<i>{n}</i>.jpg", pq), CATEGORIES) for n, pq in enumerate((0.2, 0.9))
+        make_figure(view(f'<i>{n}</i>" onload="x.jpg', pq), CATEGORIES)
+        for n, pq in enumerate((0.2, 0.9))
     ]
     gallery = Gallery((figures[1],), (figures[0],))
     path = write_report(
@@ -260,6 +261,8 @@ def test_page_is_one_file_without_any_other(tmp_path: Path) -> None:
     jpeg = base64.b64decode(page.addresses[0].partition(",")[2])
     assert np.asarray(cv2.imdecode(np.frombuffer(jpeg, np.uint8), 1)).shape == (240, 480, 3)
     assert "<i>" not in text
+    assert 'onload="' not in text
+    assert "Content-Security-Policy\" content=\"default-src 'none'; img-src data:;" in text
     assert "<b>box" not in text
     assert "2 &lt; 3" in text
     assert text.index("&lt;i&gt;1") < text.index("&lt;i&gt;0"), "the best image comes first"

@@ -17,7 +17,7 @@ SIZE_COLUMNS = ("things by size", "instances", "IoU")
 def pq_table(result: PQResult) -> list[tuple[str, ...]]:
     """A row for All, Things and Stuff, in percent; see `GROUP_COLUMNS`."""
     return [
-        (name, *_percent(group), str(group.n if group else 0))
+        (name, *_percents(group), str(group.n if group else 0))
         for name, group in (("All", result.all), ("Things", result.things), ("Stuff", result.stuff))
     ]
 
@@ -29,13 +29,13 @@ def category_table(result: PQResult, categories: Sequence[Category]) -> list[tup
         stat = result.per_class[category.id]
         kind = "thing" if category.isthing else "stuff"
         counts = (str(stat.tp), str(stat.fp), str(stat.fn))
-        rows.append((category.name, kind, *_percent(None if stat.empty else stat), *counts))
+        rows.append((category.name, kind, *_percents(None if stat.empty else stat), *counts))
     return rows
 
 
 def size_table(sizes: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """A row for each size that has instances; see `SIZE_COLUMNS` and `Measures.to_json`."""
-    return [(size_name(row), str(row["n"]), f"{100 * row['iou']:.1f}") for row in sizes if row["n"]]
+    return [(size_name(row), str(row["n"]), percent(row["iou"])) for row in sizes if row["n"]]
 
 
 def size_name(row: Mapping[str, Any]) -> str:
@@ -57,7 +57,7 @@ def measure_table(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         "AP50": ap.get("ap50"),
         "AP75": ap.get("ap75"),
     }
-    return [(k, "-" if v is None else f"{100 * v:.1f}") for k, v in numbers.items()]
+    return [(name, percent(value)) for name, value in numbers.items()]
 
 
 def score_text(
@@ -84,7 +84,13 @@ def score_text(
     return "\n\n".join(parts)
 
 
-def _percent(score: GroupPQ | CategoryStat | None) -> tuple[str, str, str]:
+def percent(value: float | None) -> str:
+    """A fraction in percent, with one decimal; a dash for None."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _percents(score: GroupPQ | CategoryStat | None) -> tuple[str, str, str]:
+    """PQ, SQ and RQ."""
     if score is None:
         return "-", "-", "-"
-    return f"{score.pq:.1%}"[:-1], f"{score.sq:.1%}"[:-1], f"{score.rq:.1%}"[:-1]
+    return percent(score.pq), percent(score.sq), percent(score.rq)
