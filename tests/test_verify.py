@@ -41,7 +41,7 @@ NAME = "train-00001"
 
 
 def check(cache: Path, *, deep: bool = True) -> VerifyReport:
-    return verify(Storage(str(cache)), deep=deep, threads=2)
+    return verify(Storage(str(cache)), deep=deep)
 
 
 def sidecar_of(cache: Path, number: int = 1) -> Sidecar:

@@ -18,6 +18,7 @@ from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.cache.index import (
     SampleEntry,
     Sidecar,
+    Span,
     decode_sidecar,
     encode_sidecar,
     read_index,
@@ -28,7 +29,26 @@ from panoptic_cache.pipeline.cache.sample import MEMBERS, Sample, decode_sample,
 from panoptic_cache.pipeline.coco import Rejection
 from panoptic_cache.pipeline.render.plan import claimed_by
 
-_BLOCK = 512
+BLOCK = 512
+"""Bytes: headers have one, and payloads are padded to whole ones."""
+END_MARKER = 2 * BLOCK
+"""Bytes of zeros that end a tar, at least."""
+
+
+def member_header(name: str, size: int) -> bytes:
+    """The tar header of a member: it tells nothing of who wrote it when."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, 0o644
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def lay_out(start: int, sizes: Iterable[int]) -> tuple[tuple[Span, ...], int]:
+    """Where the members of a sample lie that starts at `start`, and where the next one starts."""
+    spans = []
+    for size in sizes:
+        spans.append((start + BLOCK, size))
+        start += BLOCK + size + -size % BLOCK
+    return tuple(spans), start
 
 
 def pack_shard(samples: Iterable[Sample]) -> tuple[bytes, tuple[SampleEntry, ...]]:
@@ -36,23 +56,20 @@ def pack_shard(samples: Iterable[Sample]) -> tuple[bytes, tuple[SampleEntry, ...
 
     Samples are taken one by one: of a generator's, only one is in memory at a time.
     """
-    buffer = io.BytesIO()
+    tar = io.BytesIO()
     entries: list[SampleEntry] = []
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for sample in samples:
-            start = buffer.tell()
-            places: list[tuple[int, int]] = []
-            for suffix, data in encode_sample(sample).items():
-                info = tarfile.TarInfo(f"{sample.key}.{suffix}")
-                info.size, info.mode = len(data), 0o644
-                places.append((buffer.tell() + _BLOCK, len(data)))
-                tar.addfile(info, io.BytesIO(data))
-            span = buffer.getbuffer()[start : buffer.tell()]
-            entries.append(
-                SampleEntry(sample.key, start, len(span), zlib.crc32(span), tuple(places))
-            )
-            span.release()
-    return buffer.getvalue(), tuple(entries)
+    for sample in samples:
+        start, members = tar.tell(), encode_sample(sample)
+        for suffix, data in members.items():
+            tar.write(member_header(f"{sample.key}.{suffix}", len(data)))
+            tar.write(data)
+            tar.write(bytes(-len(data) % BLOCK))
+        spans, end = lay_out(start, map(len, members.values()))
+        crc32 = zlib.crc32(tar.getbuffer()[start:end])
+        entries.append(SampleEntry(sample.key, start, end - start, crc32, spans))
+    tar.write(bytes(END_MARKER))
+    tar.write(bytes(-tar.tell() % tarfile.RECORDSIZE))
+    return tar.getvalue(), tuple(entries)
 
 
 def write_shard(

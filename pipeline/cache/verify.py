@@ -1,16 +1,14 @@
 """Whether a cache is what was rendered: its sizes and sidecars, or every byte and every target.
 
 The index vouches for each tar and sidecar by SHA-256, and for itself by a digest. The plain check
-reads everything but the tars; the deep one reads them too, and names the samples that are damaged.
-No problem hides another: all of them are reported.
+reads everything but the tars. The deep one reads them too and names the damaged samples. All
+problems are reported, not only the first.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -26,7 +24,6 @@ from panoptic_cache.pipeline.base.progress import progress
 from panoptic_cache.pipeline.cache.index import (
     INDEX_NAME,
     QUARANTINE_NAME,
-    SampleEntry,
     ShardEntry,
     ShardIndex,
     Sidecar,
@@ -38,27 +35,30 @@ from panoptic_cache.pipeline.cache.index import (
     size_problem,
 )
 from panoptic_cache.pipeline.cache.sample import MEMBERS, Sample, check_sample, decode_sample
-from panoptic_cache.pipeline.cache.shards import members_of
-from panoptic_cache.pipeline.coco import Category, sample_key
+from panoptic_cache.pipeline.cache.shards import (
+    BLOCK,
+    END_MARKER,
+    lay_out,
+    member_header,
+    members_of,
+)
+from panoptic_cache.pipeline.coco import sample_key
 from panoptic_cache.pipeline.render.plan import PLAN_NAME, encode_plan
-
-_BLOCK = 512
-_END_MARKER = 2 * _BLOCK
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong.
+    """One thing that is wrong with a shard, or with a file that belongs to no shard.
 
     Attributes:
-        shard: The shard's name, or the file's where it is none of a shard.
-        sample: Key of the sample, where the problem is one sample's.
+        shard: The name of the shard or of the file.
         problem: What is wrong.
+        sample: Key of the sample, where the problem is one sample's.
     """
 
     shard: str
-    sample: str | None
     problem: str
+    sample: str | None = None
 
     def __str__(self) -> str:
         sample = f", sample {self.sample}" if self.sample is not None else ""
@@ -97,14 +97,12 @@ class VerifyReport:
         }
 
 
-def verify(storage: Storage, *, deep: bool = False, threads: int | None = None) -> VerifyReport:
-    """Checks a cache.
+def verify(storage: Storage, *, deep: bool = False) -> VerifyReport:
+    """Checks a cache, with a thread for each core; each holds at most one shard in memory.
 
     Args:
         storage: The cache's folder.
         deep: Read the tars too: hash each one, decode every sample and compute its targets anew.
-        threads: Shards under check at a time, each of them whole in memory; by default a thread
-            for each core.
 
     Raises:
         InputError: There is no such folder.
@@ -112,42 +110,40 @@ def verify(storage: Storage, *, deep: bool = False, threads: int | None = None) 
     if storage.local is not None and not storage.local.is_dir():
         raise InputError("no such folder", where=storage.url, remedy="give a cache's folder")
     sizes = storage.sizes()
-    problems: list[Problem] = []
     index: ShardIndex | None = None
     try:
         index = read_index(storage)
-        problems += _check_folder(storage, index, sizes)
+        problems = [*_check_folder(storage, index, sizes)]
+        shards = index.shards
     except InputError as error:
-        problems.append(Problem(INDEX_NAME, None, error.what))
-    # Without an index the sidecars vouch for the tars, and by their digests for themselves.
-    shards = index.shards if index is not None else tuple(_self_described(storage, sizes))
-    categories = {category.id: category for category in index.categories} if index else None
-    owners = {shard.sha256: shard.name for shard in shards}
+        problems = [Problem(INDEX_NAME, error.what)]
+        # Without an index the sidecars vouch for the tars, and by their digests for themselves.
+        shards = tuple(_self_described(storage, sizes))
+    names_by_sha256 = {shard.sha256: shard.name for shard in shards}
 
     def check(shard: ShardEntry) -> tuple[list[Problem], list[str]]:
-        sidecar, found = _check_sidecar(storage, shard, index.fingerprint if index else None)
-        problem = size_problem(shard, sizes)
-        if problem:
-            found.append(Problem(shard.name, None, problem))
+        sidecar, found = _check_sidecar(storage, shard, index)
+        if problem := size_problem(shard, sizes):
+            found.append(Problem(shard.name, problem))
         if deep and f"{shard.name}.tar" in sizes:
             try:
                 data = storage.read(f"{shard.name}.tar")
-                found += _check_tar(data, shard, sidecar, owners, categories)
+                found += _check_tar(data, shard, sidecar, index, names_by_sha256)
             except OSError as error:
-                found.append(Problem(shard.name, None, f"shard unreadable: {error}"))
+                found.append(Problem(shard.name, f"shard unreadable: {error}"))
         return found, [entry.key for entry in sidecar.samples] if sidecar else []
 
     keys: Counter[str] = Counter()
     with (
-        ThreadPoolExecutor(threads or os.cpu_count()) as pool,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
         progress("verify", len(shards), "shards") as advance,
     ):
-        for found, names in pool.map(check, shards):
+        for found, keys_of_shard in pool.map(check, shards):
             problems += found
-            keys.update(names)
+            keys.update(keys_of_shard)
             advance()
     repeated = [key for key, count in keys.items() if count > 1]
-    problems += [Problem(INDEX_NAME, key, "sample is there more than once") for key in repeated]
+    problems += [Problem(INDEX_NAME, "sample is there more than once", key) for key in repeated]
     return VerifyReport(len(shards), sum(shard.samples for shard in shards), tuple(problems))
 
 
@@ -156,32 +152,32 @@ def _check_folder(
 ) -> Iterator[Problem]:
     """The files that belong to no shard, and those that belong to nothing."""
     if storage.read(INDEX_NAME) != encode_index(index):
-        yield Problem(INDEX_NAME, None, "index was edited: its contents are the same, not its form")
+        yield Problem(INDEX_NAME, "index was edited: its contents are the same, not its form")
     if sum(shard.samples for shard in index.shards) != index.samples:
-        yield Problem(INDEX_NAME, None, "the shards' samples do not add up to the total")
-    plan = encode_plan(index.fingerprint, {"split": index.split, **index.settings})
+        yield Problem(INDEX_NAME, "the shards' samples do not add up to the total")
     if PLAN_NAME not in sizes:
-        yield Problem(PLAN_NAME, None, "plan missing")
-    elif _bytes(storage, PLAN_NAME) != plan:
-        yield Problem(PLAN_NAME, None, "plan is not the one of the index")
+        yield Problem(PLAN_NAME, "plan missing")
+    elif _bytes(storage, PLAN_NAME) != encode_plan(
+        index.fingerprint, {"split": index.split, **index.settings}
+    ):
+        yield Problem(PLAN_NAME, "plan is not the one of the index")
+    quarantine = _bytes(storage, QUARANTINE_NAME)
     if QUARANTINE_NAME not in sizes:
-        yield Problem(QUARANTINE_NAME, None, "list of images left out is missing")
-    else:
-        data = _bytes(storage, QUARANTINE_NAME)
-        if hashlib.sha256(data).hexdigest() != index.quarantine_sha256:
-            yield Problem(QUARANTINE_NAME, None, "list of images left out was edited or damaged")
-        elif data.count(b"\n") != index.quarantined:
-            yield Problem(QUARANTINE_NAME, None, f"the index counts {index.quarantined} images")
+        yield Problem(QUARANTINE_NAME, "list of images left out is missing")
+    elif hashlib.sha256(quarantine).hexdigest() != index.quarantine_sha256:
+        yield Problem(QUARANTINE_NAME, "list of images left out was edited or damaged")
+    elif quarantine.count(b"\n") != index.quarantined:
+        yield Problem(QUARANTINE_NAME, f"the index counts {index.quarantined} images")
     known = {INDEX_NAME, PLAN_NAME, QUARANTINE_NAME}
     known |= {f"{shard.name}.{suffix}" for shard in index.shards for suffix in ("tar", "json")}
     for name in sorted(sizes.keys() - known):
         # A README does no harm; a tar that no index knows is read by whoever reads `*.tar`.
         if name.endswith((".tar", ".json", ".jsonl")):
-            yield Problem(name, None, "the index knows no such file")
+            yield Problem(name, "the index knows no such file")
 
 
 def _bytes(storage: Storage, name: str) -> bytes:
-    """Of a file, or none where it cannot be read: those are wrong for sure."""
+    """The bytes of a file; none where it cannot be read, which no check takes for right."""
     try:
         return storage.read(name)
     except OSError:
@@ -189,7 +185,7 @@ def _bytes(storage: Storage, name: str) -> bytes:
 
 
 def _self_described(storage: Storage, sizes: Mapping[str, int]) -> Iterator[ShardEntry]:
-    """Shards as their own sidecars tell them."""
+    """Shards as their own sidecars describe them."""
     for file in sorted(sizes):
         name, _, suffix = file.rpartition(".")
         if suffix != "json" or file in {INDEX_NAME, PLAN_NAME}:
@@ -203,51 +199,42 @@ def _self_described(storage: Storage, sizes: Mapping[str, int]) -> Iterator[Shar
 
 
 def _check_sidecar(
-    storage: Storage, shard: ShardEntry, plan: str | None
+    storage: Storage, shard: ShardEntry, index: ShardIndex | None
 ) -> tuple[Sidecar | None, list[Problem]]:
     """The sidecar, if it can be trusted, and what is wrong with it."""
     try:
         sidecar = read_sidecar(storage, shard)
     except InputError as error:
-        return None, [Problem(shard.name, None, error.what)]
-    said = (sidecar.name, len(sidecar.samples), sidecar.size, sidecar.sha256)
-    wanted = (shard.name, shard.samples, shard.size, shard.sha256)
+        return None, [Problem(shard.name, error.what)]
     found = []
-    if said != wanted or sidecar.fingerprint != (plan or sidecar.fingerprint):
-        found.append(Problem(shard.name, None, "sidecar and index disagree"))
-    return sidecar, found + list(_check_spans(sidecar))
-
-
-def _check_spans(sidecar: Sidecar) -> Iterator[Problem]:
-    """Samples and members follow one another without gaps, and leave room for the end marker."""
+    said = (sidecar.name, len(sidecar.samples), sidecar.size, sidecar.sha256)
+    other_plan = index is not None and sidecar.fingerprint != index.fingerprint
+    if said != (shard.name, shard.samples, shard.size, shard.sha256) or other_plan:
+        found.append(Problem(shard.name, "sidecar and index disagree"))
     end = 0
     for entry in sidecar.samples:
-        position = end
-        fits = entry.offset == end
-        for offset, size in entry.members:
-            fits = fits and offset == position + _BLOCK and size >= 0
-            position = offset + -(-size // _BLOCK) * _BLOCK
+        wanted = lay_out(end, (size for _, size in entry.members))
+        if entry.offset != end or wanted != (entry.members, entry.offset + entry.size):
+            found.append(Problem(shard.name, "its place in the sidecar is impossible", entry.key))
         end = entry.offset + entry.size
-        if not fits or position != end:
-            yield Problem(sidecar.name, entry.key, "its place in the sidecar is impossible")
-    if end + _END_MARKER > sidecar.size:
-        yield Problem(sidecar.name, None, "the sidecar leaves no room for the tar's end marker")
+    if end + END_MARKER > sidecar.size:
+        found.append(Problem(shard.name, "the sidecar leaves no room for the tar's end marker"))
+    return sidecar, found
 
 
 def _check_tar(
     data: bytes,
     shard: ShardEntry,
     sidecar: Sidecar | None,
-    owners: Mapping[str, str],
-    categories: Mapping[int, Category] | None,
+    index: ShardIndex | None,
+    names_by_sha256: Mapping[str, str],
 ) -> Iterator[Problem]:
     """Every byte of a tar against its hash, and every sample against itself."""
     digest = hashlib.sha256(data).hexdigest()
-    whole = digest == shard.sha256
-    if not whole:
-        owner = owners.get(digest)
+    if digest != shard.sha256:
+        owner = names_by_sha256.get(digest)
         held = f"holds the bytes of {owner}" if owner else "has other bytes than were written"
-        yield Problem(shard.name, None, f"shard {held} (SHA-256 differs)")
+        yield Problem(shard.name, f"shard {held} (SHA-256 differs)")
         if owner:
             return
     if sidecar is None:
@@ -255,22 +242,31 @@ def _check_tar(
     for entry in sidecar.samples:
         span = memoryview(data)[entry.offset : entry.offset + entry.size]
         if len(span) < entry.size:
-            yield Problem(shard.name, entry.key, "sample is cut off" if span else "sample is gone")
+            yield Problem(shard.name, "sample is cut off" if span else "sample is gone", entry.key)
         elif zlib.crc32(span) != entry.crc32:
-            yield Problem(shard.name, entry.key, "sample has other bytes than were written")
+            yield Problem(shard.name, "sample has other bytes than were written", entry.key)
         else:
             try:
-                _check_content(decode_sample(entry.key, members_of(data, entry)), categories)
+                _check_content(decode_sample(entry.key, members_of(data, entry)), index)
             except InputError as error:
-                yield Problem(shard.name, entry.key, str(error))
+                yield Problem(shard.name, str(error), entry.key)
     end = max((entry.offset + entry.size for entry in sidecar.samples), default=0)
     if len(data) != sidecar.size or any(data[end:]):
-        yield Problem(shard.name, None, "the tar's end marker is damaged")
-    if whole:
-        yield from _check_headers(data, shard.name, sidecar.samples)
+        yield Problem(shard.name, "the tar's end marker is damaged")
+    if digest == shard.sha256 and not _has_headers(data, sidecar):
+        yield Problem(shard.name, "tar headers and sidecar disagree")
 
 
-def _check_content(sample: Sample, categories: Mapping[int, Category] | None) -> None:
+def _has_headers(data: bytes, sidecar: Sidecar) -> bool:
+    """Whether a stock tar reader finds each member where the sidecar says."""
+    return all(
+        data[offset - BLOCK : offset] == member_header(f"{entry.key}.{suffix}", size)
+        for entry in sidecar.samples
+        for suffix, (offset, size) in zip(MEMBERS, entry.members, strict=True)
+    )
+
+
+def _check_content(sample: Sample, index: ShardIndex | None) -> None:
     """Raises InputError unless photo, table and maps agree with one another and the categories."""
     check_sample(sample)
     if sample_key(sample.image_id, sample.file_name) != sample.key:
@@ -283,28 +279,11 @@ def _check_content(sample: Sample, categories: Mapping[int, Category] | None) ->
         raise InputError(
             f"photo is {photo.shape[:2]}, the maps are {sample.index.shape}", where=sample.key
         )
-    if categories is None:
+    if index is None:
         return
+    known = {(category.id, category.label, category.isthing) for category in index.categories}
     for segment in sample.segments:
-        known = categories.get(segment.category_id)
-        if known is None or (known.label, known.isthing) != (segment.label, segment.isthing):
+        if (segment.category_id, segment.label, segment.isthing) not in known:
             raise InputError(
                 f"segment {segment.id} does not match the index's categories", where=sample.key
             )
-
-
-def _check_headers(data: bytes, name: str, samples: tuple[SampleEntry, ...]) -> Iterator[Problem]:
-    """A stock tar reader finds the members that the sidecar lists, where it lists them."""
-    wanted = [
-        (f"{entry.key}.{suffix}", *place)
-        for entry in samples
-        for suffix, place in zip(MEMBERS, entry.members, strict=True)
-    ]
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            found = [(info.name, info.offset_data, info.size) for info in tar]
-    except tarfile.TarError as error:
-        yield Problem(name, None, f"no tar: {error}")
-        return
-    if found != wanted:
-        yield Problem(name, None, "tar headers and sidecar disagree")
