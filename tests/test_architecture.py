@@ -18,7 +18,7 @@ NEEDS_TORCH = {"torch", "webdataset", "accelerate", "transformers", "safetensors
 ARROWS = {
     "pipeline.base": "",
     "pipeline": "pipeline.base",
-    "pipeline.cache": "pipeline.base pipeline pipeline.render",
+    "pipeline.cache": "pipeline.base pipeline",
     "pipeline.render": "pipeline.base pipeline pipeline.cache pipeline.scenes",
     "pipeline.scenes": "pipeline.base pipeline",
     "pipeline.pictures": "pipeline.base pipeline pipeline.cache",

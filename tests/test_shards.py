@@ -31,6 +31,7 @@ from panoptic_cache.pipeline.cache.index import (
     read_index,
     read_sidecar,
 )
+from panoptic_cache.pipeline.cache.plan_file import PLAN_NAME, encode_plan
 from panoptic_cache.pipeline.cache.sample import MEMBERS, Sample, decode_sample, encode_sample
 from panoptic_cache.pipeline.cache.shards import (
     ShardReader,
@@ -40,7 +41,6 @@ from panoptic_cache.pipeline.cache.shards import (
     write_shard,
 )
 from panoptic_cache.pipeline.coco import Rejection
-from panoptic_cache.pipeline.render.plan import PLAN_NAME, encode_plan
 
 SAMPLES = small_samples()
 

@@ -30,12 +30,12 @@ from panoptic_cache.pipeline.cache.index import (
     read_index,
     read_sidecar,
 )
+from panoptic_cache.pipeline.cache.plan_file import encode_plan
 from panoptic_cache.pipeline.cache.sample import Sample, encode_sample
 from panoptic_cache.pipeline.cache.shards import finished_shard, pack_shard, write_shard
 from panoptic_cache.pipeline.cache.verify import VerifyReport, verify
 from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.pipeline.render.photo import encode_jpeg
-from panoptic_cache.pipeline.render.plan import encode_plan
 
 NAME = "train-00001"
 

@@ -25,9 +25,9 @@ from panoptic_cache.pipeline.cache.index import (
     read_sidecar,
     size_problem,
 )
+from panoptic_cache.pipeline.cache.plan_file import claimed_by
 from panoptic_cache.pipeline.cache.sample import MEMBERS, Sample, decode_sample, encode_sample
 from panoptic_cache.pipeline.coco import Rejection
-from panoptic_cache.pipeline.render.plan import claimed_by
 
 BLOCK = 512
 """Bytes: headers have one, and payloads are padded to whole ones."""

@@ -34,6 +34,7 @@ from panoptic_cache.pipeline.cache.index import (
     read_sidecar,
     size_problem,
 )
+from panoptic_cache.pipeline.cache.plan_file import PLAN_NAME, encode_plan
 from panoptic_cache.pipeline.cache.sample import MEMBERS, Sample, check_sample, decode_sample
 from panoptic_cache.pipeline.cache.shards import (
     BLOCK,
@@ -43,7 +44,6 @@ from panoptic_cache.pipeline.cache.shards import (
     members_of,
 )
 from panoptic_cache.pipeline.coco import sample_key
-from panoptic_cache.pipeline.render.plan import PLAN_NAME, encode_plan
 
 
 @dataclass(frozen=True, slots=True)

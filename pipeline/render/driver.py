@@ -27,12 +27,13 @@ from panoptic_cache.pipeline.cache.index import (
     ShardIndex,
     encode_index,
 )
+from panoptic_cache.pipeline.cache.plan_file import claim
 from panoptic_cache.pipeline.cache.sample import FORMAT_VERSION
 from panoptic_cache.pipeline.cache.shards import finished_shard
 from panoptic_cache.pipeline.coco import Category, CocoPanoptic, Rejection
 from panoptic_cache.pipeline.render.cluster import run_tasks
 from panoptic_cache.pipeline.render.job import FinishedShard, RenderJob, render_shard, tools
-from panoptic_cache.pipeline.render.plan import Plan, ShardPlan, allowed, claim, make_plan
+from panoptic_cache.pipeline.render.plan import Plan, ShardPlan, allowed, make_plan
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def render(
     storage = storage.absolute()
     storage.create()
     with storage.locked():
-        claim(storage, plan)
+        claim(storage, plan.fingerprint, plan.settings)
         done = finished_shards(storage, plan, retry=retry)
         if strict:
             _check_strictly(done.values())

@@ -14,13 +14,14 @@ from panoptic_cache.pipeline.base.config import RenderConfig
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.base.progress import progress
+from panoptic_cache.pipeline.cache.plan_file import is_claimed
 from panoptic_cache.pipeline.cache.shards import pack_shard
 from panoptic_cache.pipeline.coco import CocoPanoptic, PanopticRecord, Rejection
 from panoptic_cache.pipeline.render.cluster import prepare_worker
 from panoptic_cache.pipeline.render.driver import finished_shards, left_out
 from panoptic_cache.pipeline.render.image import check_files, render_image
 from panoptic_cache.pipeline.render.job import FinishedShard
-from panoptic_cache.pipeline.render.plan import allowed, is_claimed, make_plan
+from panoptic_cache.pipeline.render.plan import allowed, make_plan
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def dry_run(
     plan, limit = make_plan(dataset, split, config), allowed(max_bad, images)
     done: dict[str, FinishedShard] = {}
     if storage is not None:
-        is_claimed(storage, plan)  # else it raises
+        is_claimed(storage, plan.fingerprint, plan.settings)  # else it raises
         done = finished_shards(storage, plan, retry=retry)
     found = list(left_out(plan, list(done.values())))
     known = {rejection.image_id for rejection in found}
