@@ -16,7 +16,7 @@ from panoptic_cache.evaluate.predict import Predictor, read_picture
 from panoptic_cache.evaluate.prediction_files import (
     JSON_NAME,
     PNG_FOLDER,
-    Row,
+    PredictionRow,
     write_json,
     write_png,
 )
@@ -67,7 +67,7 @@ def predict_photos(predictor: Predictor, paths: Sequence[Path], out: Path) -> Pr
     for name in (PNG_FOLDER, "overlays"):
         Storage(str(out / name)).create()
     names = unique_names(path.stem for path in paths)
-    rows: list[Row] = []
+    rows: list[PredictionRow] = []
     errors: list[InputError] = []
     with progress("predict", len(paths), "photos") as advance, ExitStack() as stack:
         for path, name, reading in zip(paths, names, ahead(read_picture, paths, 4), strict=True):

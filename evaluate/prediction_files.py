@@ -7,9 +7,10 @@ panoptic.json       its segments: id, category, area and score
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from msgspec import Struct, to_builtins
 
 from panoptic_cache.evaluate.decoder.decode import DecodedSegment, PanopticMap
 from panoptic_cache.pipeline.base.files import Storage
@@ -19,17 +20,27 @@ from panoptic_cache.pipeline.png import ids_to_rgb, read_ids
 
 PNG_FOLDER, JSON_NAME = "panoptic", "panoptic.json"
 
-Row = dict[str, Any]
-"""What `panoptic.json` says about one image."""
+
+class SegmentRow(Struct, frozen=True):
+    """A predicted segment; `area` in pixels, `score` in [0, 1]."""
+
+    id: int
+    category_id: int
+    area: int
+    score: float
+
+
+class PredictionRow(Struct, frozen=True):
+    """A predicted image, as COCO's `annotations` list it; `file_name` is the PNG's."""
+
+    image_id: ImageId
+    file_name: str
+    segments_info: list[SegmentRow]
 
 
 def write_png(
-    folder: Path,
-    image_id: ImageId,
-    name: str,
-    result: PanopticMap,
-    categories: Sequence[Category],
-) -> Row:
+    folder: Path, image_id: ImageId, name: str, result: PanopticMap, categories: Sequence[Category]
+) -> PredictionRow:
     """Writes the PNG of one image; its folder must exist.
 
     Args:
@@ -47,36 +58,23 @@ def write_png(
     """
     png = encode_picture(ids_to_rgb(result.ids))
     Storage(str(folder / PNG_FOLDER)).write(f"{name}.png", png)
-    return {
-        "image_id": image_id,
-        "file_name": f"{name}.png",
-        "segments_info": [
-            {
-                "id": segment.id,
-                "category_id": categories[segment.label].id,
-                "area": segment.area,
-                "score": round(segment.score, 4),
-            }
-            for segment in result.segments
-        ],
-    }
+    segments = [
+        SegmentRow(one.id, categories[one.label].id, one.area, round(one.score, 4))
+        for one in result.segments
+    ]
+    return PredictionRow(image_id, f"{name}.png", segments)
 
 
-def write_json(folder: Path, rows: Sequence[Row], categories: Sequence[Category]) -> Path:
-    """Writes `panoptic.json` and returns its path.
-
-    Raises:
-        InputError: It cannot be written.
-    """
+def write_json(folder: Path, rows: Sequence[PredictionRow], categories: Sequence[Category]) -> None:
+    """Writes `panoptic.json`; InputError where that is not possible."""
     content = {
-        "annotations": list(rows),
+        "annotations": to_builtins(rows),
         "categories": [{"id": c.id, "name": c.name, "isthing": int(c.isthing)} for c in categories],
     }
     Storage(str(folder)).write(JSON_NAME, json.dumps(content).encode())
-    return folder / JSON_NAME
 
 
-def read_png(folder: Path, row: Mapping[str, Any], categories: Sequence[Category]) -> PanopticMap:
+def read_png(folder: Path, row: PredictionRow, categories: Sequence[Category]) -> PanopticMap:
     """Reads back what `write_png` wrote.
 
     Raises:
@@ -84,11 +82,9 @@ def read_png(folder: Path, row: Mapping[str, Any], categories: Sequence[Category
     """
     by_id = {category.id: category for category in categories}
     segments = []
-    for info in row["segments_info"]:
-        category = by_id[info["category_id"]]
+    for info in row.segments_info:
+        category = by_id[info.category_id]
         segments.append(
-            DecodedSegment(
-                info["id"], category.label, category.isthing, info["score"], info["area"]
-            )
+            DecodedSegment(info.id, category.label, category.isthing, info.score, info.area)
         )
-    return PanopticMap(read_ids(folder / PNG_FOLDER / row["file_name"]), tuple(segments))
+    return PanopticMap(read_ids(folder / PNG_FOLDER / row.file_name), tuple(segments))

@@ -22,6 +22,7 @@ from handmade import hashes
 from panoptic_cache.evaluate.metric.score import score_image
 from panoptic_cache.evaluate.photos import predict_photos
 from panoptic_cache.evaluate.predict import Predictor
+from panoptic_cache.evaluate.prediction_files import PredictionRow, SegmentRow
 from panoptic_cache.evaluate.split import evaluation, share
 from panoptic_cache.evaluate.split.evaluation import evaluate, identity_of
 from panoptic_cache.evaluate.split.folder import Journal, read_journals
@@ -276,7 +277,7 @@ def test_a_journal_on_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: Any) 
     with Journal(tmp_path, {}) as journal:
         monkeypatch.setattr(journal, "_file", Full())
         with pytest.raises(InputError, match="No space left"):
-            journal.note({"image_id": 1})
+            journal.note(PredictionRow(1, "a.png", []))
 
 
 def test_damaged_weights_are_not_evaluated(trained: Path, tmp_path: Path) -> None:
@@ -293,15 +294,19 @@ def test_journals_of_all_processes_are_read(tmp_path: Path) -> None:
     identity = {"checkpoint": "a", "decoding": {"cells": (1, 2)}}
     for rank in range(2):
         with Journal(tmp_path, identity, rank) as journal:
-            journal.note({"image_id": rank, "file_name": "x"})
+            journal.note(PredictionRow(rank, "a.png", [SegmentRow(1, 2, 3, 0.5)]))
     with Journal(tmp_path, identity) as journal:
-        journal.note({"image_id": "c"})
+        journal.note(PredictionRow("c", "c.png", []))
     (tmp_path / "predictions-2.jsonl").write_text('{"chec')
-    assert read_journals(tmp_path, identity).keys() == {0, 1, "c"}
+    with (tmp_path / "predictions-1.jsonl").open("a") as file:
+        file.write('{"image_id": 7, "file_name": 3}\n{"image_id": 8, "file_name": "a.p')
+    rows = read_journals(tmp_path, identity)
+    assert rows.keys() == {0, 1, "c"}
+    assert rows[1] == PredictionRow(1, "a.png", [SegmentRow(1, 2, 3, 0.5)])
     with pytest.raises(InputError, match="differs in decoding"):
         read_journals(tmp_path, {**identity, "decoding": {}})
     with Journal(tmp_path, identity, 2) as journal:
-        journal.note({"image_id": 5})
+        journal.note(PredictionRow(5, "a.png", []))
     assert read_journals(tmp_path, identity).keys() == {0, 1, 5, "c"}
 
 

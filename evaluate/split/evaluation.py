@@ -20,7 +20,7 @@ from typing import Any
 
 from panoptic_cache.evaluate.metric.score import ImageScore, Outcome, check_scorable, total_scores
 from panoptic_cache.evaluate.predict import Predictor, read_picture
-from panoptic_cache.evaluate.prediction_files import PNG_FOLDER, Row, read_png, write_json
+from panoptic_cache.evaluate.prediction_files import PNG_FOLDER, PredictionRow, read_png, write_json
 from panoptic_cache.evaluate.report.page import write_report
 from panoptic_cache.evaluate.report.pictures import (
     ImageView,
@@ -77,7 +77,7 @@ def evaluate(
     identity = identity_of(predictor, dataset)
     with ExitStack() as stack:
 
-        def begin() -> dict[ImageId, Row]:
+        def begin() -> dict[ImageId, PredictionRow]:
             if not ranks.main:
                 return {}
             Storage(str(out / PNG_FOLDER)).create()
@@ -130,7 +130,7 @@ def write_results(
     dataset: CocoPanoptic,
     out: Path,
     *,
-    rows: Sequence[Row],
+    rows: Sequence[PredictionRow],
     images: Sequence[ImageScore],
     outcome: Outcome,
     overlays: int,

@@ -1,7 +1,7 @@
 """The folder of an evaluation: what is predicted already, and what an earlier evaluation left.
 
-    predictions.jsonl      what the main process has predicted; predictions-1.jsonl the second, ...
-    superseded.json        the panoptic.json of an earlier evaluation, until this one is complete
+    predictions.jsonl      predictions of the main process; predictions-1.jsonl of the next, ...
+    superseded.json        `panoptic.json` of an earlier evaluation, until this one is complete
 
 The first line of a journal says what the predictions depend on. Each further line is an image's row
 of `panoptic.json`, written after its PNG. Journals are removed when the evaluation is complete.
@@ -16,18 +16,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from panoptic_cache.evaluate.prediction_files import JSON_NAME, PNG_FOLDER, Row
+import msgspec
+
+from panoptic_cache.evaluate.prediction_files import JSON_NAME, PNG_FOLDER, PredictionRow
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage, cannot_write
 from panoptic_cache.pipeline.coco import ImageId
 
-SCORES, REPORT, SHEET, SUPERSEDED = (
-    "scores.json",
-    "report.html",
-    "comparison.png",
-    "superseded.json",
-)
+SCORES, SUPERSEDED = "scores.json", "superseded.json"
 _JOURNAL = re.compile(r"predictions(-\d+)?\.jsonl")
+
+
+class Superseded(msgspec.Struct):
+    """The part of an earlier `panoptic.json` that says what to remove."""
+
+    annotations: list[PredictionRow]
 
 
 class Journal:
@@ -44,21 +47,24 @@ class Journal:
         try:
             self._file = self._path.open("a+")
             self._file.seek(0)
-            whole = self._file.read().rpartition("\n")[0]  # without a line that a kill cut short
-            self._file.truncate(len(f"{whole}\n".encode()) if whole else 0)
+            complete = self._file.read().rpartition("\n")[0]  # a kill may cut the last line short
+            self._file.truncate(len(f"{complete}\n".encode()) if complete else 0)
         except OSError as error:
             raise cannot_write(error, self._path) from None
-        if not whole:
-            self.note(dict(identity))
+        if not complete:
+            self._add(identity)
 
-    def note(self, row: Row) -> None:
-        """Adds a line, and hands it to the operating system, which survives a kill.
+    def note(self, row: PredictionRow) -> None:
+        """Adds a prediction. The line is with the operating system on return, safe from a kill.
 
         Raises:
             InputError: It cannot be written.
         """
+        self._add(msgspec.to_builtins(row))
+
+    def _add(self, values: Mapping[str, Any]) -> None:
         try:
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(json.dumps(values) + "\n")
             self._file.flush()
         except OSError as error:
             raise cannot_write(error, self._path) from None
@@ -71,34 +77,40 @@ class Journal:
             self._file.close()
 
 
-def journal_files(folder: Path) -> list[Path]:
-    """The journals of all processes that wrote here."""
-    return sorted(path for path in folder.glob("*.jsonl") if _JOURNAL.fullmatch(path.name))
-
-
-def read_journals(folder: Path, identity: Mapping[str, Any]) -> dict[ImageId, Row]:
-    """Rows by image id, of predictions made with this identity.
+def read_journals(folder: Path, identity: Mapping[str, Any]) -> dict[ImageId, PredictionRow]:
+    """Rows by image id, from the journals of all processes.
 
     Lines that a kill cut short are skipped.
 
     Raises:
         InputError: The predictions are another checkpoint's, or made with other settings.
     """
-    rows: dict[ImageId, Row] = {}
-    for path in journal_files(folder):
+    rows: dict[ImageId, PredictionRow] = {}
+    wanted = json.loads(json.dumps(identity))  # as it reads back: tuples become lists
+    for path in _journals(folder):
         try:
-            lines = path.read_text().split("\n")
+            first, *lines = path.read_text().split("\n")
         except (OSError, ValueError) as error:
             raise InputError(
                 f"journal unreadable: {error}", where=path, remedy="remove it"
             ) from None
-        if len(lines) == 1:  # not even the first line is complete
+        if not lines:  # not even the first line is complete
             continue
-        _check_identity(_parse(lines[0]) or {}, identity, path)
-        for line in lines[1:-1]:
-            row = _parse(line)
-            if row is not None and "image_id" in row:
-                rows[row["image_id"]] = row
+        found: dict[str, Any] = {}
+        with suppress(msgspec.DecodeError):
+            found = msgspec.json.decode(first, type=dict[str, Any])
+        other = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+        if other:
+            raise InputError(
+                f"an unfinished evaluation lies here, which differs in {' and '.join(other)}",
+                where=path,
+                remedy="finish it, choose another --out, or remove its predictions*.jsonl",
+                code="journal-differs",
+            )
+        for line in lines[:-1]:
+            with suppress(msgspec.DecodeError):
+                row = msgspec.json.decode(line, type=PredictionRow)
+                rows[row.image_id] = row
     return rows
 
 
@@ -119,12 +131,12 @@ def supersede(out: Path) -> None:
             (out / JSON_NAME).replace(out / SUPERSEDED)
     except OSError as error:
         raise cannot_write(error, out / SUPERSEDED) from None
-    for name in (REPORT, SHEET, SCORES):  # last the one that marks an evaluation
+    for name in ("report.html", "comparison.png", SCORES):  # the mark of an evaluation goes last
         Storage(str(out)).remove(name)
 
 
-def sweep(out: Path, rows: Sequence[Row], overlays: int) -> None:
-    """Removes journals, and predictions and overlays that only the superseded evaluation had.
+def sweep(out: Path, rows: Sequence[PredictionRow], overlays: int) -> None:
+    """Removes the journals, and PNGs and overlays that only the superseded evaluation had.
 
     Args:
         out: The folder.
@@ -134,35 +146,19 @@ def sweep(out: Path, rows: Sequence[Row], overlays: int) -> None:
     Raises:
         InputError: A file cannot be removed.
     """
-    try:
-        earlier = json.loads((out / SUPERSEDED).read_bytes())["annotations"]
-        old = {Path(row["file_name"]).stem for row in earlier}
-    except (OSError, ValueError, KeyError, TypeError):
-        old = set()
-    new = [Path(row["file_name"]).stem for row in rows]
+    old: set[str] = set()
+    with suppress(OSError, msgspec.DecodeError):
+        earlier = msgspec.json.decode((out / SUPERSEDED).read_bytes(), type=Superseded)
+        old = {Path(row.file_name).stem for row in earlier.annotations}
+    new = [Path(row.file_name).stem for row in rows]
     for folder, kept in ((PNG_FOLDER, new), ("overlays", new[:overlays])):
+        stale = old.difference(kept)
         for path in [*(out / folder).iterdir()]:
-            if path.stem in old.difference(kept):
+            if path.stem in stale:
                 Storage(str(out / folder)).remove(path.name)
-    for path in (out / SUPERSEDED, *journal_files(out)):
+    for path in (out / SUPERSEDED, *_journals(out)):
         Storage(str(out)).remove(path.name)
 
 
-def _check_identity(found: Mapping[str, Any], identity: Mapping[str, Any], path: Path) -> None:
-    wanted = json.loads(json.dumps(identity))  # as it reads back: tuples become lists
-    other = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
-    if other:
-        raise InputError(
-            f"an unfinished evaluation lies here, which differs in {' and '.join(other)}",
-            where=path,
-            remedy="finish it, choose another --out, or remove its predictions*.jsonl",
-            code="journal-differs",
-        )
-
-
-def _parse(line: str) -> Row | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
+def _journals(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.jsonl") if _JOURNAL.fullmatch(path.name))

@@ -18,7 +18,7 @@ from panoptic_cache.evaluate.metric.measures import thing_ids
 from panoptic_cache.evaluate.metric.score import ImageScore, score_image
 from panoptic_cache.evaluate.photos import ahead
 from panoptic_cache.evaluate.predict import Pixels, Predictor, read_picture
-from panoptic_cache.evaluate.prediction_files import PNG_FOLDER, Row, write_png
+from panoptic_cache.evaluate.prediction_files import PNG_FOLDER, PredictionRow, write_png
 from panoptic_cache.evaluate.split.folder import Journal, supersede
 from panoptic_cache.evaluate.views import Heads
 from panoptic_cache.pipeline.base.errors import InputError
@@ -31,7 +31,7 @@ from panoptic_cache.train.ranks import Ranks
 STEPS = ("read", "network", "decode", "write", "score")
 """What is timed."""
 
-Outcomes = dict[int, tuple[Row, ImageScore]]
+Outcomes = dict[int, tuple[PredictionRow, ImageScore]]
 """Row of `panoptic.json` and score, by position in the split."""
 
 
@@ -64,7 +64,7 @@ def predict_share(
     *,
     batch: int,
     ranks: Ranks,
-    done: Mapping[ImageId, Row],
+    done: Mapping[ImageId, PredictionRow],
     identity: Mapping[str, Any],
 ) -> Share:
     """Predicts and scores the images [rank::world], but scores those that are done from disk.
@@ -80,7 +80,7 @@ def predict_share(
         if row is not None:
             # What cannot be read back is predicted again.
             with suppress(InputError):
-                ids = read_ids(out / PNG_FOLDER / row["file_name"])
+                ids = read_ids(out / PNG_FOLDER / row.file_name)
                 share.outcomes[at] = row, score_row(record, row, ids, things)
     rest = [at for at in mine if at not in share.outcomes]
     share.predicted = len(rest)
@@ -160,16 +160,15 @@ def decoded(
 
 
 def score_row(
-    record: PanopticRecord, row: Row, ids: NDArray[np.int32], things: frozenset[int]
+    record: PanopticRecord, row: PredictionRow, ids: NDArray[np.int32], things: frozenset[int]
 ) -> ImageScore:
     """Scores a prediction from its (H, W) ids and its row of `panoptic.json`."""
-    infos = row["segments_info"]
     return score_image(
         record.image_id,
         read_ids(record.png, (record.height, record.width)),
         record.segments,
         ids,
-        {info["id"]: info["category_id"] for info in infos},
-        scores={info["id"]: info["score"] for info in infos},
+        {segment.id: segment.category_id for segment in row.segments_info},
+        scores={segment.id: segment.score for segment in row.segments_info},
         things=things,
     )
