@@ -16,7 +16,6 @@ from panoptic_cache.pipeline.cache.inspect import (
     SampleRow,
     ShardSummary,
     describe,
-    describe_shard,
     find_categories,
     find_sample,
     readable,
@@ -37,13 +36,21 @@ def tars(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.tar"))
 
 
+def shard_summary(tar: Path) -> ShardSummary:
+    summary = describe(str(tar))
+    assert isinstance(summary, ShardSummary)
+    return summary
+
+
 def test_cache_is_described_by_its_index(tiny_cache: Path, tiny_dataset: CocoPanoptic) -> None:
     summary = describe(str(tiny_cache))
     assert isinstance(summary, CacheSummary)
-    assert (summary.split, summary.shards, summary.samples) == ("train", 3, 12)
-    assert summary.bytes == sum(tar.stat().st_size for tar in tars(tiny_cache))
-    assert summary.categories == summary.things + summary.stuff == len(tiny_dataset.categories)
-    assert json.loads(json.dumps(summary.to_json()))["settings"]["samples_per_shard"] == 4
+    values = json.loads(json.dumps(summary.to_json()))
+    assert (values["split"], values["shards"], values["samples"]) == ("train", 3, 12)
+    assert values["bytes"] == sum(tar.stat().st_size for tar in tars(tiny_cache))
+    categories = len(tiny_dataset.categories)
+    assert values["categories"] == values["things"] + values["stuff"] == categories
+    assert values["settings"]["samples_per_shard"] == 4
     assert ("split", "train") in summary.rows()
 
 
@@ -52,8 +59,7 @@ def test_shard_is_described_by_itself(tiny_cache: Path) -> None:
     samples = {reader.keys[i]: reader.sample(i) for i in range(len(reader))}
     rows: list[SampleRow] = []
     for tar in tars(tiny_cache):
-        summary = describe(str(tar))
-        assert isinstance(summary, ShardSummary)
+        summary = shard_summary(tar)
         assert (summary.problem, summary.bytes) == ("", tar.stat().st_size)
         assert [len(row) for row in summary.rows()] == [len(summary.COLUMNS)] * 4
         rows += summary.samples
@@ -69,18 +75,18 @@ def test_shard_is_described_by_itself(tiny_cache: Path) -> None:
 def test_shard_without_its_cache(tiny_cache: Path, tmp_path: Path) -> None:
     tar = tmp_path / "alone.tar"
     tar.write_bytes(tars(tiny_cache)[0].read_bytes())
-    assert describe_shard(tar).problem == "no sidecar"
+    assert shard_summary(tar).problem == "no sidecar"
     sample = find_sample(str(tar))
     assert find_categories(str(tar)) == ()
     assert sample_sheet(sample).dtype == np.uint8
     tar.with_suffix(".json").write_text("{}")
-    assert "not a sidecar" in describe_shard(tar).problem
+    assert "not a sidecar" in shard_summary(tar).problem
 
 
 def test_stale_sidecar_is_a_problem(cache: Path) -> None:
     first, second, _ = tars(cache)
     second.write_bytes(first.read_bytes())
-    assert "another tar" in describe_shard(second).problem
+    assert "another tar" in shard_summary(second).problem
 
 
 def test_sample_is_found_in_cache_and_tar(tiny_cache: Path) -> None:
@@ -116,7 +122,7 @@ def test_cut_tar_is_told(cache: Path) -> None:
     tar = tars(cache)[0]
     os.truncate(tar, tar.stat().st_size // 2)
     with pytest.raises(InputError, match="not a readable tar"):
-        describe_shard(tar)
+        shard_summary(tar)
     with pytest.raises(InputError, match="bytes, the index says"):
         find_sample(str(cache))
 

@@ -1,7 +1,6 @@
 """A look into a cache: what its index says, what lies in one tar, and one sample of either.
 
-What is returned is plain, for a table on a terminal or for JSON. A tar is read by itself, so a
-shard that was copied away from its cache can be looked at, too.
+A tar is read without its cache, so a shard that was copied elsewhere can be inspected too.
 """
 
 from __future__ import annotations
@@ -32,69 +31,55 @@ from panoptic_cache.pipeline.coco import Category, ImageId, sample_key
 
 @dataclass(frozen=True, slots=True)
 class CacheSummary:
-    """A finished cache, from its index alone.
-
-    Attributes:
-        place: Folder or URL.
-        split: The rendered split.
-        format_version: Of the shards.
-        fingerprint: Of settings and input.
-        settings: The render configuration.
-        shards: Tars.
-        samples: In all of them.
-        quarantined: Images left out.
-        bytes: Of all tars.
-        categories: In all.
-        things: Categories that have instances.
-        stuff: Categories that have none.
-    """
+    """A finished cache: its folder or URL, and its index."""
 
     place: str
-    split: str
-    format_version: int
-    fingerprint: str
-    settings: dict[str, Any]
-    shards: int
-    samples: int
-    quarantined: int
-    bytes: int
-    categories: int
-    things: int
-    stuff: int
+    index: ShardIndex
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as plain values."""
-        return asdict(self)
+        """What `inspect --json` prints."""
+        index = self.index
+        things = sum(category.isthing for category in index.categories)
+        return {
+            "place": self.place,
+            "split": index.split,
+            "format_version": index.format_version,
+            "fingerprint": index.fingerprint,
+            "settings": dict(index.settings),
+            "shards": len(index.shards),
+            "samples": index.samples,
+            "quarantined": index.quarantined,
+            "bytes": sum(shard.size for shard in index.shards),
+            "categories": len(index.categories),
+            "things": things,
+            "stuff": len(index.categories) - things,
+        }
 
     def rows(self) -> list[tuple[str, str]]:
         """Name and value of each line of a table."""
-        settings = ", ".join(f"{k} {v}" for k, v in self.settings.items() if v is not None)
-        each = self.bytes // max(self.samples, 1)
+        values = self.to_json()
+        size, samples = values["bytes"], values["samples"]
+        settings = ", ".join(f"{k} {v}" for k, v in values["settings"].items() if v is not None)
+        each = readable(size // max(samples, 1))
         return [
-            ("split", self.split),
-            ("samples", f"{self.samples:,}, and {self.quarantined:,} images left out"),
-            ("shards", f"{self.shards:,}, {readable(self.bytes)}, {readable(each)} a sample"),
-            ("categories", f"{self.categories}: {self.things} things, {self.stuff} stuff"),
+            ("split", self.index.split),
+            ("samples", f"{samples:,}, and {self.index.quarantined:,} images left out"),
+            ("shards", f"{values['shards']:,}, {readable(size)}, {each} a sample"),
+            (
+                "categories",
+                f"{values['categories']}: {values['things']} things, {values['stuff']} stuff",
+            ),
             ("settings", settings),
-            ("format", f"version {self.format_version}, fingerprint {self.fingerprint[:16]}"),
+            (
+                "format",
+                f"version {self.index.format_version}, fingerprint {self.index.fingerprint[:16]}",
+            ),
         ]
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """A sample of a shard; segments are things, stuff or crowd.
-
-    Attributes:
-        key: The sample's key.
-        image_id: As annotated.
-        height: Pixels, as cached.
-        width: Pixels, as cached.
-        bytes: Of its members.
-        segments: All of them.
-        things: Instances.
-        stuff: Stuff segments.
-        crowd: Crowd segments.
-    """
+    """A sample of a shard: its size in pixels and bytes, and its segments in all and by kind."""
 
     key: str
     image_id: ImageId
@@ -115,7 +100,7 @@ class ShardSummary:
         place: Path of the tar.
         bytes: Of the tar.
         samples: In its order.
-        problem: What its sidecar says against it; empty without one. See `panoptic verify`.
+        problem: What its sidecar says against it; see `panoptic verify`.
         rejections: Images left out of it, according to the sidecar.
     """
 
@@ -128,7 +113,7 @@ class ShardSummary:
     COLUMNS = ("key", "height", "width", "bytes", "segments", "things", "stuff", "crowd")
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as plain values."""
+        """What `inspect --json` prints."""
         return asdict(self)
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -140,59 +125,27 @@ class ShardSummary:
 
 
 def describe(place: str) -> CacheSummary | ShardSummary:
-    """Describes a cache's folder or URL, or a tar.
+    """Describes a cache's folder or URL by its index alone, or a tar by its samples.
 
     Raises:
-        InputError: It is neither.
+        InputError: It is neither, or a sample of the tar has no segment table.
     """
-    if is_tar(place):
-        return describe_shard(Path(place))
-    return describe_cache(Storage(place))
-
-
-def describe_cache(storage: Storage) -> CacheSummary:
-    """What the index says; reads no shard.
-
-    Raises:
-        InputError: There is no finished cache.
-    """
-    index = _index(storage)
-    things = sum(category.isthing for category in index.categories)
-    return CacheSummary(
-        place=storage.url,
-        split=index.split,
-        format_version=index.format_version,
-        fingerprint=index.fingerprint,
-        settings=dict(index.settings),
-        shards=len(index.shards),
-        samples=index.samples,
-        quarantined=index.quarantined,
-        bytes=sum(shard.size for shard in index.shards),
-        categories=len(index.categories),
-        things=things,
-        stuff=len(index.categories) - things,
-    )
-
-
-def describe_shard(path: Path) -> ShardSummary:
-    """The samples of a tar, from the tar itself.
-
-    Raises:
-        InputError: No readable tar, or a sample without a segment table.
-    """
+    if not is_tar(place):
+        return CacheSummary(place, _read_index(Storage(place)))
+    path = Path(place)
     rows = [_row(key, members) for key, members in _read_tar(path)]
-    problem, rejections = "no sidecar", 0
+    size, problem, rejections = path.stat().st_size, "no sidecar", 0
     beside = path.with_suffix(".json")
     if beside.is_file():
         try:
             sidecar = decode_sidecar(beside.read_bytes(), str(beside))
             rejections = len(sidecar.rejections)
-            same = [entry.key for entry in sidecar.samples] == [row.key for row in rows]
-            same = same and sidecar.size == path.stat().st_size
+            same_keys = [entry.key for entry in sidecar.samples] == [row.key for row in rows]
+            same = same_keys and sidecar.size == size
             problem = "" if same else "the sidecar describes another tar"
         except InputError as error:
             problem = error.what
-    return ShardSummary(str(path), path.stat().st_size, tuple(rows), problem, rejections)
+    return ShardSummary(place, size, tuple(rows), problem, rejections)
 
 
 def find_sample(place: str, key: str | None = None) -> Sample:
@@ -223,11 +176,9 @@ def find_sample(place: str, key: str | None = None) -> Sample:
 def find_categories(place: str) -> tuple[Category, ...]:
     """The categories of a cache, or of the cache that a tar lies in; none for a tar alone."""
     if not is_tar(place):
-        return _index(Storage(place)).categories
+        return _read_index(Storage(place)).categories
     folder = Path(place).parent
-    if not (folder / INDEX_NAME).is_file():
-        return ()
-    return read_index(Storage(str(folder))).categories
+    return read_index(Storage(str(folder))).categories if (folder / INDEX_NAME).is_file() else ()
 
 
 def is_tar(place: str) -> bool:
@@ -235,12 +186,11 @@ def is_tar(place: str) -> bool:
     return "://" not in place and (Path(place).is_file() or place.endswith(".tar"))
 
 
-def _index(storage: Storage) -> ShardIndex:
-    folder = storage.local
-    if folder is not None and not folder.is_dir():
+def _read_index(storage: Storage) -> ShardIndex:
+    if storage.local is not None and not storage.local.is_dir():
         raise InputError(
             "neither a cache nor a shard",
-            where=folder,
+            where=storage.local,
             remedy="give the folder of a cache or a .tar in it",
             code="place-missing",
         )
@@ -250,31 +200,29 @@ def _index(storage: Storage) -> ShardIndex:
 def _read_cache(
     storage: Storage, wanted: set[str] | None
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Keys of a cache, with the members of those that are wanted; None wants the first."""
+    """Keys of a cache, with the members of those that are wanted; None wants all."""
     sizes = storage.sizes()
-    for shard in _index(storage).shards:
-        sidecar = read_sidecar(storage, shard)
-        data = b""
-        for entry in sidecar.samples:
-            if wanted is not None and entry.key not in wanted:
-                yield entry.key, {}
-                continue
-            if problem := size_problem(shard, sizes):
-                raise InputError(
-                    problem,
-                    where=storage.path(f"{shard.name}.tar"),
-                    remedy="run panoptic verify --deep",
-                )
-            data = data or storage.read(f"{shard.name}.tar")
-            yield entry.key, members_of(data, entry)
+    for shard in _read_index(storage).shards:
+        for entry in read_sidecar(storage, shard).samples:
+            members: dict[str, bytes] = {}
+            if wanted is None or entry.key in wanted:
+                if problem := size_problem(shard, sizes):
+                    raise InputError(
+                        problem,
+                        where=storage.path(f"{shard.name}.tar"),
+                        remedy="run panoptic verify --deep",
+                    )
+                members = members_of(storage.read(f"{shard.name}.tar"), entry)
+            yield entry.key, members
 
 
 def _read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Samples of a tar in its order: key and members by suffix."""
+    """Key and members by suffix of each sample, in the order of the tar."""
     try:
         with tarfile.open(path, "r:") as tar:
-            pairs = ((*info.name.partition(".")[::2], _content(tar, info)) for info in tar)
-            for key, group in groupby(pairs, key=itemgetter(0)):
+            files = ((info.name.partition("."), tar.extractfile(info)) for info in tar)
+            members = ((key, suffix, file.read()) for (key, _, suffix), file in files if file)
+            for key, group in groupby(members, key=itemgetter(0)):
                 yield key, {suffix: data for _, suffix, data in group}
     except FileNotFoundError:
         raise InputError(
@@ -289,33 +237,21 @@ def _read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
         ) from None
 
 
-def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(info)
-    data = b"" if file is None else file.read()
-    if len(data) != info.size:
-        raise tarfile.ReadError(f"{info.name} is cut off")
-    return data
-
-
 def _row(key: str, members: Mapping[str, bytes]) -> SampleRow:
     if "json" not in members:
         raise InputError("sample lacks json", where=key, code="member-missing")
     table = decode_table(members["json"], key)
-    height, width = table.size
     kinds = Counter(
         "crowd" if segment.iscrowd else "things" if segment.isthing else "stuff"
         for segment in table.segments
     )
     return SampleRow(
-        key=key,
-        image_id=table.image_id,
-        height=height,
-        width=width,
+        key,
+        table.image_id,
+        *table.size,
         bytes=sum(map(len, members.values())),
-        segments=kinds.total(),
-        things=kinds["things"],
-        stuff=kinds["stuff"],
-        crowd=kinds["crowd"],
+        segments=len(table.segments),
+        **{kind: kinds[kind] for kind in ("things", "stuff", "crowd")},
     )
 
 
