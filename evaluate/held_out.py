@@ -52,7 +52,9 @@ def panoptic_quality(
         ids = np.array([0, *(segment.id for segment in sample.segments)], np.int32)
         truth = [SegmentInfo(s.id, s.category_id, s.iscrowd) for s in sample.segments]
         classes = {s.id: predictor.categories[s.label].id for s in result.segments}
-        total += match_image(sample.image_id, ids[sample.index], truth, result.ids, classes).stat
+        total += match_image(
+            sample.image_id, ids[sample.segment_map], truth, result.ids, classes
+        ).stat
     found = summarize(total, predictor.categories)
     groups = {"pq": found.all, "pq_things": found.things, "pq_stuff": found.stuff}
     return {name: group.pq for name, group in groups.items() if group is not None}
@@ -62,6 +64,6 @@ def _predicted(
     predictor: Predictor, samples: Iterator[Sample]
 ) -> Iterator[tuple[Sample, PanopticMap]]:
     while batch := list(islice(samples, BATCH)):
-        sizes = [(sample.index.shape[0], sample.index.shape[1]) for sample in batch]
+        sizes = [(sample.segment_map.shape[0], sample.segment_map.shape[1]) for sample in batch]
         photos = [decode_photo(one, size) for one, size in zip(batch, sizes, strict=True)]
         yield from zip(batch, predictor(photos), strict=True)

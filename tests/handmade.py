@@ -84,7 +84,7 @@ def make_sample(
         file_name=f"{key}.jpg",
         original_size=(index.shape[0], index.shape[1]),
         photo=encode_jpeg(noise(index.shape), 95),
-        index=index,
+        segment_map=index,
         eds=encode_distance(targets.distance),
         void=targets.void,
         segments=tuple(segments),

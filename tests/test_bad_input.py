@@ -383,8 +383,8 @@ def test_an_id_of_the_png_only_becomes_unlabelled(root: Path) -> None:
     victim.save_json()
     run(root)
     ids, sample = read_ids(victim.png), cached(root)
-    np.testing.assert_array_equal(sample.index == 0, (ids == gone) | (ids == 0))
-    np.testing.assert_array_equal(sample.void == 1, sample.index == 0)
+    np.testing.assert_array_equal(sample.segment_map == 0, (ids == gone) | (ids == 0))
+    np.testing.assert_array_equal(sample.void == 1, sample.segment_map == 0)
 
 
 def test_an_id_of_the_json_only_is_dropped(root: Path) -> None:

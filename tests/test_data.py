@@ -317,7 +317,7 @@ def test_a_squash_computes_distances_anew(
 def test_a_cache_of_the_right_size_is_handed_out_untouched() -> None:
     sample = table_sample(edge_case("segment in pieces").repeat(8, 0).repeat(8, 1))
     item = make_item(sample, DataConfig(size=24), Augmentation())
-    assert item.index.tolist() == sample.index.tolist()
+    assert item.index.tolist() == sample.segment_map.tolist()
     assert item.eds.tolist() == sample.eds.tolist()
     assert item.void.tolist() == sample.void.tolist()
     assert item.eds_scale == 1.0

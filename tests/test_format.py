@@ -144,8 +144,12 @@ def test_the_reader_reads(tiny_cache: Path) -> None:
         sample = reader.sample(position)
         assert key == sample.key
         assert row == json.loads(encode_sample(sample)["json"])
-        assert photo.shape == (*sample.index.shape, 3)
-        for found, wanted in ((segments, sample.index), (eds, sample.eds), (void, sample.void)):
+        assert photo.shape == (*sample.segment_map.shape, 3)
+        for found, wanted in (
+            (segments, sample.segment_map),
+            (eds, sample.eds),
+            (void, sample.void),
+        ):
             assert found.dtype == wanted.dtype
             np.testing.assert_array_equal(found, wanted)
     assert position == len(reader) - 1
@@ -181,9 +185,9 @@ def test_datasets_reads_it(
         assert row["__key__"] == sample.key
         assert row["json"] == json.loads(encode_sample(sample)["json"])
         for name, wanted in (
-            ("segments", sample.index),
+            ("segments", sample.segment_map),
             ("eds", sample.eds),
             ("void", sample.void),
         ):
             np.testing.assert_array_equal(np.asarray(row[f"{name}.png"]), wanted)
-        assert row["jpg"].size == sample.index.shape[::-1]
+        assert row["jpg"].size == sample.segment_map.shape[::-1]

@@ -66,7 +66,7 @@ def test_shard_is_described_by_itself(tiny_cache: Path) -> None:
     assert [row.key for row in rows] == list(samples)
     for row in rows:
         sample = samples[row.key]
-        assert (row.height, row.width) == sample.index.shape
+        assert (row.height, row.width) == sample.segment_map.shape
         assert row.segments == row.things + row.stuff + row.crowd == len(sample.segments)
         assert row.things == sum(segment.centroid is not None for segment in sample.segments)
         assert row.crowd == sum(segment.iscrowd for segment in sample.segments)
@@ -135,7 +135,7 @@ def test_sheet_shows_the_sample(tiny_cache: Path) -> None:
         picture = sample_sheet(sample, categories)
         assert picture.dtype == np.uint8
         assert picture.shape[1] > 2 * TILE
-        height, width = draw.fitted(sample.index.shape, TILE)
+        height, width = draw.fitted(sample.segment_map.shape, TILE)
         photo = draw.resized(decode_photo(sample), (height, width))
         corners = np.argwhere((picture[: -height + 1, : -width + 1] == photo[0, 0]).all(-1))
         assert any(

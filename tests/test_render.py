@@ -281,7 +281,7 @@ def test_targets_are_computed_after_the_resize(
         height, width = sample.original_size
         longest = max(height, width)
         wanted = shape or (round(height * 40 / longest), round(width * 40 / longest))
-        assert sample.index.shape == wanted
+        assert sample.segment_map.shape == wanted
         check_sample(sample)  # areas, centroids and distances are those of the resized map
     assert verify(Storage(str(tmp_path)), deep=True).ok
 
@@ -302,7 +302,7 @@ def test_native_samples_are_what_was_annotated(coco_sample: Path, tmp_path: Path
     for position, key in enumerate(reader.keys):
         sample, record = reader.sample(position), records[key]
         assert sample.photo == record.photo.read_bytes()
-        ids = np.array([0, *(segment.id for segment in sample.segments)])[sample.index]
+        ids = np.array([0, *(segment.id for segment in sample.segments)])[sample.segment_map]
         np.testing.assert_array_equal(ids, read_ids(record.png))
         assert [(s.id, s.category_id, s.iscrowd, s.area, s.bbox) for s in sample.segments] == [
             (s.id, s.category_id, s.iscrowd, s.area, s.bbox) for s in record.segments

@@ -69,7 +69,9 @@ def view(title: str = "a.jpg", pq: float | None = 0.5) -> ImageView:
 
 def result_of(one: ImageView) -> PQResult:
     found = {row + 1: CATEGORIES[label].id for row, label in enumerate(one.prediction.labels)}
-    return summarize(match_image(1, IDS, SEGMENTS, one.prediction.index, found).stat, CATEGORIES)
+    return summarize(
+        match_image(1, IDS, SEGMENTS, one.prediction.segment_map, found).stat, CATEGORIES
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -123,7 +125,7 @@ def test_errors_are_marked() -> None:
     assert one.truth is not None
     found = compare(one.truth, one.prediction)
     picture = error_picture(one.photo, one.truth, one.prediction, found).astype(int)
-    wrong = (IDS == 20) & (one.prediction.index == 1)
+    wrong = (IDS == 20) & (one.prediction.segment_map == 1)
     expected = 0.25 * 99 + 0.75 * np.array(BOTH)
     assert np.abs(picture[wrong] - expected).max() <= 1
     assert len(np.unique(picture[~wrong], axis=0)) == 1

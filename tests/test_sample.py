@@ -95,7 +95,7 @@ def test_another_decoder_sees_the_same_maps() -> None:
     for index in (BLOCKS, edge_case("300 segments")):
         sample = make_sample(index)
         members = encode_sample(sample)
-        maps = {"segments": sample.index, "eds": sample.eds, "void": sample.void}
+        maps = {"segments": sample.segment_map, "eds": sample.eds, "void": sample.void}
         for name, values in maps.items():
             picture = np.asarray(Image.open(io.BytesIO(members[f"{name}.png"])))
             np.testing.assert_array_equal(picture, values)
@@ -191,9 +191,9 @@ def other_pixel(values: Any, value: int) -> Any:
         (lambda s: first_segment(s, iscrowd=True), "table-mismatch"),
         (lambda s: replace(s, segments=s.segments[:-1]), "table-mismatch"),
         (lambda s: replace(s, segments=(*s.segments, s.segments[0])), "table-mismatch"),
-        (lambda s: replace(s, index=s.index.astype(np.uint16)), "table-mismatch"),
-        (lambda s: replace(s, index=other_pixel(s.index, 2)), "table-mismatch"),
-        (lambda s: replace(s, index=other_pixel(s.index, 9)), "table-mismatch"),
+        (lambda s: replace(s, segment_map=s.segment_map.astype(np.uint16)), "table-mismatch"),
+        (lambda s: replace(s, segment_map=other_pixel(s.segment_map, 2)), "table-mismatch"),
+        (lambda s: replace(s, segment_map=other_pixel(s.segment_map, 9)), "table-mismatch"),
         (lambda s: replace(s, void=other_pixel(s.void, 1)), "void-mismatch"),
         (lambda s: replace(s, eds=other_pixel(s.eds, 77)), "eds-mismatch"),
     ],

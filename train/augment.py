@@ -88,12 +88,12 @@ def make_item(sample: Sample, config: DataConfig, augmentation: Augmentation) ->
         InputError: The photo is damaged.
     """
     side = config.size
-    height, width = sample.index.shape
+    height, width = sample.segment_map.shape
     new_height, new_width = (
         max(1, round(length * augmentation.scale))
         for length in fitted_size(height, width, side, config.fit)
     )
-    index = resize_index(sample.index, (new_height, new_width))
+    index = resize_index(sample.segment_map, (new_height, new_width))
     photo = decode_photo(sample, (new_height, new_width))
     if 2 * new_height < height or (config.fit == "squash" and height != width):
         eds, eds_scale = encode_distance(edge_distance(boundary(index))), 1.0

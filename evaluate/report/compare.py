@@ -28,9 +28,9 @@ class Comparison:
 
 def compare(truth: LabelledMap, prediction: LabelledMap) -> Comparison:
     """Matches the segments of one image by the rules of `pq.match_image`, with counted areas."""
-    overlap = count_pairs(truth.index, prediction.index)
-    true_area = np.bincount(truth.index.ravel(), minlength=len(truth.labels) + 1)
-    area = np.bincount(prediction.index.ravel(), minlength=len(prediction.labels) + 1)
+    overlap = count_pairs(truth.segment_map, prediction.segment_map)
+    true_area = np.bincount(truth.segment_map.ravel(), minlength=len(truth.labels) + 1)
+    area = np.bincount(prediction.segment_map.ravel(), minlength=len(prediction.labels) + 1)
     ignored: Counter[int] = Counter()
     last_crowd = {truth.labels[row]: row for row in sorted(truth.crowd)}
     matches: dict[int, int] = {}

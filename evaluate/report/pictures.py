@@ -210,8 +210,8 @@ def error_picture(
     photo: NDArray[np.uint8], truth: LabelledMap, prediction: LabelledMap, comparison: Comparison
 ) -> Picture:
     """A pale photo with missed segments in `MISSED`, false ones in `FALSE`, and `BOTH`."""
-    missed = np.isin(truth.index, np.add(comparison.missed, 1))  # (H, W) bool
-    false = np.isin(prediction.index, np.add(comparison.false, 1))
+    missed = np.isin(truth.segment_map, np.add(comparison.missed, 1))  # (H, W) bool
+    false = np.isin(prediction.segment_map, np.add(comparison.false, 1))
     return stained(photo, ((missed, MISSED), (false, FALSE), (missed & false, BOTH)))
 
 
@@ -262,7 +262,9 @@ def named_overlay(
         categories[label].name + (" (crowd)" if row in segments.crowd else "")
         for row, label in enumerate(segments.labels)
     ]
-    return label_segments(overlay(photo, segments.index, colours), segments.index, names, letters)
+    return label_segments(
+        overlay(photo, segments.segment_map, colours), segments.segment_map, names, letters
+    )
 
 
 def predicted_map(result: PanopticMap) -> LabelledMap:

@@ -86,7 +86,7 @@ class Sample:
         file_name: As annotated.
         original_size: (height, width) of the annotated image.
         photo: JPEG bytes of the cached size.
-        index: (H, W) uint8 or uint16, 0 = unlabelled, i = row i - 1 of `segments`.
+        segment_map: (H, W) uint8 or uint16, 0 = unlabelled, i = row i - 1 of `segments`.
         eds: (H, W) uint8, distance to the nearest boundary in steps of 0.5 px, 255 = far.
         void: (H, W) uint8, 0 labelled, 1 unlabelled, 2 crowd.
         segments: The segment table.
@@ -97,7 +97,7 @@ class Sample:
     file_name: str
     original_size: tuple[int, int]
     photo: bytes
-    index: IndexMap
+    segment_map: IndexMap
     eds: NDArray[np.uint8]
     void: NDArray[np.uint8]
     segments: tuple[Segment, ...]
@@ -108,7 +108,7 @@ class Sample:
         for row, segment in enumerate(self.segments, start=1):
             if segment.centroid is not None:
                 table[row] = segment.centroid
-        return np.ascontiguousarray(table[self.index].transpose(2, 0, 1))
+        return np.ascontiguousarray(table[self.segment_map].transpose(2, 0, 1))
 
     def eds_weight(self, d: float = 20.0, w_min: float = 0.0) -> NDArray[np.float32]:
         """(H, W) float32 loss weights of edge distance sampling, see `eds_weights`."""
@@ -146,7 +146,7 @@ def eds_weights(d: float, w_min: float, scale: float = 1.0) -> NDArray[np.float3
 
 def encode_sample(sample: Sample) -> dict[str, bytes]:
     """The members of a sample, by suffix, in the order of `MEMBERS`."""
-    height, width = sample.index.shape
+    height, width = sample.segment_map.shape
     table = SampleTable(
         image_id=sample.image_id,
         file_name=sample.file_name,
@@ -158,7 +158,7 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
         "eds.png": _encode_png(sample.eds, _DISTANCE_PNG),
         "jpg": sample.photo,
         "json": json.dumps(msgspec.to_builtins(table), separators=(",", ":")).encode(),
-        "segments.png": _encode_png(sample.index, _LABEL_PNG),
+        "segments.png": _encode_png(sample.segment_map, _LABEL_PNG),
         "void.png": _encode_png(sample.void, _LABEL_PNG),
     }
 
@@ -188,7 +188,7 @@ def decode_sample(key: str, members: Mapping[str, bytes]) -> Sample:
         file_name=table.file_name,
         original_size=table.original_size,
         photo=members["jpg"],
-        index=maps["segments"],
+        segment_map=maps["segments"],
         eds=maps["eds"].astype(np.uint8, copy=False),
         void=maps["void"].astype(np.uint8, copy=False),
         segments=table.segments,
@@ -254,9 +254,9 @@ def check_sample(sample: Sample) -> None:
             follow from map and crowd flags, or the EDS codes are not those of its boundaries.
     """
     count = len(sample.segments)
-    if sample.index.dtype != index_dtype(count) or sample.index.max(initial=0) > count:
-        raise InputError("index map and table disagree", where=sample.key, code="table-mismatch")
-    found = geometry(sample.index, count)
+    if sample.segment_map.dtype != index_dtype(count) or sample.segment_map.max(initial=0) > count:
+        raise InputError("segment map and table disagree", where=sample.key, code="table-mismatch")
+    found = geometry(sample.segment_map, count)
     for row, segment in enumerate(sample.segments):
         hascentroid = segment.isthing and not segment.iscrowd
         centroid = tuple(found.centroid[row].tolist()) if hascentroid else None
@@ -273,8 +273,8 @@ def check_sample(sample: Sample) -> None:
                 code="table-mismatch",
             )
     if not np.array_equal(
-        sample.void, void_mask(sample.index, [s.iscrowd for s in sample.segments])
+        sample.void, void_mask(sample.segment_map, [s.iscrowd for s in sample.segments])
     ):
         raise InputError("void mask does not match the map", where=sample.key, code="void-mismatch")
-    if not np.array_equal(sample.eds, encode_distance(edge_distance(boundary(sample.index)))):
+    if not np.array_equal(sample.eds, encode_distance(edge_distance(boundary(sample.segment_map)))):
         raise InputError("EDS codes do not match the map", where=sample.key, code="eds-mismatch")

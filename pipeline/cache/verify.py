@@ -275,9 +275,9 @@ def _check_content(sample: Sample, index: ShardIndex | None) -> None:
         photo = simplejpeg.decode_jpeg(sample.photo, colorspace="RGB")
     except ValueError as error:
         raise InputError(f"photo damaged: {error}", where=sample.key) from None
-    if photo.shape[:2] != sample.index.shape:
+    if photo.shape[:2] != sample.segment_map.shape:
         raise InputError(
-            f"photo is {photo.shape[:2]}, the maps are {sample.index.shape}", where=sample.key
+            f"photo is {photo.shape[:2]}, the maps are {sample.segment_map.shape}", where=sample.key
         )
     if index is None:
         return

@@ -31,20 +31,20 @@ class LabelledMap:
     """The segments of one image, true or predicted, as far as a picture needs them.
 
     Attributes:
-        index: (H, W) index map, 0 = unlabelled or void, i = segment i - 1 below.
+        segment_map: (H, W) segment map, 0 = unlabelled or void, i = segment i - 1 below.
         labels: Contiguous category of each segment.
         isthing: Whether its category has instances; false for a crowd.
         crowd: Positions of the crowds among the segments.
     """
 
-    index: IndexMap
+    segment_map: IndexMap
     labels: tuple[int, ...]
     isthing: tuple[bool, ...]
     crowd: frozenset[int] = frozenset()
 
     def resized(self, size: tuple[int, int]) -> LabelledMap:
         """The same segments at (height, width), nearest neighbour."""
-        return replace(self, index=resize_index(self.index, size))
+        return replace(self, segment_map=resize_index(self.segment_map, size))
 
 
 def instance_numbers(labels: Sequence[int]) -> tuple[int, ...]:
@@ -71,7 +71,7 @@ def segment_colours(
         numbers: Instance number of each segment; see `instance_numbers`, the default.
 
     Returns:
-        (n + 1, 3) uint8, to be indexed with an index map; row 0 is black.
+        (n + 1, 3) uint8, to be indexed with a segment map; row 0 is black.
     """
     label = np.asarray(labels, np.float64)
     thing = np.asarray(isthing, np.bool_)
@@ -90,17 +90,17 @@ def segment_colours(
     return colours
 
 
-def overlay(photo: Picture, index: IndexMap, colours: Picture, alpha: float = 0.6) -> Picture:
+def overlay(photo: Picture, segment_map: IndexMap, colours: Picture, alpha: float = 0.6) -> Picture:
     """A photo with its segments in colour and their outlines in white.
 
     Args:
         photo: (H, W, 3) uint8.
-        index: (H, W) index map.
-        colours: (n + 1, 3) uint8, by value of the index map.
+        segment_map: (H, W) segment map.
+        colours: (n + 1, 3) uint8, by value of the segment map.
         alpha: Opacity of the colours, 0..1.
     """
-    blended = photo * (1 - alpha) + colours[index] * alpha
-    edges = boundary(index)
+    blended = photo * (1 - alpha) + colours[segment_map] * alpha
+    edges = boundary(segment_map)
     blended[edges] = blended[edges] * 0.25 + 255 * 0.75
     return _rounded(blended)
 

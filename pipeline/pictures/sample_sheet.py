@@ -41,7 +41,7 @@ def sample_sheet(sample: Sample, categories: Sequence[Category] = (), d: float =
     Raises:
         InputError: The photo cannot be decoded.
     """
-    size = fitted(sample.index.shape, TILE)
+    size = fitted(sample.segment_map.shape, TILE)
     photo = resized(decode_photo(sample), size)
     drawn = labelled_map(sample)
     colours = segment_colours(drawn.labels, drawn.isthing)
@@ -52,13 +52,13 @@ def sample_sheet(sample: Sample, categories: Sequence[Category] = (), d: float =
         + (" (crowd)" if segment.iscrowd else "")
         for segment in sample.segments
     ]
-    segments = label_segments(overlay(photo, drawn.index, colours), drawn.index, names)
+    segments = label_segments(overlay(photo, drawn.segment_map, colours), drawn.segment_map, names)
     points = [segment.centroid for segment in sample.segments if segment.centroid is not None]
     centroids = resized(centroid_colours(sample.centroid_map()), size, smooth=False)
     weight = sample.eds_weight(d)
     void = resize_index(sample.void, size).astype(np.uint8)
     share = np.bincount(sample.void.ravel(), minlength=3) / sample.void.size
-    height, width = sample.index.shape
+    height, width = sample.segment_map.shape
     crowds = sum(segment.iscrowd for segment in sample.segments)
     return sheet(
         [
@@ -101,7 +101,7 @@ def _legend(
             (
                 colour[name],
                 name if count[name] == 1 else f"{name}  x {count[name]}",
-                f"{total / sample.index.size:.1%}",
+                f"{total / sample.segment_map.size:.1%}",
             )
             for name, total in area.most_common()
         ],
@@ -112,7 +112,7 @@ def _legend(
 def labelled_map(sample: Sample) -> LabelledMap:
     """The segments of a sample, for drawing."""
     return LabelledMap(
-        sample.index,
+        sample.segment_map,
         tuple(segment.label for segment in sample.segments),
         tuple(segment.isthing and not segment.iscrowd for segment in sample.segments),
         frozenset(row for row, segment in enumerate(sample.segments) if segment.iscrowd),

@@ -19,7 +19,7 @@ _MARGIN, _GAP, _CAPTION_SIZE, _TITLE_SIZE = 28, 16, 15, 22
 
 
 def label_segments(
-    picture: Picture, index: IndexMap, names: Sequence[str], size: int = 13
+    picture: Picture, segment_map: IndexMap, names: Sequence[str], size: int = 13
 ) -> Picture:
     """Writes the name of each segment where the segment is widest.
 
@@ -28,27 +28,27 @@ def label_segments(
 
     Args:
         picture: (H, W, 3) uint8.
-        index: (H, W) index map.
+        segment_map: (H, W) segment map.
         names: Of each segment; empty for none.
         size: Of the letters, pixels.
     """
-    edges = boundary(index)
+    edges = boundary(segment_map)
     edges[[0, -1]] = True
     edges[:, [0, -1]] = True
     room = edge_distance(edges)
-    area = np.bincount(index.ravel(), minlength=len(names) + 1)[1:]
+    area = np.bincount(segment_map.ravel(), minlength=len(names) + 1)[1:]
     image = Image.fromarray(picture)
     pen = ImageDraw.Draw(image, "RGBA")
     taken: list[tuple[float, float, float, float]] = []
     written: set[str] = set()
     for row in np.argsort(-area, kind="stable").tolist():
-        inside = np.where(index == row + 1, room, -1)
-        y, x = divmod(int(inside.argmax()), index.shape[1])
+        inside = np.where(segment_map == row + 1, room, -1)
+        y, x = divmod(int(inside.argmax()), segment_map.shape[1])
         if not names[row] or inside[y, x] < size * 0.6:
             continue
         width, height = text_width(names[row], size) + size * 0.8, size * 1.5
-        left = min(max(x - width / 2, 1), index.shape[1] - width - 1)
-        top = min(max(y - height / 2, 1), index.shape[0] - height - 1)
+        left = min(max(x - width / 2, 1), segment_map.shape[1] - width - 1)
+        top = min(max(y - height / 2, 1), segment_map.shape[0] - height - 1)
         box = (left, top, left + width, top + height)
         hides = names[row] in written and area[row] < width * height
         if left < 0 or hides or any(_overlap(box, other) for other in taken):

@@ -81,7 +81,7 @@ def render_image(
         file_name=record.file_name,
         original_size=(record.height, record.width),
         photo=photo.resized(size, config.jpeg_quality),
-        index=index,
+        segment_map=index,
         eds=encode_distance(targets.distance),
         void=targets.void,
         segments=segments,
