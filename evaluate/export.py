@@ -1,14 +1,13 @@
 """A trained model as files for others: a folder that `Predictor` loads, and ONNX.
 
-    model.safetensors, backbone.json, state.json, complete.json    a checkpoint without its training
+    model.safetensors, backbone.json, state.json, complete.json    a checkpoint without optimizer
     model.onnx                                                     photo -> panoptic map
     model.onnx.data                                                its weights, above 1.5 GB
-    model.json                                                     what a user of it must know
+    model.json                                                     how to use model.onnx
 
-In Python, `Predictor("DIR")` loads the folder. `model.onnx` takes `photo`, (B, 3, S, S) uint8 RGB,
-and gives the map and the classes of its instances of `GridDecoder`, `panoptic` and
-`instance_labels`, and what they were made of: `codes`, (B, channels, S, S), and `logits`, (B, C, S,
-S), float32, for a consumer with a decoder of its own.
+`Predictor("DIR")` loads the folder. `model.onnx` takes `photo`, (B, 3, S, S) uint8 RGB, and returns
+the panoptic map and the classes of its instances (see `GridDecoder`), and the two heads they were
+made from, for those who bring their own decoder.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ import json
 import logging
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,18 +38,16 @@ from panoptic_cache.train.model import PanopticModel
 from panoptic_cache.train.restore import ARCHITECTURE, TrainState
 
 OPSET = 18
-NEEDED = ("onnx", "onnxscript")
-OUTPUTS = ("codes", "logits", "panoptic", "instance_labels")
-MEANING = {
+OUTPUTS = {
+    "codes": "(B, channels, S, S) float32: instance head",
+    "logits": "(B, C, S, S) float32: semantic head",
     "panoptic": "(B, S, S): 0 void, 1 to C stuff of label value - 1, above instance value - C - 1",
     "instance_labels": "(B, K): label of each instance, -1 where there is none",
-    "codes": "(B, channels, S, S): instance head",
-    "logits": "(B, C, S, S): semantic head",
 }
 
 
 class ModelAndDecoder(nn.Module):
-    """The network and the decoder as one plain function, for tracing."""
+    """Network and decoder in one module, to be traced."""
 
     def __init__(self, model: PanopticModel, state: TrainState, cells: int) -> None:
         super().__init__()
@@ -58,13 +57,9 @@ class ModelAndDecoder(nn.Module):
         self.decoder = GridDecoder(encoding, isthing, cells)
 
     def forward(self, photo: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(B, 3, S, S) uint8 -> the outputs `OUTPUTS`."""
-        prediction = self.model(photo, "both").resized(photo.shape[-2:])
-        return (
-            prediction.instance,
-            prediction.semantic,
-            *self.decoder(prediction.instance, prediction.semantic),
-        )
+        """(B, 3, S, S) uint8 -> `OUTPUTS`."""
+        heads = self.model(photo, "both").resized(photo.shape[-2:])
+        return heads.instance, heads.semantic, *self.decoder(heads.instance, heads.semantic)
 
 
 def export_model(model: PanopticModel, state: TrainState, out: Path) -> Path:
@@ -82,34 +77,34 @@ def export_model(model: PanopticModel, state: TrainState, out: Path) -> Path:
     files = {
         "model.safetensors": save(weights),
         ARCHITECTURE: model.encoder.config.to_json_string(use_diff=False).encode(),
-        "state.json": (json.dumps(asdict(state), indent=1) + "\n").encode(),
+        "state.json": _json(asdict(state)),
+    }
+    sums = {
+        name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in files.items()
     }
     storage = Storage(str(out))
     storage.create()
     storage.remove("complete.json")  # until all files are the new ones
     for name, data in files.items():
         storage.write(name, data)
-    sums = {
-        name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        for name, data in files.items()
-    }
-    storage.write("complete.json", (json.dumps(sums, indent=1) + "\n").encode())
+    storage.write("complete.json", _json(sums))
     return out
 
 
 def export_onnx(model: PanopticModel, state: TrainState, out: Path, cells: int) -> Path:
-    """Writes `model.onnx`, of any batch and the trained size, and `model.json`.
+    """Writes `model.onnx`, for any batch at the trained size, and `model.json`.
 
     Args:
-        model: In evaluation mode; moved to the processor.
+        model: In evaluation mode; it is moved to the CPU.
         state: Of its training.
         out: The folder.
-        cells: Of the decoding grid, an axis.
+        cells: Cells per axis of the decoding grid.
 
     Raises:
-        InputError: ONNX is not installed, or the file cannot be written.
+        InputError: ONNX is not installed, or a file cannot be written.
     """
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
+    if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
         raise InputError(
             f"{' and '.join(missing)} is not installed",
             remedy="pip install 'panoptic-target-cache[export]'",
@@ -118,31 +113,19 @@ def export_onnx(model: PanopticModel, state: TrainState, out: Path, cells: int) 
     storage = Storage(str(out))
     storage.create()
     size = state.config.data.size
-    network = ModelAndDecoder(model.cpu().eval(), state, cells)
-    # Two pictures: a batch of one would be taken for a constant.
-    photo = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-    noisy = logging.getLogger("torch.onnx"), logging.getLogger("onnxscript")
-    levels = [logger.level for logger in noisy]
-    try:
-        for logger in noisy:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                network,
-                (photo,),
-                input_names=["photo"],
-                output_names=list(OUTPUTS),
-                dynamic_shapes={"photo": {0: torch.export.Dim("batch", min=1)}},
-                opset_version=OPSET,
-                dynamo=True,
-                verbose=False,
-            )
-    finally:
-        for logger, level in zip(noisy, levels, strict=True):
-            logger.setLevel(level)
-    if program is None:
-        raise RuntimeError("torch.onnx.export returned nothing")
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            ModelAndDecoder(model.cpu().eval(), state, cells),
+            # Two photos: the exporter would take a batch of one for a constant.
+            (torch.zeros(2, 3, size, size, dtype=torch.uint8),),
+            input_names=["photo"],
+            output_names=list(OUTPUTS),
+            dynamic_shapes={"photo": {0: torch.export.Dim("batch", min=1)}},
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None  # with dynamo=True it never is
     path = out / "model.onnx"
     try:
         _save(program, path)
@@ -150,41 +133,24 @@ def export_onnx(model: PanopticModel, state: TrainState, out: Path, cells: int) 
         raise cannot_write(error, path) from None
     facts = {
         "input": {"photo": ["batch", 3, size, size], "dtype": "uint8", "colours": "RGB"},
-        "outputs": MEANING,
+        "outputs": OUTPUTS,
         "fit": state.config.data.fit,
         "encoding": {"name": state.config.loss.encoding, "harmonics": state.config.loss.harmonics},
         "cells": cells,
         "categories": [asdict(category) for category in state.categories],
     }
-    storage.write("model.json", (json.dumps(facts, indent=1) + "\n").encode())
+    storage.write("model.json", _json(facts))
     return path
-
-
-def _save(program: torch.onnx.ONNXProgram, path: Path) -> None:
-    """Writes a model, and beside it the weights of one that ONNX takes for too large for a file."""
-    weights, half = path.with_name(f"{path.name}.data"), path.with_name(f".{path.name}")
-    shutil.rmtree(half, ignore_errors=True)  # of one that was killed
-    try:
-        half.mkdir()
-        # Under its final name, which the model knows its weights by.
-        program.save(str(half / path.name))
-        if (half / weights.name).exists():
-            (half / weights.name).replace(weights)
-        else:
-            weights.unlink(missing_ok=True)
-        (half / path.name).replace(path)
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
 
 
 def onnx_difference(
     model: PanopticModel, state: TrainState, path: Path, cells: int
 ) -> dict[str, float] | None:
-    """How far `model.onnx` is from PyTorch, on noise.
+    """How far `model.onnx` is from PyTorch on a photo of noise.
 
     Returns:
-        Of `codes` and `logits` the largest difference over the largest value, of `panoptic` and
-        `instance_labels` the share that differs. None where onnxruntime is not installed.
+        For the heads the largest difference, relative to the largest value; for the map and its
+        labels the share that differs. None where onnxruntime is not installed.
     """
     if find_spec("onnxruntime") is None:
         return None
@@ -207,3 +173,40 @@ def _difference(one: NDArray[Any], other: NDArray[Any]) -> float:
     if other.dtype.kind == "i":
         return float((one != other).mean())
     return float(np.abs(one - other).max() / np.abs(other).max())
+
+
+def _save(program: torch.onnx.ONNXProgram, path: Path) -> None:
+    """Writes a model; ONNX puts the weights of a large one into a file beside it."""
+    weights, half = path.with_name(f"{path.name}.data"), path.with_name(f".{path.name}")
+    shutil.rmtree(half, ignore_errors=True)  # left by a killed export
+    try:
+        half.mkdir()
+        # Under its final name, because the model refers to its weights by that name.
+        program.save(str(half / path.name))
+        if (half / weights.name).exists():
+            (half / weights.name).replace(weights)
+        else:
+            weights.unlink(missing_ok=True)
+        (half / path.name).replace(path)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporter's warnings off standard error."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=1) + "\n").encode()

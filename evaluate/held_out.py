@@ -1,19 +1,18 @@
-"""PQ on held-out samples while training goes on: `validation.metric` of a run names it.
+"""PQ on held-out samples during training, as a run's `validation.metric` names it.
 
     --set validation.cache=DIR
     --set validation.metric=panoptic_cache.evaluate.held_out:panoptic_quality
 
-Training finds it by that name and does not depend on this package.
+Training finds it by that name, so that it does not depend on this package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import islice
 
 import numpy as np
 
-from panoptic_cache.evaluate.decoder.decode import PanopticMap
 from panoptic_cache.evaluate.metric.pq import PQStat, match_image, summarize
 from panoptic_cache.evaluate.predict import Predictor
 from panoptic_cache.pipeline.cache.sample import Sample
@@ -23,7 +22,7 @@ from panoptic_cache.train.model import PanopticModel
 from panoptic_cache.train.restore import TrainState
 
 BATCH = 8
-"""Samples at once."""
+"""Samples that the network takes at once."""
 
 
 def panoptic_quality(
@@ -31,9 +30,8 @@ def panoptic_quality(
 ) -> dict[str, float]:
     """PQ of samples at the size they were cached at; see `panoptic_cache.train.validation.Metric`.
 
-    With a cache of native size that is the official metric on those images. A cache that was
-    resized makes it a near relative, good for comparing checkpoints: `panoptic evaluate` is the
-    judge.
+    On a cache of native size this is the official metric. On a resized cache it is only close to
+    it: good for comparing checkpoints, while `panoptic evaluate` gives the number to report.
 
     Args:
         model: In evaluation mode.
@@ -41,29 +39,21 @@ def panoptic_quality(
         samples: With their segments.
 
     Returns:
-        `pq`, `pq_things` and `pq_stuff` as fractions, those of them that are defined.
+        `pq`, `pq_things` and `pq_stuff` as fractions; those that are defined.
 
     Raises:
         InputError: A prediction is not finite, or a photo is damaged.
     """
-    predictor = Predictor.of_model(model, state)
-    total = PQStat()
-    for sample, result in _predicted(predictor, iter(samples)):
-        ids = np.array([0, *(segment.id for segment in sample.segments)], np.int32)
-        truth = [SegmentInfo(s.id, s.category_id, s.iscrowd) for s in sample.segments]
-        classes = {s.id: predictor.categories[s.label].id for s in result.segments}
-        total += match_image(
-            sample.image_id, ids[sample.segment_map], truth, result.ids, classes
-        ).stat
+    predictor, total, rest = Predictor.of_model(model, state), PQStat(), iter(samples)
+    while batch := list(islice(rest, BATCH)):
+        sizes = [(sample.segment_map.shape[0], sample.segment_map.shape[1]) for sample in batch]
+        photos = [decode_photo(one, size) for one, size in zip(batch, sizes, strict=True)]
+        for sample, result in zip(batch, predictor(photos), strict=True):
+            # The cache holds positions in the segment table, the metric compares ids.
+            ids = np.array([0, *(s.id for s in sample.segments)], np.int32)[sample.segment_map]
+            truth = [SegmentInfo(s.id, s.category_id, s.iscrowd) for s in sample.segments]
+            classes = {s.id: predictor.categories[s.label].id for s in result.segments}
+            total += match_image(sample.image_id, ids, truth, result.ids, classes).stat
     found = summarize(total, predictor.categories)
     groups = {"pq": found.all, "pq_things": found.things, "pq_stuff": found.stuff}
     return {name: group.pq for name, group in groups.items() if group is not None}
-
-
-def _predicted(
-    predictor: Predictor, samples: Iterator[Sample]
-) -> Iterator[tuple[Sample, PanopticMap]]:
-    while batch := list(islice(samples, BATCH)):
-        sizes = [(sample.segment_map.shape[0], sample.segment_map.shape[1]) for sample in batch]
-        photos = [decode_photo(one, size) for one, size in zip(batch, sizes, strict=True)]
-        yield from zip(batch, predictor(photos), strict=True)

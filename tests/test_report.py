@@ -32,12 +32,7 @@ from panoptic_cache.evaluate.report.pictures import (
     true_map,
     write_overlay,
 )
-from panoptic_cache.evaluate.report.tables import (
-    CATEGORY_COLUMNS,
-    GROUP_COLUMNS,
-    category_table,
-    pq_table,
-)
+from panoptic_cache.evaluate.report.tables import score_text
 from panoptic_cache.pipeline.coco import Category, SegmentInfo
 from panoptic_cache.pipeline.pictures.colours import LabelledMap, segment_colours
 
@@ -132,24 +127,25 @@ def test_errors_are_marked() -> None:
     assert len({MISSED, FALSE, BOTH}) == 3
 
 
-def test_tables_are_plain_rows() -> None:
-    result = result_of(view())
-    rows = pq_table(result)
-    assert rows == [
-        ("All", "55.6", "66.7", "55.6", "3"),
-        ("Things", "33.3", "50.0", "33.3", "2"),
-        ("Stuff", "100.0", "100.0", "100.0", "1"),
+def test_tables_for_the_terminal() -> None:
+    text = score_text(result_of(view()), CATEGORIES, {})
+    assert [line.split() for line in text.splitlines() if line] == [
+        ["category", "kind", "PQ", "SQ", "RQ", "TP", "FP", "FN"],
+        ["disc", "thing", "66.7", "100.0", "66.7", "1", "0", "1"],
+        ["<b>box", "&", "co</b>", "thing", "0.0", "0.0", "0.0", "0", "1", "0"],
+        ["sky", "stuff", "100.0", "100.0", "100.0", "1", "0", "0"],
+        ["group", "PQ", "SQ", "RQ", "categories"],
+        ["All", "55.6", "66.7", "55.6", "3"],
+        ["Things", "33.3", "50.0", "33.3", "2"],
+        ["Stuff", "100.0", "100.0", "100.0", "1"],
     ]
-    assert {len(row) for row in rows} == {len(GROUP_COLUMNS)}
-    rows = category_table(result, CATEGORIES)
-    assert rows[0] == ("disc", "thing", "66.7", "100.0", "66.7", "1", "0", "1")
-    assert {len(row) for row in rows} == {len(CATEGORY_COLUMNS)}
 
 
 def test_undefined_is_a_dash() -> None:
-    result = summarize(PQStat(), CATEGORIES)
-    assert pq_table(result)[0] == ("All", "-", "-", "-", "0")
-    assert category_table(result, CATEGORIES)[0][2:5] == ("-", "-", "-")
+    text = score_text(summarize(PQStat(), CATEGORIES), CATEGORIES, {})
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
+    assert rows["All"] == ["-", "-", "-", "0"]
+    assert rows["disc"] == ["thing", "-", "-", "-", "0", "0", "0"]
     assert image_pq(PQStat()) is None
 
 

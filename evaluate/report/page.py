@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from panoptic_cache.evaluate.metric.pq import PQResult
 from panoptic_cache.evaluate.report.pictures import BOTH, FALSE, MISSED, Gallery
-from panoptic_cache.evaluate.report.tables import measure_table, percent, size_name
+from panoptic_cache.evaluate.report.tables import measures, percent, size_name
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.pipeline.pictures.colours import segment_colours
@@ -78,7 +78,7 @@ def write_report(
             (category, colour, result.per_class[category.id])
             for category, colour in zip(categories, colours.tolist(), strict=True)
         ],
-        measures=measure_table(values) if values else (),
+        measures=measures(values) if values else (),
         sizes=filled_sizes(values["sizes"]) if values else (),
         confusions=confusions(values["confusion"], categories) if values else (),
         gallery=gallery,

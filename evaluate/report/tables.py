@@ -1,4 +1,4 @@
-"""Results as rows of text, for the terminal and for the page; percent throughout."""
+"""Scores as text: tables for the terminal, and what they share with the page. All in percent."""
 
 from __future__ import annotations
 
@@ -8,56 +8,6 @@ from typing import Any
 from panoptic_cache.evaluate.metric.pq import CategoryStat, GroupPQ, PQResult
 from panoptic_cache.pipeline.base.text import table
 from panoptic_cache.pipeline.coco import Category
-
-GROUP_COLUMNS = ("group", "PQ", "SQ", "RQ", "categories")
-CATEGORY_COLUMNS = ("category", "kind", "PQ", "SQ", "RQ", "TP", "FP", "FN")
-SIZE_COLUMNS = ("things by size", "instances", "IoU")
-
-
-def pq_table(result: PQResult) -> list[tuple[str, ...]]:
-    """A row for All, Things and Stuff, in percent; see `GROUP_COLUMNS`."""
-    return [
-        (name, *_percents(group), str(group.n if group else 0))
-        for name, group in (("All", result.all), ("Things", result.things), ("Stuff", result.stuff))
-    ]
-
-
-def category_table(result: PQResult, categories: Sequence[Category]) -> list[tuple[str, ...]]:
-    """A row for each category, in percent; see `CATEGORY_COLUMNS`."""
-    rows: list[tuple[str, ...]] = []
-    for category in categories:
-        stat = result.per_class[category.id]
-        kind = "thing" if category.isthing else "stuff"
-        counts = (str(stat.tp), str(stat.fp), str(stat.fn))
-        rows.append((category.name, kind, *_percents(None if stat.empty else stat), *counts))
-    return rows
-
-
-def size_table(sizes: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """A row for each size that has instances; see `SIZE_COLUMNS` and `Measures.to_json`."""
-    return [(size_name(row), str(row["n"]), percent(row["iou"])) for row in sizes if row["n"]]
-
-
-def size_name(row: Mapping[str, Any]) -> str:
-    """`32-64 px`, `512+ px`."""
-    return f"{row['from']}+ px" if row["to"] is None else f"{row['from']}-{row['to']} px"
-
-
-def measure_table(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What stands beside PQ, by name, in percent.
-
-    Args:
-        values: See `Scores.to_json`.
-    """
-    ap, agnostic = values["mask_ap"] or {}, values["things_agnostic"] or {}
-    numbers = {
-        "class-agnostic PQ of things": agnostic.get("pq"),
-        "semantic mIoU": values["semantic"]["miou"],
-        "mask AP": ap.get("ap"),
-        "AP50": ap.get("ap50"),
-        "AP75": ap.get("ap75"),
-    }
-    return [(name, percent(value)) for name, value in numbers.items()]
 
 
 def score_text(
@@ -72,16 +22,46 @@ def score_text(
     Args:
         result: The metric.
         categories: Of the ground truth.
-        values: See `Scores.to_json`; PQ alone will do.
+        values: See `Scores.to_json`, or PQ alone.
         by_category: With a row for each category.
     """
-    parts = [table(GROUP_COLUMNS, pq_table(result), left=1)]
+    parts: list[str] = []
     if by_category:
-        parts.insert(0, table(CATEGORY_COLUMNS, category_table(result, categories), left=2))
+        columns = ("category", "kind", "PQ", "SQ", "RQ", "TP", "FP", "FN")
+        rows: list[tuple[str, ...]] = []
+        for category in categories:
+            stat = result.per_class[category.id]
+            kind = "thing" if category.isthing else "stuff"
+            counts = (str(stat.tp), str(stat.fp), str(stat.fn))
+            rows.append((category.name, kind, *_qualities(None if stat.empty else stat), *counts))
+        parts.append(table(columns, rows, left=2))
+    groups = {"All": result.all, "Things": result.things, "Stuff": result.stuff}
+    rows = [(name, *_qualities(one), str(one.n if one else 0)) for name, one in groups.items()]
+    parts.append(table(("group", "PQ", "SQ", "RQ", "categories"), rows, left=1))
     if "sizes" in values:
-        parts.append(table(SIZE_COLUMNS, size_table(values["sizes"]), left=1))
-        parts.append(", ".join(f"{k} {v}" for k, v in measure_table(values)))
+        sizes = [row for row in values["sizes"] if row["n"]]
+        rows = [(size_name(row), str(row["n"]), percent(row["iou"])) for row in sizes]
+        parts.append(table(("things by size", "instances", "IoU"), rows, left=1))
+        parts.append(", ".join(f"{name} {value}" for name, value in measures(values)))
     return "\n\n".join(parts)
+
+
+def measures(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and value of the measures besides PQ; `values` as of `Scores.to_json`."""
+    ap, agnostic = values["mask_ap"] or {}, values["things_agnostic"] or {}
+    numbers = {
+        "class-agnostic PQ of things": agnostic.get("pq"),
+        "semantic mIoU": values["semantic"]["miou"],
+        "mask AP": ap.get("ap"),
+        "AP50": ap.get("ap50"),
+        "AP75": ap.get("ap75"),
+    }
+    return [(name, percent(value)) for name, value in numbers.items()]
+
+
+def size_name(row: Mapping[str, Any]) -> str:
+    """`32-64 px` or `512+ px`; `row` as in `Measures.to_json`."""
+    return f"{row['from']}+ px" if row["to"] is None else f"{row['from']}-{row['to']} px"
 
 
 def percent(value: float | None) -> str:
@@ -89,7 +69,7 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def _percents(score: GroupPQ | CategoryStat | None) -> tuple[str, str, str]:
+def _qualities(score: GroupPQ | CategoryStat | None) -> tuple[str, str, str]:
     """PQ, SQ and RQ."""
     if score is None:
         return "-", "-", "-"
