@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -22,11 +23,8 @@ from panoptic_cache.train.stream import make_loader
 SMALL = DataConfig(reader="stream", size=56, batch=4, micro_batch=4, workers=0)
 
 
-def stream(config: DataConfig, *, rank: int = 0, world: int = 1, first: int = 0) -> Iterator[Batch]:
-    loader = make_loader(
-        config, open_index(config), seed=3, steps=range(first, 100), rank=rank, world=world
-    )
-    return iterate(loader)
+def stream(config: DataConfig, steps: range = range(100), world: int = 1) -> Iterator[Batch]:
+    return iterate(make_loader(config, open_index(config), seed=3, steps=steps, world=world))
 
 
 @pytest.fixture
@@ -76,20 +74,62 @@ def test_micro_batches_come_in_the_sizes_of_a_step(tiny_cache: Path, workers: in
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_ranks_share_the_shards_and_never_end(tiny_cache: Path, world: int) -> None:
-    config = replace(SMALL, cache=str(tiny_cache), batch=4 * world)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_round_reads_each_sample_once(
+    tiny_cache: Path, monkeypatch: pytest.MonkeyPatch, world: int, workers: int
+) -> None:
+    config = replace(SMALL, cache=str(tiny_cache), batch=4 * world, workers=workers)
     seen = Counter[str]()
     for rank in range(world):
-        for batch in islice(stream(config, rank=rank, world=world), 12 // world):
-            seen.update(batch.keys)
-    assert len(seen) == 12  # every sample
-    assert sum(seen.values()) == 48  # 4 rounds' worth
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        batches = [*stream(config, range(12 // world), world)]
+        assert [len(batch.keys) for batch in batches] == [4] * (12 // world)
+        seen.update(key for batch in batches for key in batch.keys)
+    assert len(seen) == 12
+    assert set(seen.values()) == {4}  # rounds
 
 
-def test_another_first_step_draws_another_order(tiny_cache: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_every_rank_gets_the_same_number_of_batches(
+    tiny_cache: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """One rank has two of the three shards, the other one; a step has two micro-batches."""
+    config = replace(SMALL, cache=str(tiny_cache), batch=10, workers=workers)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        assert [len(batch.keys) for batch in stream(config, range(5, 12), 2)] == [3, 2] * 7
+
+
+def test_a_run_repeats_itself_and_another_first_step_draws_another_order(tiny_cache: Path) -> None:
+    config = replace(SMALL, cache=str(tiny_cache), workers=2)
+
+    def order(first: int) -> list[tuple[tuple[str, ...], float]]:
+        batches = stream(config, range(first, first + 6))
+        return [(batch.keys, batch.photo.float().mean().item()) for batch in batches]
+
+    one = order(0)
+    assert order(0) == one
+    assert [keys for keys, _ in order(9)] != [keys for keys, _ in one]
+    shard = [key for keys, _ in one[:3] for key in keys]
+    assert shard != sorted(shard)
+
+
+def test_rounds_are_augmented_anew(tiny_cache: Path) -> None:
+    photos: dict[str, list[Tensor]] = {}
+    for batch in stream(replace(SMALL, cache=str(tiny_cache)), range(6)):
+        for key, photo in zip(batch.keys, batch.photo, strict=True):
+            photos.setdefault(key, []).append(photo)
+    assert all(len(seen) == 2 and not seen[0].equal(seen[1]) for seen in photos.values())
+
+
+def test_the_pipeline_can_go_to_a_process_that_is_spawned(tiny_cache: Path) -> None:
     config = replace(SMALL, cache=str(tiny_cache))
-    orders = {tuple(k for b in islice(stream(config, first=f), 3) for k in b.keys) for f in (0, 9)}
-    assert len(orders) == 2
+    loader = make_loader(config, open_index(config), seed=3, steps=range(3))
+    pipeline = loader.pipeline[0].dataset  # type: ignore[attr-defined]
+    batch = next(iter(pickle.loads(pickle.dumps(pipeline))))
+    assert batch.keys == next(iter(loader)).keys
 
 
 def test_loader_processes_read_over_http(served: str) -> None:
@@ -113,4 +153,4 @@ def test_a_cut_shard_is_refused(cache: Path) -> None:
 def test_more_readers_than_shards_are_refused(tiny_cache: Path) -> None:
     config = replace(SMALL, cache=str(tiny_cache))
     with pytest.raises(InputError, match=r"3 shards for 4 readers.*data\.workers"):
-        next(stream(config, world=4))
+        stream(config, world=4)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import accumulate, islice
@@ -266,17 +266,23 @@ def indexed_loader(
         cast("Dataset[Batch]", CachedItems(reader, config, seed)),  # collated into batches
         batch_sampler=sampler,
         collate_fn=collate,
-        num_workers=config.workers,
-        pin_memory=pin,
-        prefetch_factor=4 if config.workers else None,
-        persistent_workers=False,
-        # Else starting draws from the global generator, and a resumed run differs.
-        generator=torch.Generator().manual_seed(seed),
-        worker_init_fn=prepare_worker if config.workers else None,
+        **loader_options(config, seed, pin=pin),
     )
 
 
-def iterate(loader: DataLoader[Batch]) -> Generator[Batch, None, None]:
+def loader_options(config: DataConfig, seed: int, *, pin: bool) -> dict[str, Any]:
+    """What both readers ask of a `DataLoader`."""
+    return {
+        "num_workers": config.workers,
+        "pin_memory": pin,
+        "prefetch_factor": 4 if config.workers else None,
+        # Else starting draws from the global generator, and a resumed run differs.
+        "generator": torch.Generator().manual_seed(seed),
+        "worker_init_fn": prepare_worker if config.workers else None,
+    }
+
+
+def iterate(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
     """The loader's batches; close it, so that its processes end.
 
     An InputError of a loader process reads like one of this process.

@@ -1,28 +1,28 @@
-"""The `stream` reader: whole shards in sequence from any fsspec URL, through webdataset.
+"""The `stream` reader: whole shards in sequence from any fsspec URL, as a webdataset pipeline.
 
-For caches that no local disk holds. Each rank and loader process takes its own shards, round after
-round without end, so that no rank ever waits for another; a buffer mixes the samples. Batches have
-the format of the `indexed` reader. What it cannot promise: every sample exactly once an epoch, and
-resuming at the very sample.
+For caches that no local disk holds. Batches have the format of the `indexed` reader, and every rank
+gets the same number of them, which follows from the index, so no rank waits for another. A loader
+process reads its shards of a round once, then goes on with those of another round. What the stream
+cannot promise: that all processes are in the same round, and resuming at the very sample.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import count, islice
 from typing import Any
 
 import fsspec
-import numpy as np
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+import webdataset as wds
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.cache.index import ShardEntry, ShardIndex
-from panoptic_cache.pipeline.cache.sample import MEMBERS, decode_sample
+from panoptic_cache.pipeline.cache.sample import Sample, decode_sample
 from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.train.augment import Item, draw_augmentation, make_item
 from panoptic_cache.train.config import DataConfig
@@ -30,97 +30,12 @@ from panoptic_cache.train.data import (
     Batch,
     collate,
     indexed_loader,
+    loader_options,
     micro_batch_sizes,
-    prepare_worker,
 )
 
 BUFFER = 256
-"""Samples that are mixed; about 40 MB of JPEGs and PNGs a loader process."""
-
-
-class ShardStream(IterableDataset[Batch]):
-    """Endless micro-batches of one rank.
-
-    Args:
-        storage: The cache.
-        index: Its index.
-        config: Of the data.
-        seed: Of order and augmentation.
-        first: The optimizer step to begin at; another one draws another order.
-        rank: This rank.
-        world: Ranks.
-    """
-
-    def __init__(
-        self,
-        storage: Storage,
-        index: ShardIndex,
-        config: DataConfig,
-        *,
-        seed: int,
-        first: int,
-        rank: int,
-        world: int,
-    ) -> None:
-        self._storage, self._index, self._config = storage, index, config
-        self._seed, self._first, self._rank, self._world = seed, first, rank, world
-
-    def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()
-        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        part, parts = self._rank * workers + number, self._world * workers
-        sizes, items = micro_batch_sizes(self._config, self._world), self._items(part, parts)
-        for turn in count(number, workers):  # the loader takes one of each process in turn
-            yield collate(list(islice(items, sizes[turn % len(sizes)])))
-
-    def _items(self, part: int, parts: int) -> Iterator[Item]:
-        random = np.random.default_rng([self._seed, self._first, part])
-        buffer: list[dict[str, Any]] = []
-        for turn, sample in enumerate(self._samples(part, parts)):
-            buffer.append(sample)
-            if len(buffer) < BUFFER and turn < self._index.samples // parts:
-                continue
-            members = buffer.pop(int(random.integers(len(buffer))))
-            place = (self._first, turn * parts + part)
-            augmentation = draw_augmentation(self._config, self._seed, place)
-            yield make_item(decode_sample(members["__key__"], members), self._config, augmentation)
-
-    def _samples(self, part: int, parts: int) -> Iterator[dict[str, Any]]:
-        """Members by suffix, shard after shard; every round takes the shards in another order."""
-        turn = 0
-        while True:
-            # The same permutation everywhere, so that the parts of a round do not overlap.
-            order = np.random.default_rng([self._seed, self._first, turn]).permutation(
-                len(self._index.shards)
-            )
-            for number in order[part::parts]:
-                yield from self._shard(self._index.shards[number])
-            turn += 1
-
-    def _shard(self, shard: ShardEntry) -> Iterator[dict[str, Any]]:
-        url = self._storage.path(f"{shard.name}.tar")
-        try:
-            with fsspec.open(url, "rb") as stream:
-                # Read whole: a cut tar would end without error.
-                data = stream.read()
-        except OSError as error:
-            raise InputError(f"cannot read the shard: {error}", where=url) from None
-        problem = ""
-        if len(data) != shard.size:
-            problem = f"shard has {len(data)} bytes, the index says {shard.size}"
-        elif hashlib.sha256(data).hexdigest() != shard.sha256:
-            # A damaged header, for one, would end the tar early and without error.
-            problem = "shard damaged: its SHA-256 is not the one in the index"
-        if problem:
-            raise InputError(
-                problem,
-                where=url,
-                remedy="run panoptic verify --deep, it names the samples; then preprocess again",
-                code="shard-damaged",
-            )
-        opened = [{"url": url, "stream": io.BytesIO(data)}]
-        for sample in group_by_keys(tar_file_expander(opened)):
-            yield {name: sample[name] for name in ("__key__", *MEMBERS)}
+"""Samples that a loader process mixes; about 40 MB of JPEGs and PNGs."""
 
 
 def stream_loader(
@@ -129,33 +44,102 @@ def stream_loader(
     config: DataConfig,
     *,
     seed: int,
-    first: int,
-    rank: int = 0,
+    steps: range,
     world: int = 1,
     pin: bool = False,
-) -> DataLoader[Batch]:
-    """Micro-batches of one rank without end; see `ShardStream`.
+) -> Iterable[Batch]:
+    """Micro-batches of the given optimizer steps for this rank, which webdataset knows.
+
+    Another first step draws another order.
 
     Raises:
         InputError: Not every loader process gets a shard of its own.
     """
+    shards = {storage.path(f"{shard.name}.tar"): shard for shard in index.shards if shard.samples}
     readers = world * max(1, config.workers)
-    if readers > len(index.shards):
+    if readers > len(shards):
         raise InputError(
-            f"{len(index.shards)} shards for {readers} readers: {world} ranks with"
+            f"{len(shards)} shards for {readers} readers: {world} ranks with"
             f" {max(1, config.workers)} loader processes",
             where=storage.url,
             remedy="lower data.workers, or render with fewer --samples-per-shard",
         )
-    stream = ShardStream(storage, index, config, seed=seed, first=first, rank=rank, world=world)
-    return DataLoader(
-        stream,
-        batch_size=None,  # the stream makes batches
-        num_workers=config.workers,
-        pin_memory=pin,
-        prefetch_factor=4 if config.workers else None,
-        worker_init_fn=prepare_worker if config.workers else None,
+    order = wds.utils.make_seed(seed, steps.start)
+    rounds = wds.DataPipeline(
+        # What flows: {"url": ...} of every shard, in an order that is the same on every rank,
+        wds.SimpleShardList([*shards]),
+        wds.detshuffle(bufsize=len(shards), initial=len(shards), seed=order),
+        # of this rank and this loader process only,
+        wds.split_by_node,
+        wds.split_by_worker,
+        # with "stream", the whole tar in memory, of which nothing is damaged;
+        wds.map(partial(open_shard, shards=shards), handler=wds.reraise_exception),
+        # {"fname": ..., "data": ...} of every member;
+        wds.pipelinefilter(tar_file_expander)(handler=wds.reraise_exception),
+        # {"__key__": ..., "jpg": ..., "json": ..., ...} of every sample, mixed.
+        wds.pipelinefilter(group_by_keys)(handler=wds.reraise_exception),
+        wds.detshuffle(bufsize=BUFFER, initial=BUFFER, seed=order),
+    ).repeat()  # Each round, both shuffles draw anew.
+    sizes = micro_batch_sizes(config, world)
+    batches = wds.DataPipeline(
+        rounds,
+        wds.map(decode_members, handler=wds.reraise_exception),  # Sample
+        partial(make_items, config=config, seed=seed, first=steps.start),  # Item
+        partial(make_batches, sizes=sizes),  # Batch
     )
+    loader = wds.WebLoader(batches, batch_size=None, **loader_options(config, seed, pin=pin))
+    found: Iterable[Batch] = loader.with_epoch(nbatches=len(steps) * len(sizes))
+    return found
+
+
+def open_shard(source: dict[str, Any], shards: Mapping[str, ShardEntry]) -> dict[str, Any]:
+    """Reads a tar whole and holds it to the index; a damaged tar may end early without error.
+
+    Raises:
+        InputError: It cannot be read, or is not what the index says.
+    """
+    url = source["url"]
+    shard, problem = shards[url], ""
+    try:
+        with fsspec.open(url, "rb") as stream:
+            data = stream.read()
+    except OSError as error:
+        raise InputError(f"cannot read the shard: {error}", where=url) from None
+    if len(data) != shard.size:
+        problem = f"shard has {len(data)} bytes, the index says {shard.size}"
+    elif hashlib.sha256(data).hexdigest() != shard.sha256:
+        problem = "shard damaged: its SHA-256 is not the one in the index"
+    if problem:
+        raise InputError(
+            problem,
+            where=url,
+            remedy="run panoptic verify --deep, it names the samples; then preprocess again",
+            code="shard-damaged",
+        )
+    return {**source, "stream": io.BytesIO(data)}
+
+
+def decode_members(members: dict[str, Any]) -> Sample:
+    """The sample of its members by suffix; InputError where one is damaged."""
+    return decode_sample(members["__key__"], members)
+
+
+def make_items(
+    samples: Iterable[Sample], config: DataConfig, seed: int, first: int
+) -> Iterator[Item]:
+    """Augments each sample by its number among those that all readers read from step `first` on."""
+    rank, world, worker, workers = wds.utils.pytorch_worker_info()
+    numbers = count(rank * workers + worker, world * workers)
+    for number, sample in zip(numbers, samples, strict=False):
+        augmentation = draw_augmentation(config, seed, (first, number))
+        yield make_item(sample, config, augmentation)
+
+
+def make_batches(items: Iterator[Item], sizes: tuple[int, ...]) -> Iterator[Batch]:
+    """Micro-batches in the sizes of a step; the loader takes one of each process in turn."""
+    _, _, worker, workers = wds.utils.pytorch_worker_info()
+    for turn in count(worker, workers):
+        yield collate(list(islice(items, sizes[turn % len(sizes)])))
 
 
 def make_loader(
@@ -167,7 +151,7 @@ def make_loader(
     rank: int = 0,
     world: int = 1,
     pin: bool = False,
-) -> DataLoader[Batch]:
+) -> Iterable[Batch]:
     """Micro-batches of the given optimizer steps for one rank, by the reader that is configured.
 
     Raises:
@@ -175,9 +159,7 @@ def make_loader(
     """
     storage = Storage(config.cache)
     if config.reader == "stream":
-        return stream_loader(
-            storage, index, config, seed=seed, first=steps.start, rank=rank, world=world, pin=pin
-        )
+        return stream_loader(storage, index, config, seed=seed, steps=steps, world=world, pin=pin)
     if storage.local is None:
         raise InputError(
             "the indexed reader needs a local cache",
