@@ -17,7 +17,7 @@ from panoptic_cache.evaluate.metric.pq import PQStat, match_image, summarize
 from panoptic_cache.evaluate.predict import Predictor
 from panoptic_cache.pipeline.cache.sample import Sample
 from panoptic_cache.pipeline.coco import SegmentInfo
-from panoptic_cache.train.augment import decode_photo
+from panoptic_cache.pipeline.photo import decode_photo
 from panoptic_cache.train.model import PanopticModel
 from panoptic_cache.train.restore import TrainState
 
@@ -46,8 +46,7 @@ def panoptic_quality(
     """
     predictor, total, rest = Predictor.of_model(model, state), PQStat(), iter(samples)
     while batch := list(islice(rest, BATCH)):
-        sizes = [(sample.segment_map.shape[0], sample.segment_map.shape[1]) for sample in batch]
-        photos = [decode_photo(one, size) for one, size in zip(batch, sizes, strict=True)]
+        photos = [decode_photo(sample.photo, f"{sample.key}.jpg") for sample in batch]
         for sample, result in zip(batch, predictor(photos), strict=True):
             # The cache holds positions in the segment table, the metric compares ids.
             ids = np.array([0, *(s.id for s in sample.segments)], np.int32)[sample.segment_map]

@@ -25,9 +25,8 @@ from panoptic_cache.evaluate.decoder.decode import DecodeConfig, PanopticMap, de
 from panoptic_cache.evaluate.views import Heads, average, mirrored, network_cost
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category
+from panoptic_cache.pipeline.photo import Fit, fitted_size, resize_photo
 from panoptic_cache.pipeline.pictures.colours import Picture, centroid_colours, semantic_colours
-from panoptic_cache.pipeline.render.photo import resize_photo
-from panoptic_cache.train.augment import fitted_size
 from panoptic_cache.train.config import Precision
 from panoptic_cache.train.encoding import Encoding, grid_cells, make_encoding, nearest_centroids
 from panoptic_cache.train.model import PanopticModel, check_size
@@ -155,12 +154,12 @@ class Predictor:
 
     def _run(self, photos: Sequence[Pixels], side: int) -> list[Heads]:
         """Heads of photos that are fitted into (side, side); the padding is cut off again."""
-        fit = "squash" if self._fit == "squash" else "longest"  # as in training, but never cropped
+        # As in training, but never cropped.
+        fit: Fit = "squash" if self._fit == "squash" else "longest"
         batch = np.zeros((len(photos), side, side, 3), np.uint8)
         spans: list[tuple[slice, slice]] = []
         for canvas, photo in zip(batch, photos, strict=True):
-            fitted = fitted_size(photo.shape[0], photo.shape[1], side, fit)
-            height, width = (max(1, round(length)) for length in fitted)
+            height, width = fitted_size(photo.shape[0], photo.shape[1], side, fit)
             top, left = (side - height) // 2, (side - width) // 2
             span = slice(top, top + height), slice(left, left + width)
             canvas[span] = resize_photo(photo, (height, width))

@@ -80,11 +80,11 @@ def preprocess(
     as_json: Json = False,
 ) -> None:
     """Render a split into shards with precomputed targets; run again to go on."""
-    from panoptic_cache.pipeline.base.config import RenderConfig
     from panoptic_cache.pipeline.base.files import Storage
     from panoptic_cache.pipeline.coco import read_dataset
     from panoptic_cache.pipeline.render.driver import render
     from panoptic_cache.pipeline.render.dry_run import dry_run as look
+    from panoptic_cache.pipeline.render.plan import RenderConfig
 
     layout, name = dataset_layout(coco, split, images, panoptic_json, panoptic_dir)
     config = RenderConfig(fit=fit, size=size, samples_per_shard=samples_per_shard)

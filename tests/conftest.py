@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from panoptic_cache import cli
-from panoptic_cache.pipeline.base.config import RenderConfig, build_config
+from panoptic_cache.pipeline.base.config import build_config
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
 from panoptic_cache.pipeline.render.driver import render
+from panoptic_cache.pipeline.render.plan import RenderConfig
 from panoptic_cache.pipeline.scenes.scene import write_dataset
 from panoptic_cache.train.config import TrainConfig
 from panoptic_cache.train.loop import train

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from panoptic_cache.pipeline.cache.sample import Sample, Segment, encode_distance
-from panoptic_cache.pipeline.render.photo import encode_jpeg
+from panoptic_cache.pipeline.photo import encode_jpeg
 from panoptic_cache.pipeline.targets import IndexMap, compute_targets, index_dtype
 
 EDGE_CASES: dict[str, list[list[int]]] = {

@@ -21,11 +21,10 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-from panoptic_cache.pipeline.base.config import RenderConfig
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import CocoLayout, read_dataset
 from panoptic_cache.pipeline.render.driver import render
-from panoptic_cache.pipeline.render.plan import make_plan
+from panoptic_cache.pipeline.render.plan import RenderConfig, make_plan
 from panoptic_cache.pipeline.scenes.scene import write_dataset
 
 COCO_IMAGES = 118_287

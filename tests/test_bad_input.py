@@ -17,7 +17,6 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from panoptic_cache.pipeline.base.config import RenderConfig
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.cache.index import read_index, read_sidecar
@@ -28,7 +27,7 @@ from panoptic_cache.pipeline.coco import CocoLayout, read_dataset
 from panoptic_cache.pipeline.png import ids_to_rgb, read_ids
 from panoptic_cache.pipeline.render.driver import RenderResult, render
 from panoptic_cache.pipeline.render.dry_run import dry_run
-from panoptic_cache.pipeline.render.plan import allowed
+from panoptic_cache.pipeline.render.plan import RenderConfig, allowed
 
 BAD = 900_000_002
 """The image that comes to harm; the other three of the split stay as they are."""

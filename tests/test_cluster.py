@@ -23,11 +23,11 @@ from handmade import hashes
 
 import panoptic_cache.pipeline.render.cluster
 import panoptic_cache.pipeline.render.driver
-from panoptic_cache.pipeline.base.config import RenderConfig
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
 from panoptic_cache.pipeline.render.driver import render
+from panoptic_cache.pipeline.render.plan import RenderConfig
 
 T = TypeVar("T")
 

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import pytest
 
 from panoptic_cache.pipeline.base.config import (
-    RenderConfig,
     build_config,
     fingerprint,
     load_config,
     override,
 )
 from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.render.plan import RenderConfig
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from handmade import hashes
 
-from panoptic_cache.pipeline.base.config import RenderConfig
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
 from panoptic_cache.pipeline.render.driver import render
+from panoptic_cache.pipeline.render.plan import RenderConfig
 from panoptic_cache.pipeline.scenes.scene import write_dataset
 
 IMAGES = 100
@@ -38,7 +38,7 @@ DIES_WRITING = """
 import os, signal, sys
 from pathlib import Path
 from panoptic_cache.pipeline.coco import CocoLayout, read_dataset
-from panoptic_cache.pipeline.base.config import RenderConfig
+from panoptic_cache.pipeline.render.plan import RenderConfig
 from panoptic_cache.pipeline.render.driver import render
 from panoptic_cache.pipeline.base.files import Storage
 

@@ -20,14 +20,13 @@ from numpy.typing import NDArray
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.cache.sample import Sample, eds_distances, encode_distance
 from panoptic_cache.pipeline.cache.shards import ShardReader
-from panoptic_cache.pipeline.render.photo import encode_jpeg
+from panoptic_cache.pipeline.photo import encode_jpeg, fitted_size
 from panoptic_cache.pipeline.targets import IndexMap, boundary, edge_distance, resize_index
 from panoptic_cache.train.augment import (
     PADDING,
     Augmentation,
     Item,
     draw_augmentation,
-    fitted_size,
     jitter_colour,
     make_item,
     place_window,
@@ -209,9 +208,8 @@ def table_sample(index: IndexMap) -> Sample:
 def placed(index: IndexMap, config: DataConfig, augmentation: Augmentation) -> list[list[int]]:
     """What each pixel of the input shows, by loops: a row, or -1 outside the picture."""
     side = config.size
-    height, width = (
-        max(1, round(length * augmentation.scale))
-        for length in fitted_size(index.shape[0], index.shape[1], side, config.fit)
+    height, width = fitted_size(
+        index.shape[0], index.shape[1], side, config.fit, augmentation.scale
     )
     resized = resize_index(index, (height, width)).tolist()
     top = round((height - side) * augmentation.place[1])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from panoptic_cache.pipeline.base.config import RenderConfig, fingerprint
+from panoptic_cache.pipeline.base.config import fingerprint
 from panoptic_cache.pipeline.cache.index import SampleEntry, ShardEntry, ShardIndex, Sidecar
 from panoptic_cache.pipeline.cache.sample import (
     EDS_FAR,
@@ -28,7 +28,8 @@ from panoptic_cache.pipeline.cache.sample import (
 )
 from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.pipeline.coco import Category, Rejection
-from panoptic_cache.pipeline.render.photo import encode_jpeg
+from panoptic_cache.pipeline.photo import encode_jpeg
+from panoptic_cache.pipeline.render.plan import RenderConfig
 from panoptic_cache.pipeline.targets import compute_targets
 
 TEXT = (Path(__file__).parents[1] / "FORMAT.md").read_text()

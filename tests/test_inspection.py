@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from panoptic_cache.pipeline.base.config import RenderConfig
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.cache.inspect import (
@@ -22,14 +21,15 @@ from panoptic_cache.pipeline.cache.inspect import (
 )
 from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
+from panoptic_cache.pipeline.photo import decode_photo
 from panoptic_cache.pipeline.pictures import colours as draw
 from panoptic_cache.pipeline.pictures.sample_sheet import (
     TILE,
-    decode_photo,
     labelled_map,
     sample_sheet,
 )
 from panoptic_cache.pipeline.render.driver import render
+from panoptic_cache.pipeline.render.plan import RenderConfig
 
 
 def tars(folder: Path) -> list[Path]:
@@ -136,7 +136,7 @@ def test_sheet_shows_the_sample(tiny_cache: Path) -> None:
         assert picture.dtype == np.uint8
         assert picture.shape[1] > 2 * TILE
         height, width = draw.fitted(sample.segment_map.shape, TILE)
-        photo = draw.resized(decode_photo(sample), (height, width))
+        photo = draw.resized(decode_photo(sample.photo, sample.key), (height, width))
         corners = np.argwhere((picture[: -height + 1, : -width + 1] == photo[0, 0]).all(-1))
         assert any(
             np.array_equal(picture[y : y + height, x : x + width], photo) for y, x in corners

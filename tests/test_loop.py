@@ -40,11 +40,12 @@ from short_runs import (
     write_config,
 )
 
-from panoptic_cache.pipeline.base.config import RenderConfig, load_config
+from panoptic_cache.pipeline.base.config import load_config
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import CocoPanoptic
 from panoptic_cache.pipeline.render.driver import render
+from panoptic_cache.pipeline.render.plan import RenderConfig
 from panoptic_cache.train.config import (
     DataConfig,
     LossConfig,

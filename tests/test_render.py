@@ -19,19 +19,19 @@ from distributed import LocalCluster
 from handmade import hashes, noise
 
 import panoptic_cache.pipeline.render.driver
-from panoptic_cache.pipeline.base.config import RenderConfig
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.cache.sample import check_sample
 from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.pipeline.cache.verify import verify
 from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
+from panoptic_cache.pipeline.photo import check_jpeg, encode_jpeg
 from panoptic_cache.pipeline.png import read_ids
 from panoptic_cache.pipeline.render.driver import RenderResult, render
 from panoptic_cache.pipeline.render.dry_run import dry_run
 from panoptic_cache.pipeline.render.image import render_image
 from panoptic_cache.pipeline.render.job import render_shard
-from panoptic_cache.pipeline.render.photo import check_jpeg, encode_jpeg
+from panoptic_cache.pipeline.render.plan import RenderConfig
 
 CONFIG = RenderConfig(samples_per_shard=4)
 

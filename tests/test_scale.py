@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from scale import SPLIT, measured, render_step, write_links
 
-from panoptic_cache.pipeline.base.config import RenderConfig
 from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
-from panoptic_cache.pipeline.render.plan import make_plan
+from panoptic_cache.pipeline.render.plan import RenderConfig, make_plan
 from panoptic_cache.pipeline.scenes.scene import write_dataset
 
 IMAGES = 5000

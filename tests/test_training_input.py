@@ -21,11 +21,11 @@ from conftest import Run
 from short_runs import ROOT, make_config, same_run, saved_steps, write_config
 
 import panoptic_cache.train.checkpoint
-from panoptic_cache.pipeline.base.config import RenderConfig
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
 from panoptic_cache.pipeline.render.driver import render
+from panoptic_cache.pipeline.render.plan import RenderConfig
 from panoptic_cache.train.data import iterate, open_index
 from panoptic_cache.train.guards import disk_advice, rank_advice
 from panoptic_cache.train.loop import train as train_run

@@ -35,7 +35,7 @@ from panoptic_cache.pipeline.cache.sample import Sample, encode_sample
 from panoptic_cache.pipeline.cache.shards import finished_shard, pack_shard, write_shard
 from panoptic_cache.pipeline.cache.verify import VerifyReport, verify
 from panoptic_cache.pipeline.coco import Category
-from panoptic_cache.pipeline.render.photo import encode_jpeg
+from panoptic_cache.pipeline.photo import encode_jpeg
 
 NAME = "train-00001"
 

@@ -15,13 +15,13 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from panoptic_cache.evaluate.held_out import panoptic_quality
-from panoptic_cache.pipeline.base.config import RenderConfig
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.cache.sample import Sample
 from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.pipeline.coco import CocoLayout, read_dataset
 from panoptic_cache.pipeline.render.driver import render
+from panoptic_cache.pipeline.render.plan import RenderConfig
 from panoptic_cache.train.augment import Augmentation, make_item
 from panoptic_cache.train.config import (
     DataConfig,

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-import simplejpeg
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.cache.sample import Sample, encode_distance
-from panoptic_cache.pipeline.render.photo import resize_photo
+from panoptic_cache.pipeline.photo import decode_photo, fitted_size
 from panoptic_cache.pipeline.targets import (
     IndexMap,
     boundary,
@@ -89,12 +87,9 @@ def make_item(sample: Sample, config: DataConfig, augmentation: Augmentation) ->
     """
     side = config.size
     height, width = sample.segment_map.shape
-    new_height, new_width = (
-        max(1, round(length * augmentation.scale))
-        for length in fitted_size(height, width, side, config.fit)
-    )
+    new_height, new_width = fitted_size(height, width, side, config.fit, augmentation.scale)
     index = resize_index(sample.segment_map, (new_height, new_width))
-    photo = decode_photo(sample, (new_height, new_width))
+    photo = decode_photo(sample.photo, f"{sample.key}.jpg", (new_height, new_width))
     if 2 * new_height < height or (config.fit == "squash" and height != width):
         eds, eds_scale = encode_distance(edge_distance(boundary(index))), 1.0
     else:
@@ -124,29 +119,6 @@ def make_item(sample: Sample, config: DataConfig, augmentation: Augmentation) ->
         instance=np.concatenate([[False], things & (found.area > 0)]),
         label=np.array([-1, *(segment.label for segment in sample.segments)], np.int64),
     )
-
-
-def fitted_size(height: int, width: int, side: int, fit: str) -> tuple[float, float]:
-    """(height, width) after the fit, before scale jitter; see `DataConfig.fit`."""
-    if fit == "squash":
-        return side, side
-    scale = side / (max(height, width) if fit == "longest" else min(height, width))
-    return height * scale, width * scale
-
-
-def decode_photo(sample: Sample, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """The photo as (H, W, 3) uint8 RGB of a size; InputError where it is damaged."""
-    height, width = size
-    try:
-        # The decoder may skip frequencies that shrinking would throw away.
-        photo = simplejpeg.decode_jpeg(sample.photo, "RGB", min_height=height, min_width=width)
-    except ValueError as error:
-        raise InputError(
-            f"photo damaged: {error}",
-            where=f"{sample.key}.jpg",
-            remedy="run panoptic verify --deep",
-        ) from None
-    return resize_photo(photo, size)
 
 
 def resize_nearest(values: NDArray[np.uint8], size: tuple[int, ...]) -> NDArray[np.uint8]:

@@ -21,7 +21,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from panoptic_cache.pipeline.base.config import RenderConfig
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.base.progress import progress
 from panoptic_cache.pipeline.cache.sample import encode_distance
@@ -36,6 +35,7 @@ from panoptic_cache.pipeline.render.bench import (
     obvious_targets,
 )
 from panoptic_cache.pipeline.render.driver import render
+from panoptic_cache.pipeline.render.plan import RenderConfig
 from panoptic_cache.pipeline.targets import compute_targets, index_map, resize_index
 from panoptic_cache.train.augment import Augmentation, draw_augmentation, jitter_colour, make_item
 from panoptic_cache.train.config import DataConfig, ModelConfig, RandomBackbone, TrainConfig

@@ -6,11 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-import simplejpeg
 
-from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.cache.sample import Sample
 from panoptic_cache.pipeline.coco import Category
+from panoptic_cache.pipeline.photo import decode_photo
 from panoptic_cache.pipeline.pictures.colours import (
     LabelledMap,
     Picture,
@@ -42,7 +41,7 @@ def sample_sheet(sample: Sample, categories: Sequence[Category] = (), d: float =
         InputError: The photo cannot be decoded.
     """
     size = fitted(sample.segment_map.shape, TILE)
-    photo = resized(decode_photo(sample), size)
+    photo = resized(decode_photo(sample.photo, f"{sample.key}.jpg"), size)
     drawn = labelled_map(sample)
     colours = segment_colours(drawn.labels, drawn.isthing)
     drawn = drawn.resized(size)
@@ -117,18 +116,3 @@ def labelled_map(sample: Sample) -> LabelledMap:
         tuple(segment.isthing and not segment.iscrowd for segment in sample.segments),
         frozenset(row for row, segment in enumerate(sample.segments) if segment.iscrowd),
     )
-
-
-def decode_photo(sample: Sample) -> Picture:
-    """The photo of a sample, (H, W, 3) uint8 RGB.
-
-    Raises:
-        InputError: It is damaged.
-    """
-    try:
-        photo: Picture = simplejpeg.decode_jpeg(sample.photo, colorspace="RGB")
-    except ValueError as error:
-        raise InputError(
-            f"photo cannot be decoded: {error}", where=f"{sample.key}.jpg", code="member-damaged"
-        ) from None
-    return photo

@@ -16,7 +16,6 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from panoptic_cache.pipeline.base.config import RenderConfig
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.base.progress import progress
@@ -33,7 +32,7 @@ from panoptic_cache.pipeline.cache.shards import finished_shard
 from panoptic_cache.pipeline.coco import Category, CocoPanoptic, Rejection
 from panoptic_cache.pipeline.render.cluster import run_tasks
 from panoptic_cache.pipeline.render.job import FinishedShard, RenderJob, render_shard, tools
-from panoptic_cache.pipeline.render.plan import Plan, ShardPlan, allowed, make_plan
+from panoptic_cache.pipeline.render.plan import Plan, RenderConfig, ShardPlan, allowed, make_plan
 
 log = logging.getLogger(__name__)
 

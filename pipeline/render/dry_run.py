@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from panoptic_cache.pipeline.base.config import RenderConfig
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.base.progress import progress
@@ -21,7 +20,7 @@ from panoptic_cache.pipeline.render.cluster import prepare_worker
 from panoptic_cache.pipeline.render.driver import finished_shards, left_out
 from panoptic_cache.pipeline.render.image import check_files, render_image
 from panoptic_cache.pipeline.render.job import FinishedShard
-from panoptic_cache.pipeline.render.plan import allowed, make_plan
+from panoptic_cache.pipeline.render.plan import RenderConfig, allowed, make_plan
 
 log = logging.getLogger(__name__)
 

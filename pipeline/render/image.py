@@ -6,11 +6,11 @@ from collections import Counter
 
 import cv2
 
-from panoptic_cache.pipeline.base.config import RenderConfig
 from panoptic_cache.pipeline.cache.sample import Sample, Segment, encode_distance
 from panoptic_cache.pipeline.coco import Category, PanopticRecord
+from panoptic_cache.pipeline.photo import check_photo, fitted_size, read_photo
 from panoptic_cache.pipeline.png import read_ids, read_png
-from panoptic_cache.pipeline.render.photo import check_photo, read_photo
+from panoptic_cache.pipeline.render.plan import RenderConfig
 from panoptic_cache.pipeline.targets import (
     compute_targets,
     drop_empty_rows,
@@ -37,11 +37,11 @@ def render_image(
         InputError: The image must be left out.
     """
     ids = read_ids(record.png, (record.height, record.width))
-    photo = read_photo(record, repairs, config)
+    photo = read_photo(record, repairs, pixels=config.size is not None)
     index = index_map(ids, [segment.id for segment in record.segments])
     if cv2.countNonZero(index) < cv2.countNonZero(ids):
         repairs["png-id-unknown"] += 1
-    size = fitted_size(ids.shape, config)
+    size = fitted_size(record.height, record.width, config.size, config.fit)
     index, kept = drop_empty_rows(index, len(record.segments))
     repairs["segment-empty"] += len(record.segments) - len(kept)
     rows = [record.segments[row] for row in kept]
@@ -86,17 +86,6 @@ def render_image(
         void=targets.void,
         segments=segments,
     )
-
-
-def fitted_size(size: tuple[int, ...], config: RenderConfig) -> tuple[int, int]:
-    """(height, width) of the cached sample."""
-    height, width = size
-    if config.size is None:
-        return height, width
-    if config.fit == "squash":
-        return config.size, config.size
-    scale = config.size / max(height, width)
-    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def check_files(record: PanopticRecord) -> None:

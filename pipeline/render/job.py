@@ -11,7 +11,6 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from panoptic_cache.pipeline.base.config import RenderConfig
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.cache.index import ShardEntry, Sidecar, encode_sidecar
@@ -20,7 +19,7 @@ from panoptic_cache.pipeline.cache.shards import write_shard
 from panoptic_cache.pipeline.coco import Category, PanopticRecord, Rejection
 from panoptic_cache.pipeline.render.cluster import prepare_worker
 from panoptic_cache.pipeline.render.image import render_image
-from panoptic_cache.pipeline.render.plan import ShardPlan
+from panoptic_cache.pipeline.render.plan import RenderConfig, ShardPlan
 
 
 @dataclass(frozen=True, slots=True)

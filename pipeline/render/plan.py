@@ -4,15 +4,56 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from panoptic_cache.pipeline.base.config import RenderConfig, fingerprint
+from panoptic_cache.pipeline.base.config import fingerprint
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.cache.index import shard_name
 from panoptic_cache.pipeline.cache.sample import FORMAT_VERSION
 from panoptic_cache.pipeline.coco import CocoPanoptic, PanopticRecord, Rejection
+
+
+@dataclass(frozen=True, slots=True)
+class RenderConfig:
+    """Everything besides the input that decides the bytes of a cache.
+
+    Attributes:
+        fit: `native` keeps COCO's own size and the photo's own bytes; `squash` resizes to a square
+            of `size` and computes the targets after it, as the paper trains; `longest` scales
+            the longer side to `size`.
+        size: Pixels; none with `native`.
+        samples_per_shard: Images planned into one tar.
+        jpeg_quality: Of photos that were resized or converted.
+        seed: Of the fixed permutation that spreads the images over the shards.
+    """
+
+    fit: Literal["native", "squash", "longest"] = "native"
+    size: int | None = None
+    samples_per_shard: int = 256
+    jpeg_quality: int = 95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.fit == "native" and self.size is not None:
+            raise InputError(
+                "a size goes with another fit",
+                where=f"--fit native --size {self.size}",
+                remedy="add --fit squash or --fit longest, or leave the size out",
+            )
+        if self.fit != "native" and (self.size is None or self.size < 1):
+            raise InputError(
+                "this fit needs a size in pixels",
+                where=f"--fit {self.fit}",
+                remedy="add --size 420",
+            )
+        if self.samples_per_shard < 1:
+            raise InputError("a shard holds at least one sample", where="--samples-per-shard")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise InputError("JPEG quality is 1 to 100", where=f"jpeg_quality={self.jpeg_quality}")
+        if self.seed < 0:
+            raise InputError("a seed is 0 or more", where=f"seed={self.seed}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,23 +1,60 @@
-"""Photos: read strictly, resized by one rule everywhere, and kept as JPEG."""
+"""Photos: read strictly, fitted and resized by one rule everywhere, kept as JPEG."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from panoptic_cache.pipeline.base.config import RenderConfig
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import PanopticRecord
 from panoptic_cache.pipeline.png import PNG_SIGNATURE, check_png, png_size
 
+Fit = Literal["native", "squash", "longest", "crop"]
+"""How a picture takes a side of so many pixels: not at all (`native`); as a square (`squash`); with
+its longer side (`longest`) or, to be cropped, its shorter one (`crop`)."""
+
 _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 _JPEG_SIGNATURE = b"\xff\xd8"
+
+
+def fitted_size(
+    height: int, width: int, side: int | None, fit: Fit, scale: float = 1.0
+) -> tuple[int, int]:
+    """(height, width) of a picture after a fit, times a scale; no side is below 1 pixel."""
+    if side is None or fit == "native":
+        return height, width
+    fitted: tuple[float, float] = side, side
+    if fit != "squash":
+        ratio = side / (max(height, width) if fit == "longest" else min(height, width))
+        fitted = height * ratio, width * ratio
+    return max(1, round(fitted[0] * scale)), max(1, round(fitted[1] * scale))
+
+
+def decode_photo(data: bytes, where: str, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 RGB of JPEG bytes, at its own or another (height, width).
+
+    Raises:
+        InputError: It is damaged; `where` names it.
+    """
+    try:
+        if size is None:
+            return np.asarray(simplejpeg.decode_jpeg(data, "RGB"))
+        # The decoder may skip frequencies that shrinking would throw away.
+        photo = simplejpeg.decode_jpeg(data, "RGB", min_height=size[0], min_width=size[1])
+    except ValueError as error:
+        raise InputError(
+            f"photo damaged: {error}",
+            where=where,
+            remedy="run panoptic verify --deep",
+            code="member-damaged",
+        ) from None
+    return resize_photo(photo, size)
 
 
 def resize_photo(photo: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -63,8 +100,13 @@ def encode_jpeg(rgb: NDArray[np.uint8], quality: int) -> bytes:
     )
 
 
-def read_photo(record: PanopticRecord, repairs: Counter[str], config: RenderConfig) -> Photo:
+def read_photo(record: PanopticRecord, repairs: Counter[str], *, pixels: bool) -> Photo:
     """Reads a JPEG or PNG strictly; makes RGB of PNG, grayscale and CMYK.
+
+    Args:
+        record: The annotated image.
+        repairs: Counts, by code, of what was converted; added to.
+        pixels: Decode a colour JPEG, too, instead of only checking it.
 
     Raises:
         InputError: Missing, damaged, of another kind, or of another size than annotated.
@@ -77,7 +119,7 @@ def read_photo(record: PanopticRecord, repairs: Counter[str], config: RenderConf
         elif colours in {"CMYK", "YCCK"}:
             repairs["photo-cmyk"] += 1
             rgb = _cmyk_to_rgb(simplejpeg.decode_jpeg(data, colorspace="CMYK"))
-        elif colours == "Gray" or config.size is not None:
+        elif colours == "Gray" or pixels:
             repairs["photo-grayscale"] += colours == "Gray"
             rgb = simplejpeg.decode_jpeg(data, colorspace="RGB")
         else:
