@@ -1,6 +1,6 @@
-"""The mathematics of the training targets: pure functions on index maps.
+"""The mathematics of the training targets: pure functions on segment maps.
 
-An index map is (H, W) uint8 (uint16 above 255 segments): 0 = unlabelled, i = row i - 1 of the
+A segment map is (H, W) uint8 (uint16 above 255 segments): 0 = unlabelled, i = row i - 1 of the
 segment table. Distances are Euclidean, in pixels of the map they are computed on.
 """
 
@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-IndexMap = NDArray[np.unsignedinteger[Any]]
+SegmentMap = NDArray[np.unsignedinteger[Any]]
 
 LABELLED, UNLABELLED, CROWD = 0, 1, 2
 """Values of the void mask."""
@@ -37,81 +37,75 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What is computed from one index map of n segments.
+    """What is computed from a segment map of n segments.
 
     Attributes:
-        index: (H, W) uint8 or uint16, 0 = unlabelled, i = segment row i - 1.
         distance: (H, W) float32, pixels to the nearest boundary pixel; inf without any boundary.
         void: (H, W) uint8: 0 labelled, 1 unlabelled, 2 crowd.
         geometry: Area, box and centroid of each segment.
     """
 
-    index: IndexMap
     distance: NDArray[np.float32]
     void: NDArray[np.uint8]
     geometry: Geometry
 
 
-def compute_targets(index: IndexMap, iscrowd: Sequence[bool]) -> Targets:
+def compute_targets(segment_map: SegmentMap, iscrowd: Sequence[bool]) -> Targets:
     """All targets of one image.
 
     Args:
-        index: (H, W) index map; every segment has at least one pixel.
+        segment_map: (H, W); every segment has at least one pixel.
         iscrowd: A flag for each of the n segments.
     """
     return Targets(
-        index=index,
-        distance=edge_distance(boundary(index)),
-        void=void_mask(index, iscrowd),
-        geometry=geometry(index, len(iscrowd)),
+        distance=edge_distance(boundary(segment_map)),
+        void=void_mask(segment_map, iscrowd),
+        geometry=geometry(segment_map, len(iscrowd)),
     )
 
 
-def index_dtype(count: int) -> type[np.unsignedinteger[Any]]:
-    """The type of an index map of `count` segments: uint8 up to 255 of them, else uint16."""
+def segment_dtype(count: int) -> type[np.unsignedinteger[Any]]:
+    """The type of a map of `count` segments: uint8 up to 255 of them, else uint16."""
     return np.uint8 if count < 256 else np.uint16
 
 
-def index_map(ids: NDArray[np.int32], segment_ids: Sequence[int]) -> IndexMap:
-    """Index map of an id map.
+def make_segment_map(ids: NDArray[np.int32], segment_ids: Sequence[int]) -> SegmentMap:
+    """Segment map of an id map.
 
-    Works on runs of equal ids, of which a picture has a few thousand, not on its pixels.
+    Looks up runs of equal ids rather than pixels: an image has a few thousand runs.
 
     Args:
         ids: (H, W) int32 segment ids.
         segment_ids: The ids of rows 0, 1, ...; distinct and not 0.
 
     Returns:
-        (H, W) index map; ids that are not listed become 0, unlabelled.
+        (H, W) segment map; ids that are not listed become 0, unlabelled.
     """
-    dtype = index_dtype(len(segment_ids))
+    dtype = segment_dtype(len(segment_ids))
     if not segment_ids:
         return np.zeros(ids.shape, dtype)
     flat = ids.ravel()
     starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+    values = flat[starts]  # (R,) the id of each run
     known = np.asarray(segment_ids, np.int64)
     order = np.argsort(known)
-    values = flat[starts]
     rank = np.searchsorted(known, values, sorter=order).clip(max=len(known) - 1)
     row = order[rank]
-    index = np.where(known[row] == values, row + 1, 0).astype(dtype)
-    return index.repeat(np.diff(starts, append=flat.size)).reshape(ids.shape)
+    found = np.where(known[row] == values, row + 1, 0).astype(dtype)
+    return found.repeat(np.diff(starts, append=flat.size)).reshape(ids.shape)
 
 
-def boundary(index: IndexMap) -> NDArray[np.bool_]:
+def boundary(segment_map: SegmentMap) -> NDArray[np.bool_]:
     """Pixels with a 4-neighbour of another segment, on both sides of an edge.
 
     Unlabelled and crowd count as segments; the image border is no boundary.
 
-    Args:
-        index: (H, W) index map.
-
     Returns:
         (H, W) bool.
     """
-    result = np.zeros(index.shape, np.bool_)
-    across = index[:, 1:] != index[:, :-1]
-    down = index[1:] != index[:-1]
+    result = np.zeros(segment_map.shape, np.bool_)
+    across = segment_map[:, 1:] != segment_map[:, :-1]
+    down = segment_map[1:] != segment_map[:-1]
     result[:, 1:] |= across
     result[:, :-1] |= across
     result[1:] |= down
@@ -137,22 +131,21 @@ def edge_distance(edges: NDArray[np.bool_]) -> NDArray[np.float32]:
     return distance
 
 
-def geometry(index: IndexMap, count: int) -> Geometry:
-    """Area, box and centroid of each segment's visible part, exact sums of integers.
+def geometry(segment_map: SegmentMap, count: int) -> Geometry:
+    """Area, box and centroid of each segment's visible part, as exact integer sums.
 
-    A horizontal run of pixels adds its length to the area and its end points to the sums, so the
-    work goes with the number of runs.
+    Works on horizontal runs of equal pixels: the sum of x over a run follows from its two ends.
 
     Args:
-        index: (H, W) index map.
+        segment_map: (H, W).
         count: Rows n of the segment table.
 
     Returns:
         Area (n,), box (n, 4) and centroid (n, 2) from pixel centres (x + 0.5) / W and
         (y + 0.5) / H; a segment without pixels has area 0, box 0 and centroid nan.
     """
-    height, width = index.shape
-    flat = index.ravel()
+    height, width = segment_map.shape
+    flat = segment_map.ravel()
     change = flat[1:] != flat[:-1]
     change[width - 1 :: width] = True  # a run ends with its row
     starts = np.concatenate([[0], np.flatnonzero(change) + 1])
@@ -179,43 +172,43 @@ def geometry(index: IndexMap, count: int) -> Geometry:
     return Geometry(area.astype(np.int64), bbox, np.stack([u, v], axis=-1))
 
 
-def void_mask(index: IndexMap, iscrowd: Sequence[bool]) -> NDArray[np.uint8]:
+def void_mask(segment_map: SegmentMap, iscrowd: Sequence[bool]) -> NDArray[np.uint8]:
     """(H, W) uint8: 0 labelled, 1 unlabelled, 2 crowd."""
     values = np.array([UNLABELLED, *(CROWD if crowd else LABELLED for crowd in iscrowd)], np.uint8)
-    if index.dtype != np.uint8:
-        return values[index]
+    if segment_map.dtype != np.uint8:
+        return values[segment_map]
     table = np.zeros(256, np.uint8)
     table[: len(values)] = values
-    mask: NDArray[np.uint8] = cv2.LUT(index, table)  # a sixth of the time of fancy indexing
+    mask: NDArray[np.uint8] = cv2.LUT(segment_map, table)  # a sixth of the time of fancy indexing
     return mask
 
 
-def resize_index(index: IndexMap, size: tuple[int, int]) -> IndexMap:
-    """Nearest-neighbour resize of an index map to (height, width)."""
+def resize_segment_map(segment_map: SegmentMap, size: tuple[int, int]) -> SegmentMap:
+    """Nearest-neighbour resize of a segment map to (height, width)."""
     height, width = size
-    if index.shape == (height, width):
-        return index
-    resized: IndexMap = cv2.resize(index, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
-    return resized
+    if segment_map.shape == (height, width):
+        return segment_map
+    size_xy = (width, height)
+    return np.asarray(cv2.resize(segment_map, size_xy, interpolation=cv2.INTER_NEAREST_EXACT))
 
 
-def drop_empty_rows(index: IndexMap, count: int) -> tuple[IndexMap, NDArray[np.int64]]:
-    """Renumbers an index map so that every row has a pixel.
+def drop_empty_rows(segment_map: SegmentMap, count: int) -> tuple[SegmentMap, NDArray[np.int64]]:
+    """Renumbers a segment map so that every row has a pixel.
 
     Args:
-        index: (H, W) index map of `count` segments, some of which may have no pixel.
+        segment_map: (H, W), some of whose `count` segments may have no pixel.
         count: Rows of the segment table.
 
     Returns:
         The map over the kept rows, and the kept rows (k,) int64 in their old order.
     """
     used = np.zeros(count + 1, np.bool_)
-    flat = index.ravel()
+    flat = segment_map.ravel()
     used[flat[:1]] = True
     used[flat[1:][flat[1:] != flat[:-1]]] = True  # the first pixel of each run is enough
     kept = np.flatnonzero(used[1:]).astype(np.int64)
     if len(kept) == count:
-        return index, kept
+        return segment_map, kept
     lookup = np.zeros(count + 1, np.int64)
     lookup[kept + 1] = np.arange(1, len(kept) + 1)
-    return lookup[index].astype(index_dtype(len(kept))), kept
+    return lookup[segment_map].astype(segment_dtype(len(kept))), kept

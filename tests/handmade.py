@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from panoptic_cache.pipeline.cache.sample import Sample, Segment, encode_distance
 from panoptic_cache.pipeline.photo import encode_jpeg
-from panoptic_cache.pipeline.targets import IndexMap, compute_targets, index_dtype
+from panoptic_cache.pipeline.targets import SegmentMap, compute_targets, segment_dtype
 
 EDGE_CASES: dict[str, list[list[int]]] = {
     "one pixel": [[1]],
@@ -27,18 +27,18 @@ EDGE_CASES: dict[str, list[list[int]]] = {
     "run over the row's end": [[1, 2, 2], [2, 2, 1], [1, 1, 1]],
     "300 segments": [[20 * y + x + 1 for x in range(20)] for y in range(15)],
 }
-"""Index maps with every row in use; the last one needs uint16."""
+"""Segment maps with every row in use; the last one needs uint16."""
 
 
-def edge_case(name: str) -> IndexMap:
-    """An index map of `EDGE_CASES`, in the type that its segments need."""
+def edge_case(name: str) -> SegmentMap:
+    """A segment map of `EDGE_CASES`, in the type that its segments need."""
     values = EDGE_CASES[name]
-    return np.array(values, index_dtype(max(map(max, values))))
+    return np.array(values, segment_dtype(max(map(max, values))))
 
 
 @st.composite
-def index_maps(draw: st.DrawFn, rows: int = 5) -> IndexMap:
-    """Small index maps, blocky or noisy, in which every segment has a pixel."""
+def index_maps(draw: st.DrawFn, rows: int = 5) -> SegmentMap:
+    """Small segment maps, blocky or noisy, in which every segment has a pixel."""
     height, width = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     index = rng.integers(0, draw(st.integers(0, rows)) + 1, (height, width))
@@ -49,13 +49,13 @@ def index_maps(draw: st.DrawFn, rows: int = 5) -> IndexMap:
 
 
 def make_sample(
-    index: IndexMap,
+    index: SegmentMap,
     *,
     key: str = "000000000001",
     things: Sequence[int] = (1,),
     crowds: Sequence[int] = (),
 ) -> Sample:
-    """A true sample of an index map.
+    """A true sample of a segment map.
 
     Rows in `things` are things, rows in `crowds` crowds; ids are 1000 + row, categories 10 + row.
     """

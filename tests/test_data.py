@@ -21,7 +21,7 @@ from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.cache.sample import Sample, eds_distances, encode_distance
 from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.pipeline.photo import encode_jpeg, fitted_size
-from panoptic_cache.pipeline.targets import IndexMap, boundary, edge_distance, resize_index
+from panoptic_cache.pipeline.targets import SegmentMap, boundary, edge_distance, resize_segment_map
 from panoptic_cache.train.augment import (
     PADDING,
     Augmentation,
@@ -183,7 +183,7 @@ def test_switches_turn_augmentation_off() -> None:
 
 
 @st.composite
-def blocky_maps(draw: st.DrawFn) -> IndexMap:
+def blocky_maps(draw: st.DrawFn) -> SegmentMap:
     """Maps of blocks of 4 px or more, so that no segment vanishes at half the size."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     height, width, block = (draw(st.integers(1, 5)), draw(st.integers(1, 5)), draw(sizes) + 3)
@@ -200,18 +200,18 @@ augmentations = st.builds(
 )
 
 
-def table_sample(index: IndexMap) -> Sample:
+def table_sample(index: SegmentMap) -> Sample:
     """Row 1 is a thing, 2 stuff, 3 crowd, 4 a thing."""
     return make_sample(index, things=(1, 3, 4), crowds=(3,))
 
 
-def placed(index: IndexMap, config: DataConfig, augmentation: Augmentation) -> list[list[int]]:
+def placed(index: SegmentMap, config: DataConfig, augmentation: Augmentation) -> list[list[int]]:
     """What each pixel of the input shows, by loops: a row, or -1 outside the picture."""
     side = config.size
     height, width = fitted_size(
         index.shape[0], index.shape[1], side, config.fit, augmentation.scale
     )
-    resized = resize_index(index, (height, width)).tolist()
+    resized = resize_segment_map(index, (height, width)).tolist()
     top = round((height - side) * augmentation.place[1])
     left = round((width - side) * augmentation.place[0])
     result = []
@@ -227,7 +227,7 @@ def placed(index: IndexMap, config: DataConfig, augmentation: Augmentation) -> l
 @settings(deadline=None)
 @given(blocky_maps(), st.sampled_from(FITS), st.integers(4, 24), augmentations)
 def test_targets_equal_those_of_the_transformed_map(
-    index: IndexMap, fit: Fit, side: int, augmentation: Augmentation
+    index: SegmentMap, fit: Fit, side: int, augmentation: Augmentation
 ) -> None:
     config = DataConfig(size=side, fit=fit)
     item = make_item(table_sample(index), config, augmentation)
@@ -249,7 +249,7 @@ def test_targets_equal_those_of_the_transformed_map(
 
 @settings(deadline=None)
 @given(blocky_maps(), st.integers(12, 40), st.floats(0.5, 1.0))
-def test_distances_survive_an_isotropic_scale(index: IndexMap, side: int, scale: float) -> None:
+def test_distances_survive_an_isotropic_scale(index: SegmentMap, side: int, scale: float) -> None:
     """With s the scale, within (sqrt 2 + 1/4) s + sqrt(2)/2 + 1/2 pixels.
 
     Let e be the distance of a pixel's centre to the nearest border line between two segments.
@@ -299,14 +299,14 @@ def test_an_image_without_segments_trains() -> None:
 @settings(deadline=None)
 @given(blocky_maps(), st.integers(4, 24), augmentations)
 def test_a_squash_computes_distances_anew(
-    index: IndexMap, side: int, augmentation: Augmentation
+    index: SegmentMap, side: int, augmentation: Augmentation
 ) -> None:
     if index.shape[0] == index.shape[1]:
         index = np.concatenate([index, index[:1]])
     config = DataConfig(size=side)
     item = make_item(table_sample(index), config, augmentation)
     new = max(1, round(side * augmentation.scale))
-    distance = edge_distance(boundary(resize_index(index, (new, new))))
+    distance = edge_distance(boundary(resize_segment_map(index, (new, new))))
     codes = place_window(new, new, side, augmentation.place).cut(encode_distance(distance), 255)
     assert item.eds.tolist() == (codes[:, ::-1] if augmentation.flip else codes).tolist()
     assert item.eds_scale == 1.0

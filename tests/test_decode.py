@@ -56,7 +56,7 @@ ISTHING = torch.tensor([True, True, False, False])
 def heads(
     index: NDArray[np.int64], labels: list[int], encoding: Encoding = CODE
 ) -> tuple[Tensor, Tensor]:
-    """What a perfect network says of an index map (0 = stuff class 2, i = instance i - 1)."""
+    """What a perfect network says of a segment map (0 = stuff class 2, i = instance i - 1)."""
     centroid = torch.zeros(len(labels) + 1, 2)
     centroid[1:] = torch.from_numpy(geometry(index.astype(np.uint16), len(labels)).centroid)
     present = torch.arange(len(labels) + 1) > 0

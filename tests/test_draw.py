@@ -20,7 +20,7 @@ from panoptic_cache.pipeline.targets import boundary
 
 
 def disc_and_band() -> np.ndarray:
-    """(60, 80) index map: 0 above, 1 a disc, 2 a band below."""
+    """(60, 80) segment map: 0 above, 1 a disc, 2 a band below."""
     index = np.zeros((60, 80), np.uint8)
     index[40:] = 2
     cv2.circle(index, (40, 25), 18, 1, -1)

@@ -28,7 +28,7 @@ from panoptic_cache.pipeline.cache.sample import (
     encode_distance,
     encode_sample,
 )
-from panoptic_cache.pipeline.targets import IndexMap, boundary, edge_distance
+from panoptic_cache.pipeline.targets import SegmentMap, boundary, edge_distance
 
 BLOCKS = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 2, 3, 3]], np.uint8).repeat(3, 0)
 
@@ -81,7 +81,7 @@ def test_edge_cases_survive_encoding(name: str) -> None:
 
 
 @given(index_maps(), st.sets(st.integers(1, 5)), st.sets(st.integers(1, 5)))
-def test_samples_survive_encoding(index: IndexMap, things: set[int], crowds: set[int]) -> None:
+def test_samples_survive_encoding(index: SegmentMap, things: set[int], crowds: set[int]) -> None:
     sample = make_sample(index, things=sorted(things), crowds=sorted(crowds))
     members = encode_sample(sample)
     assert tuple(members) == MEMBERS == tuple(sorted(MEMBERS))

@@ -14,20 +14,20 @@ from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 
 from panoptic_cache.pipeline.targets import (
-    IndexMap,
+    SegmentMap,
     boundary,
     compute_targets,
     drop_empty_rows,
     edge_distance,
     geometry,
-    index_dtype,
-    index_map,
-    resize_index,
+    make_segment_map,
+    resize_segment_map,
+    segment_dtype,
     void_mask,
 )
 
 
-def boundary_by_loops(index: IndexMap) -> list[list[bool]]:
+def boundary_by_loops(index: SegmentMap) -> list[list[bool]]:
     height, width = index.shape
 
     def differs(y: int, x: int) -> bool:
@@ -48,7 +48,7 @@ def distance_by_loops(edges: NDArray[np.bool_]) -> list[list[float]]:
     ]
 
 
-def check_boundary_and_distance(index: IndexMap) -> None:
+def check_boundary_and_distance(index: SegmentMap) -> None:
     edges = boundary(index)
     assert edges.tolist() == boundary_by_loops(index)
     distance = edge_distance(edges)
@@ -56,7 +56,7 @@ def check_boundary_and_distance(index: IndexMap) -> None:
     np.testing.assert_allclose(distance, distance_by_loops(edges), rtol=1e-5)
 
 
-def check_geometry(index: IndexMap, count: int) -> None:
+def check_geometry(index: SegmentMap, count: int) -> None:
     height, width = index.shape
     found = geometry(index, count)
     assert found.area.shape == (count,)
@@ -86,12 +86,12 @@ def test_edge_cases_follow_the_definitions(name: str) -> None:
 
 
 @given(index_maps())
-def test_boundary_and_distance_follow_the_definitions(index: IndexMap) -> None:
+def test_boundary_and_distance_follow_the_definitions(index: SegmentMap) -> None:
     check_boundary_and_distance(index)
 
 
 @given(index_maps(), st.integers(0, 3))
-def test_geometry_follows_the_definition(index: IndexMap, empty: int) -> None:
+def test_geometry_follows_the_definition(index: SegmentMap, empty: int) -> None:
     check_geometry(index, int(index.max()) + empty)
 
 
@@ -108,7 +108,7 @@ def test_index_map_is_a_lookup(
     pixels = data.draw(st.lists(values, min_size=height * width, max_size=height * width))
     ids = np.array(pixels, np.int32).reshape(height, width)
     rows = {identity: row for row, identity in enumerate(known, start=1)}
-    index = index_map(ids, known)
+    index = make_segment_map(ids, known)
     assert index.tolist() == [[rows.get(int(i), 0) for i in line] for line in ids]
     assert index.dtype == np.uint8
 
@@ -116,24 +116,24 @@ def test_index_map_is_a_lookup(
 @pytest.mark.parametrize(("count", "dtype"), [(0, "uint8"), (255, "uint8"), (256, "uint16")])
 def test_index_type_holds_the_segments(count: int, dtype: str) -> None:
     ids = np.arange(1, 301, dtype=np.int32).reshape(15, 20) * 50_000
-    index = index_map(ids, [50_000 * (i + 1) for i in range(count)])
-    assert index.dtype.name == dtype == np.dtype(index_dtype(count)).name
+    index = make_segment_map(ids, [50_000 * (i + 1) for i in range(count)])
+    assert index.dtype.name == dtype == np.dtype(segment_dtype(count)).name
     assert index.ravel().tolist() == [i if i <= count else 0 for i in range(1, 301)]
 
 
 @given(index_maps(), st.data())
-def test_renaming_ids_changes_nothing(index: IndexMap, data: st.DataObject) -> None:
+def test_renaming_ids_changes_nothing(index: SegmentMap, data: st.DataObject) -> None:
     count = int(index.max())
     names = st.lists(
         st.integers(1, 2**24 - 1), min_size=count, max_size=count, unique=True
     )  # fmt: skip
     for ids in (data.draw(names), data.draw(names)):
         painted = np.array([0, *ids], np.int32)[index]
-        np.testing.assert_array_equal(index_map(painted, ids), index)
+        np.testing.assert_array_equal(make_segment_map(painted, ids), index)
 
 
 @given(index_maps(), st.permutations(range(1, 6)))
-def test_order_of_the_table_orders_the_rows_only(index: IndexMap, order: list[int]) -> None:
+def test_order_of_the_table_orders_the_rows_only(index: SegmentMap, order: list[int]) -> None:
     count = int(index.max())
     moved = np.array([0, *order], np.uint8)[index]
     np.testing.assert_array_equal(boundary(moved), boundary(index))
@@ -144,7 +144,7 @@ def test_order_of_the_table_orders_the_rows_only(index: IndexMap, order: list[in
 
 
 @given(index_maps())
-def test_flips_and_transposition_carry_over(index: IndexMap) -> None:
+def test_flips_and_transposition_carry_over(index: SegmentMap) -> None:
     count = int(index.max())
     plain, flipped = geometry(index, count), geometry(index[:, ::-1], count)
     np.testing.assert_allclose(flipped.centroid, plain.centroid * [-1, 1], atol=1e-14)
@@ -172,7 +172,7 @@ def test_without_a_boundary_the_distance_is_infinite() -> None:
 
 
 @given(index_maps(), st.lists(st.booleans(), min_size=5, max_size=5))
-def test_void_mask_follows_the_definition(index: IndexMap, crowd: list[bool]) -> None:
+def test_void_mask_follows_the_definition(index: SegmentMap, crowd: list[bool]) -> None:
     iscrowd = crowd[: int(index.max())]
     wanted = [
         [1 if value == 0 else 2 if iscrowd[value - 1] else 0 for value in line]
@@ -185,12 +185,16 @@ def test_void_mask_follows_the_definition(index: IndexMap, crowd: list[bool]) ->
 
 
 @given(index_maps(), st.integers(1, 20), st.integers(1, 20))
-def test_resize_takes_the_pixel_under_each_centre(index: IndexMap, height: int, width: int) -> None:
+def test_resize_takes_the_pixel_under_each_centre(
+    index: SegmentMap, height: int, width: int
+) -> None:
     rows, columns = (
-        resize_index(np.arange(index.shape[axis], dtype=np.uint8)[None], (1, size))[0].tolist()
+        resize_segment_map(np.arange(index.shape[axis], dtype=np.uint8)[None], (1, size))[
+            0
+        ].tolist()
         for axis, size in enumerate((height, width))
     )
-    assert resize_index(index, (height, width)).tolist() == index[rows][:, columns].tolist()
+    assert resize_segment_map(index, (height, width)).tolist() == index[rows][:, columns].tolist()
     for axis, (size, taken) in enumerate(((height, rows), (width, columns))):
         centres = (np.arange(size) + 0.5) * index.shape[axis] / size
         # A centre on the border of two pixels may take either.
@@ -198,7 +202,7 @@ def test_resize_takes_the_pixel_under_each_centre(index: IndexMap, height: int, 
 
 
 @given(index_maps(), st.sets(st.integers(1, 5)))
-def test_dropping_empty_rows_keeps_what_is_seen(index: IndexMap, gone: set[int]) -> None:
+def test_dropping_empty_rows_keeps_what_is_seen(index: SegmentMap, gone: set[int]) -> None:
     count = int(index.max())
     index = np.where(np.isin(index, sorted(gone)), 0, index).astype(np.uint8)
     smaller, kept = drop_empty_rows(index, count)

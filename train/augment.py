@@ -13,11 +13,11 @@ from torch import Tensor
 from panoptic_cache.pipeline.cache.sample import Sample, encode_distance
 from panoptic_cache.pipeline.photo import decode_photo, fitted_size
 from panoptic_cache.pipeline.targets import (
-    IndexMap,
+    SegmentMap,
     boundary,
     edge_distance,
     geometry,
-    resize_index,
+    resize_segment_map,
 )
 from panoptic_cache.train.config import DataConfig
 
@@ -35,7 +35,7 @@ class Item:
 
     key: str
     photo: NDArray[np.uint8]
-    index: IndexMap
+    index: SegmentMap
     eds: NDArray[np.uint8]
     void: NDArray[np.uint8]
     eds_scale: float
@@ -88,7 +88,7 @@ def make_item(sample: Sample, config: DataConfig, augmentation: Augmentation) ->
     side = config.size
     height, width = sample.segment_map.shape
     new_height, new_width = fitted_size(height, width, side, config.fit, augmentation.scale)
-    index = resize_index(sample.segment_map, (new_height, new_width))
+    index = resize_segment_map(sample.segment_map, (new_height, new_width))
     photo = decode_photo(sample.photo, f"{sample.key}.jpg", (new_height, new_width))
     if 2 * new_height < height or (config.fit == "squash" and height != width):
         eds, eds_scale = encode_distance(edge_distance(boundary(index))), 1.0
@@ -122,8 +122,8 @@ def make_item(sample: Sample, config: DataConfig, augmentation: Augmentation) ->
 
 
 def resize_nearest(values: NDArray[np.uint8], size: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Nearest-neighbour resize to (height, width), the same sampling as the index map's."""
-    return resize_index(values, (size[0], size[1])).astype(np.uint8, copy=False)
+    """Nearest-neighbour resize to (height, width), the same sampling as the segment map's."""
+    return resize_segment_map(values, (size[0], size[1])).astype(np.uint8, copy=False)
 
 
 @dataclass(frozen=True, slots=True)

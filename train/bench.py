@@ -36,7 +36,7 @@ from panoptic_cache.pipeline.render.bench import (
 )
 from panoptic_cache.pipeline.render.driver import render
 from panoptic_cache.pipeline.render.plan import RenderConfig
-from panoptic_cache.pipeline.targets import compute_targets, index_map, resize_index
+from panoptic_cache.pipeline.targets import compute_targets, make_segment_map, resize_segment_map
 from panoptic_cache.train.augment import Augmentation, draw_augmentation, jitter_colour, make_item
 from panoptic_cache.train.config import DataConfig, ModelConfig, RandomBackbone, TrainConfig
 from panoptic_cache.train.data import Batch, collate, indexed_loader
@@ -99,9 +99,9 @@ def obvious(record: PanopticRecord, size: int) -> None:
 
 def online(record: PanopticRecord, size: int) -> None:
     """A training sample straight from COCO's files: the same targets, by the same functions."""
-    index = index_map(read_ids(record.png), [segment.id for segment in record.segments])
+    index = make_segment_map(read_ids(record.png), [segment.id for segment in record.segments])
     iscrowd = [segment.iscrowd for segment in record.segments]
-    targets = compute_targets(resize_index(index, (size, size)), iscrowd)
+    targets = compute_targets(resize_segment_map(index, (size, size)), iscrowd)
     encode_distance(targets.distance)
     photo_only(record, size)
 

@@ -46,7 +46,7 @@ _PREFIX = "panoptic_cache.pipeline.base.errors.InputError: "
 class Batch:
     """B samples of side S, on any device.
 
-    Row 0 of the tables stands for unlabelled pixels, so that the index map gathers directly.
+    Row 0 of the tables stands for unlabelled pixels, so that the segment map gathers directly.
 
     Attributes:
         keys: B sample keys.

@@ -129,7 +129,7 @@ def _class_losses(
 
 
 def gather_rows(table: Tensor, index: Tensor) -> Tensor:
-    """Looks up an index map in each image's table: (B, R, K), (B, H, W) -> (B, K, H, W)."""
+    """Looks up a segment map in each image's table: (B, R, K), (B, H, W) -> (B, K, H, W)."""
     flat = index.flatten(1).long()  # (B, HW)
     values = table.transpose(1, 2)  # (B, K, R)
     rows = flat[:, None].expand(-1, values.shape[1], -1)  # (B, K, HW)

@@ -26,7 +26,7 @@ from panoptic_cache.pipeline.pictures.colours import (
     stained,
 )
 from panoptic_cache.pipeline.pictures.sheets import Tile, label_segments, sheet
-from panoptic_cache.pipeline.targets import index_map
+from panoptic_cache.pipeline.targets import make_segment_map
 
 COMPARED = 6
 """Images on the sheet of truth beside prediction."""
@@ -270,7 +270,7 @@ def named_overlay(
 def predicted_map(result: PanopticMap) -> LabelledMap:
     """A prediction as segments to draw."""
     return LabelledMap(
-        index_map(result.ids, [segment.id for segment in result.segments]),
+        make_segment_map(result.ids, [segment.id for segment in result.segments]),
         tuple(segment.label for segment in result.segments),
         tuple(segment.isthing for segment in result.segments),
     )
@@ -288,7 +288,7 @@ def true_map(
     """
     by_id = {category.id: category for category in categories}
     return LabelledMap(
-        index_map(ids, [segment.id for segment in segments]),
+        make_segment_map(ids, [segment.id for segment in segments]),
         tuple(by_id[segment.category_id].label for segment in segments),
         tuple(by_id[segment.category_id].isthing and not segment.iscrowd for segment in segments),
         frozenset(row for row, segment in enumerate(segments) if segment.iscrowd),

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from panoptic_cache.evaluate.metric.score import check_scorable
 from panoptic_cache.pipeline.coco import Category, CocoPanoptic, PanopticRecord
 from panoptic_cache.pipeline.png import read_ids
-from panoptic_cache.pipeline.targets import geometry, index_map, resize_index
+from panoptic_cache.pipeline.targets import geometry, make_segment_map, resize_segment_map
 from panoptic_cache.train.encoding import Encoding, PositionalCode
 
 LOGIT = 10.0
@@ -87,7 +87,7 @@ def perfect_heads(
     """
     by_id = {category.id: category for category in categories}
     rows = [by_id[segment.category_id] for segment in record.segments]
-    index = resize_index(index_map(ids, [s.id for s in record.segments]), (size, size))
+    index = resize_segment_map(make_segment_map(ids, [s.id for s in record.segments]), (size, size))
     found = geometry(index, len(rows))
     present = torch.tensor(
         [False]

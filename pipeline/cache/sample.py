@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.targets import (
-    IndexMap,
+    SegmentMap,
     boundary,
     edge_distance,
     geometry,
-    index_dtype,
+    segment_dtype,
     void_mask,
 )
 
@@ -97,7 +97,7 @@ class Sample:
     file_name: str
     original_size: tuple[int, int]
     photo: bytes
-    segment_map: IndexMap
+    segment_map: SegmentMap
     eds: NDArray[np.uint8]
     void: NDArray[np.uint8]
     segments: tuple[Segment, ...]
@@ -254,7 +254,10 @@ def check_sample(sample: Sample) -> None:
             follow from map and crowd flags, or the EDS codes are not those of its boundaries.
     """
     count = len(sample.segments)
-    if sample.segment_map.dtype != index_dtype(count) or sample.segment_map.max(initial=0) > count:
+    if (
+        sample.segment_map.dtype != segment_dtype(count)
+        or sample.segment_map.max(initial=0) > count
+    ):
         raise InputError("segment map and table disagree", where=sample.key, code="table-mismatch")
     found = geometry(sample.segment_map, count)
     for row, segment in enumerate(sample.segments):

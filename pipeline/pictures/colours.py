@@ -17,7 +17,13 @@ from numpy.typing import NDArray
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
-from panoptic_cache.pipeline.targets import CROWD, UNLABELLED, IndexMap, boundary, resize_index
+from panoptic_cache.pipeline.targets import (
+    CROWD,
+    UNLABELLED,
+    SegmentMap,
+    boundary,
+    resize_segment_map,
+)
 
 Picture = NDArray[np.uint8]
 
@@ -37,14 +43,14 @@ class LabelledMap:
         crowd: Positions of the crowds among the segments.
     """
 
-    segment_map: IndexMap
+    segment_map: SegmentMap
     labels: tuple[int, ...]
     isthing: tuple[bool, ...]
     crowd: frozenset[int] = frozenset()
 
     def resized(self, size: tuple[int, int]) -> LabelledMap:
         """The same segments at (height, width), nearest neighbour."""
-        return replace(self, segment_map=resize_index(self.segment_map, size))
+        return replace(self, segment_map=resize_segment_map(self.segment_map, size))
 
 
 def instance_numbers(labels: Sequence[int]) -> tuple[int, ...]:
@@ -90,7 +96,9 @@ def segment_colours(
     return colours
 
 
-def overlay(photo: Picture, segment_map: IndexMap, colours: Picture, alpha: float = 0.6) -> Picture:
+def overlay(
+    photo: Picture, segment_map: SegmentMap, colours: Picture, alpha: float = 0.6
+) -> Picture:
     """A photo with its segments in colour and their outlines in white.
 
     Args:

@@ -23,7 +23,7 @@ from panoptic_cache.pipeline.pictures.colours import (
     void_picture,
 )
 from panoptic_cache.pipeline.pictures.sheets import label_segments, legend, sheet
-from panoptic_cache.pipeline.targets import CROWD, UNLABELLED, resize_index
+from panoptic_cache.pipeline.targets import CROWD, UNLABELLED, resize_segment_map
 
 TILE = 480
 """Longer side of a picture, pixels."""
@@ -55,7 +55,7 @@ def sample_sheet(sample: Sample, categories: Sequence[Category] = (), d: float =
     points = [segment.centroid for segment in sample.segments if segment.centroid is not None]
     centroids = resized(centroid_colours(sample.centroid_map()), size, smooth=False)
     weight = sample.eds_weight(d)
-    void = resize_index(sample.void, size).astype(np.uint8)
+    void = resize_segment_map(sample.void, size).astype(np.uint8)
     share = np.bincount(sample.void.ravel(), minlength=3) / sample.void.size
     height, width = sample.segment_map.shape
     crowds = sum(segment.iscrowd for segment in sample.segments)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from panoptic_cache.pipeline.pictures.colours import Picture
-from panoptic_cache.pipeline.targets import IndexMap, boundary, edge_distance
+from panoptic_cache.pipeline.targets import SegmentMap, boundary, edge_distance
 
 Tile = tuple[str, Picture]
 """A caption and the picture below it."""
@@ -19,7 +19,7 @@ _MARGIN, _GAP, _CAPTION_SIZE, _TITLE_SIZE = 28, 16, 15, 22
 
 
 def label_segments(
-    picture: Picture, segment_map: IndexMap, names: Sequence[str], size: int = 13
+    picture: Picture, segment_map: SegmentMap, names: Sequence[str], size: int = 13
 ) -> Picture:
     """Writes the name of each segment where the segment is widest.
 

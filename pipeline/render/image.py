@@ -14,8 +14,8 @@ from panoptic_cache.pipeline.render.plan import RenderConfig
 from panoptic_cache.pipeline.targets import (
     compute_targets,
     drop_empty_rows,
-    index_map,
-    resize_index,
+    make_segment_map,
+    resize_segment_map,
 )
 
 
@@ -38,53 +38,53 @@ def render_image(
     """
     ids = read_ids(record.png, (record.height, record.width))
     photo = read_photo(record, repairs, pixels=config.size is not None)
-    index = index_map(ids, [segment.id for segment in record.segments])
-    if cv2.countNonZero(index) < cv2.countNonZero(ids):
+    segment_map = make_segment_map(ids, [segment.id for segment in record.segments])
+    if cv2.countNonZero(segment_map) < cv2.countNonZero(ids):
         repairs["png-id-unknown"] += 1
     size = fitted_size(record.height, record.width, config.size, config.fit)
-    index, kept = drop_empty_rows(index, len(record.segments))
+    segment_map, kept = drop_empty_rows(segment_map, len(record.segments))
     repairs["segment-empty"] += len(record.segments) - len(kept)
     rows = [record.segments[row] for row in kept]
     if size != ids.shape:
-        index, kept = drop_empty_rows(resize_index(index, size), len(rows))
+        segment_map, kept = drop_empty_rows(resize_segment_map(segment_map, size), len(rows))
         rows = [rows[row] for row in kept]
-    targets = compute_targets(index, [row.iscrowd for row in rows])
+    targets = compute_targets(segment_map, [row.iscrowd for row in rows])
     geometry = targets.geometry
-    if size == ids.shape:
-        for row, area, box in zip(
-            rows, geometry.area.tolist(), geometry.bbox.tolist(), strict=True
-        ):
+    measured = zip(
+        rows,
+        geometry.area.tolist(),
+        geometry.bbox.tolist(),
+        geometry.centroid.tolist(),
+        strict=True,
+    )
+    segments = []
+    for row, area, box, centroid in measured:
+        if size == ids.shape:
             repairs["area-wrong"] += row.area is not None and row.area != area
             repairs["bbox-wrong"] += row.bbox is not None and list(row.bbox) != box
-    segments = tuple(
-        Segment(
-            id=row.id,
-            category_id=row.category_id,
-            label=(category := categories[row.category_id]).label,
-            isthing=category.isthing,
-            iscrowd=row.iscrowd,
-            area=area,
-            bbox=tuple(box),
-            centroid=tuple(centroid) if category.isthing and not row.iscrowd else None,
+        category = categories[row.category_id]
+        segments.append(
+            Segment(
+                id=row.id,
+                category_id=row.category_id,
+                label=category.label,
+                isthing=category.isthing,
+                iscrowd=row.iscrowd,
+                area=area,
+                bbox=tuple(box),
+                centroid=tuple(centroid) if category.isthing and not row.iscrowd else None,
+            )
         )
-        for row, area, box, centroid in zip(
-            rows,
-            geometry.area.tolist(),
-            geometry.bbox.tolist(),
-            geometry.centroid.tolist(),
-            strict=True,
-        )
-    )
     return Sample(
         key=record.key,
         image_id=record.image_id,
         file_name=record.file_name,
         original_size=(record.height, record.width),
         photo=photo.resized(size, config.jpeg_quality),
-        segment_map=index,
+        segment_map=segment_map,
         eds=encode_distance(targets.distance),
         void=targets.void,
-        segments=segments,
+        segments=tuple(segments),
     )
 
 
