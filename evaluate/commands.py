@@ -164,8 +164,8 @@ def score(
     # Nothing here multiplies matrices.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from panoptic_cache.evaluate.metric.pairs import read_pairs
-    from panoptic_cache.evaluate.metric.pool import useful_workers
-    from panoptic_cache.evaluate.metric.score import score_all
+    from panoptic_cache.evaluate.metric.score import score_pairs
+    from panoptic_cache.evaluate.metric.workers import useful_workers
     from panoptic_cache.pipeline.base.collector import collector_paused
     from panoptic_cache.pipeline.base.progress import progress
 
@@ -181,7 +181,7 @@ def score(
         categories, pairs = read_pairs(truth, prediction, gt_dir, pred_dir)
         workers = workers or useful_workers(len(pairs))
         with progress("score", len(pairs), "images", patience=1.0) as advance:
-            scores = score_all(categories, pairs, workers=workers, advance=advance)
+            scores = score_pairs(categories, pairs, workers=workers, advance=advance)
     values = scores.to_json()
     if not official:
         _show_scores(scores.pq, categories, values, as_json)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_report import CATEGORIES, gallery_of, result_of, view
 
-from panoptic_cache.evaluate.metric.measures import Measures
+from panoptic_cache.evaluate.metric.breakdown import Breakdown
 from panoptic_cache.evaluate.metric.score import Scores
 from panoptic_cache.evaluate.report.page import write_report
 
@@ -49,14 +49,14 @@ addEventListener("load", () => {
 });
 </script>"""
 
-MEASURES = Measures(
+MEASURES = Breakdown(
     (0, 2, 0, 4, 0, 0, 0, 0),
     (0.0, 1.0, 0.0, 3.0, 0.0, 0.0, 0.0, 0.0),
     confusion={(1, 1): 6, (1, 5): 2, (1, None): 9, (5, 1): 1, (9, 9): 3},
 )
 
 
-def page_of(folder: Path, measures: Measures) -> str:
+def page_of(folder: Path, measures: Breakdown) -> str:
     values = Scores(result_of(view()), measures, None, []).to_json()
     return write_report(
         folder, result_of(view()), CATEGORIES, gallery_of(view()), values=values
@@ -75,7 +75,7 @@ def test_charts_show_what_was_measured(tmp_path: Path) -> None:
         *("disc", "&lt;b&gt;box &amp; co&lt;/b&gt;", "2", str(2 / 17)),
         *("&lt;b&gt;box &amp; co&lt;/b&gt;", "disc", "1", "1.0"),
     ]
-    empty = page_of(tmp_path, Measures())
+    empty = page_of(tmp_path, Breakdown())
     assert "<svg" not in empty
     assert "No segment was found under another category" in empty
 

@@ -16,16 +16,15 @@ from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from panoptic_cache.evaluate.metric.mask_ap import NAMES, ImageInstances, instances_of, mask_ap
-from panoptic_cache.evaluate.metric.measures import (
+from panoptic_cache.evaluate.metric.breakdown import (
     SIZE_EDGES,
-    Measures,
-    image_pq,
-    measure_image,
+    Breakdown,
+    break_down,
     thing_ids,
     worst_images,
 )
-from panoptic_cache.evaluate.metric.overlap import count_pairs
+from panoptic_cache.evaluate.metric.mask_ap import NAMES, ImageInstances, mask_ap, match_instances
+from panoptic_cache.evaluate.metric.matching import Overlap
 from panoptic_cache.evaluate.metric.pq import CategoryStat, PQStat, match_image
 from panoptic_cache.evaluate.metric.score import score_image, total_scores
 from panoptic_cache.pipeline.coco import Category, SegmentInfo
@@ -79,9 +78,11 @@ def best_ious(
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(scenes())
-def test_measures_equal_masks(scene: tuple[Ids, list[SegmentInfo], Ids, dict[int, int]]) -> None:
+def test_breakdown_equals_masks(
+    scene: tuple[Ids, list[SegmentInfo], Ids, dict[int, int]],
+) -> None:
     truth, segments, found, categories = scene
-    got = measure_image(1, count_pairs(truth, found), segments, categories, THINGS)
+    got = break_down(1, Overlap.of(truth, found), segments, categories, THINGS)
 
     counts, ious = [0] * len(SIZE_EDGES), [0.0] * len(SIZE_EDGES)
     for area, best in best_ious(*scene):
@@ -136,10 +137,10 @@ def test_measures_equal_masks(scene: tuple[Ids, list[SegmentInfo], Ids, dict[int
 
 
 def test_sums_do_not_depend_on_the_split() -> None:
-    one = Measures((1,) * 8, (0.5,) * 8, CategoryStat(tp=1, iou=0.75), {(1, 1): 4}, {(1, None): 1})
-    two = Measures((2,) * 8, (0.25,) * 8, CategoryStat(fn=1), {(1, None): 4}, {(1, None): 2})
+    one = Breakdown((1,) * 8, (0.5,) * 8, CategoryStat(tp=1, iou=0.75), {(1, 1): 4}, {(1, None): 1})
+    two = Breakdown((2,) * 8, (0.25,) * 8, CategoryStat(fn=1), {(1, None): 4}, {(1, None): 2})
     total = one + two
-    assert total == Measures() + two + one
+    assert total == Breakdown() + two + one
     assert total.confusion == {(1, None): 3}
     assert total.miou() == (0.5, 1)
     values = total.to_json()
@@ -163,7 +164,7 @@ def test_worst_and_extreme_images() -> None:
     scores: list[float | None] = [0.5, None, 0.1, 0.9, 0.1]
     worst = worst_images(zip("abcde", scores, strict=True))
     assert [row["image_id"] for row in worst] == ["c", "e", "a", "d"]
-    assert image_pq(PQStat({1: CategoryStat(tp=1, iou=0.8), 2: CategoryStat(fn=1)})) == 0.4
+    assert PQStat({1: CategoryStat(tp=1, iou=0.8), 2: CategoryStat(fn=1)}).mean_pq == 0.4
 
 
 def reference_ap(
@@ -264,7 +265,7 @@ def assert_ap_equal(
 ) -> None:
     expected = reference_ap(pictures)
     images = [
-        instances_of(count_pairs(truth, found), segments, categories, scores, THINGS)
+        match_instances(Overlap.of(truth, found), segments, categories, scores, THINGS)
         for truth, segments, found, categories, scores in pictures
     ]
     got = mask_ap(images, CATEGORIES)

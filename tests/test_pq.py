@@ -4,8 +4,6 @@ import json
 import logging
 from collections.abc import Callable
 from fractions import Fraction
-from functools import reduce
-from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +14,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from panoptic_cache.evaluate.metric import pool, pq
-from panoptic_cache.evaluate.metric.overlap import count_pairs
+from panoptic_cache.evaluate.metric import workers as workers_module
+from panoptic_cache.evaluate.metric.matching import Overlap
 from panoptic_cache.evaluate.metric.pairs import read_pairs
 from panoptic_cache.evaluate.metric.pq import (
     CategoryStat,
+    PQResult,
     PQStat,
-    evaluate_images,
     match_image,
-    score,
     summarize,
 )
+from panoptic_cache.evaluate.metric.score import score_pairs
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category, SegmentInfo
 from panoptic_cache.pipeline.png import ids_to_rgb
@@ -40,6 +38,11 @@ CATEGORIES = (
     Category(2, "box", True, 1),
     Category(3, "sky", False, 2),
 )
+
+
+def score(*files: Path | None, workers: int = 1) -> PQResult:
+    """PQ of a ground truth's and a prediction's JSON, and of their folders where given."""
+    return score_pairs(*read_pairs(*files), workers=workers).pq  # type: ignore[arg-type]
 
 
 # The official evaluator's own numbers.
@@ -198,14 +201,17 @@ def test_area_none_is_counted() -> None:
     assert stat.wrong_areas == ()
 
 
-def test_count_pairs_ascends_and_sums_to_the_picture() -> None:
+def test_the_overlap_ascends_and_sums_to_the_picture() -> None:
     rng = np.random.default_rng(0)
     gt = rng.choice([0, 3, 2**24 - 1], (50, 40)).astype(np.int32)
     pred = rng.choice([0, 1, 2**24 - 1], (50, 40)).astype(np.int32)
-    pairs = count_pairs(gt, pred)
+    overlap = Overlap.of(gt, pred)
+    pairs = overlap.shared
     assert list(pairs) == sorted(pairs)
     assert sum(pairs.values()) == gt.size
     assert all(n == ((gt == g) & (pred == p)).sum() for (g, p), n in pairs.items())
+    assert all(n == (gt == g).sum() for g, n in overlap.true_area.items())
+    assert all(n == (pred == p).sum() for p, n in overlap.area.items())
 
 
 # Sums and means.
@@ -292,23 +298,21 @@ class Folder:
             (self.root / f"{side}.json").write_text(json.dumps(content))
         return self.root / "gt.json", self.root / "pred.json"
 
-    def score(self, **options: Any) -> pq.PQResult:
-        return score(*self.save(), **options)
+    def score(self, *folders: Path, workers: int = 1) -> PQResult:
+        return score(*self.save(), *folders, workers=workers)
 
 
 def test_any_number_of_workers_gives_the_same_floats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "CHUNK", 1)  # More tasks than the window holds.
+    # More tasks than the window holds.
+    monkeypatch.setattr(workers_module, "CHUNK", 1)
+    monkeypatch.setattr(workers_module, "WINDOW", 2)
     folder = Folder(tmp_path, images=9)
     one, two = folder.score(), folder.score(workers=2)
     assert one == two
     assert one.all is not None
     assert 0.3 < one.all.pq < 1, "the scene is neither trivial nor empty"
-    categories, pairs = read_pairs(*folder.save())
-    images = list(evaluate_images(pairs))
-    assert [image.image_id for image in images] == list(range(1, 10))
-    assert summarize(reduce(add, (image.stat for image in images)), categories) == one
     folder.row("pred", 3)["segments_info"].pop()
     folder.row("pred", 8)["segments_info"].pop()
     with pytest.raises(InputError, match="image 3: segment ids 210000"):
@@ -333,7 +337,7 @@ def test_other_folders_and_extra_predictions(
     folder.json["pred"]["annotations"].append({**folder.row("pred", 1), "image_id": 99})
     for side in ("gt", "pred"):
         (tmp_path / side).rename(tmp_path / f"{side}_elsewhere")
-    after = folder.score(gt_dir=tmp_path / "gt_elsewhere", pred_dir=tmp_path / "pred_elsewhere")
+    after = folder.score(tmp_path / "gt_elsewhere", tmp_path / "pred_elsewhere")
     assert after == before
     assert "predictions of images without ground truth are ignored: image 99" in caplog.text
 

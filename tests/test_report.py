@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from panoptic_cache.evaluate.decoder.decode import DecodedSegment, PanopticMap
-from panoptic_cache.evaluate.metric.measures import image_pq
 from panoptic_cache.evaluate.metric.pq import PQResult, PQStat, match_image, summarize
 from panoptic_cache.evaluate.report.compare import compare, matched_numbers
 from panoptic_cache.evaluate.report.page import write_report
@@ -146,13 +145,13 @@ def test_undefined_is_a_dash() -> None:
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
     assert rows["All"] == ["-", "-", "-", "0"]
     assert rows["disc"] == ["thing", "-", "-", "-", "0", "0", "0"]
-    assert image_pq(PQStat()) is None
+    assert PQStat().mean_pq is None
 
 
-def test_image_pq_is_the_mean_over_its_categories() -> None:
+def test_pq_of_an_image_is_the_mean_over_its_categories() -> None:
     result = result_of(view())
     assert result.all is not None
-    assert image_pq(PQStat(result.per_class)) == pytest.approx(result.all.pq)
+    assert PQStat(result.per_class).mean_pq == pytest.approx(result.all.pq)
 
 
 def test_panels_follow_what_there_is() -> None:

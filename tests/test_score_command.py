@@ -15,8 +15,9 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from conftest import Run
 
-from panoptic_cache.evaluate.metric import pool, sharing
-from panoptic_cache.evaluate.metric.pool import useful_workers
+from panoptic_cache.evaluate.metric import workers as workers_module
+from panoptic_cache.evaluate.metric.pairs import read_pairs
+from panoptic_cache.evaluate.metric.workers import map_pairs, useful_workers
 from panoptic_cache.pipeline.base import progress as progress_module
 from panoptic_cache.pipeline.base.progress import Advance, progress
 from panoptic_cache.pipeline.base.text import table
@@ -80,8 +81,8 @@ def test_workers_score_the_same_however_they_start(
     script.write_text(
         "import multiprocessing, sys\n"
         "from panoptic_cache import cli\n"
-        "from panoptic_cache.evaluate.metric import sharing\n"
-        f"sharing._context = lambda: multiprocessing.get_context({method!r})\n"
+        "from panoptic_cache.evaluate.metric import workers\n"
+        f"workers._context = lambda: multiprocessing.get_context({method!r})\n"
         "if __name__ == '__main__':\n"
         "    cli.main()\n"
     )
@@ -101,7 +102,7 @@ def test_workers_score_the_same_however_they_start(
 def test_it_forks_only_where_no_other_thread_runs() -> None:
     script = (
         "import threading\n"
-        "from panoptic_cache.evaluate.metric.sharing import _context\n"
+        "from panoptic_cache.evaluate.metric.workers import _context\n"
         "print(_context().get_start_method())\n"
         "wait = threading.Event()\n"
         "threading.Thread(target=wait.wait).start()\n"
@@ -114,21 +115,17 @@ def test_it_forks_only_where_no_other_thread_runs() -> None:
     assert done.stdout.split() == ["fork", "spawn"]
 
 
-def wait_for_signal(_: int) -> list[int]:
+def wait_for_signal(*_: object) -> None:
     signal.pause()
-    return []
 
 
-def nothing() -> None:
-    pass
+def share_for_ever(json_file: str) -> None:
+    _, pairs = read_pairs(Path(json_file), Path(json_file))
+    list(map_pairs(pairs, wait_for_signal, workers=2))
 
 
-def share_for_ever() -> None:
-    list(sharing.share(wait_for_signal, [1, 2, 3], 3, start=nothing))
-
-
-def test_workers_end_with_a_process_that_was_killed() -> None:
-    code = "import test_score_command; test_score_command.share_for_ever()"
+def test_workers_end_with_a_process_that_was_killed(truth: Path) -> None:
+    code = f"import test_score_command; test_score_command.share_for_ever({str(truth)!r})"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment)
     workers: list[psutil.Process] = []
@@ -147,17 +144,7 @@ def test_workers_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
     assert [useful_workers(images) for images in (0, 1, 12, 5000)] == [1, 1, 1, 4]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(256), raising=False)
-    assert useful_workers(5000) == pool.MOST
-
-
-@pytest.mark.parametrize("images", [1, 2, 16, 17, 257])
-@pytest.mark.parametrize("workers", [2, 3, 32])
-def test_tasks_cover_all_images_in_order(images: int, workers: int) -> None:
-    numbers = list(range(images))
-    chunks = list(pool._chunks(numbers, workers))  # type: ignore[arg-type]
-    assert [number for chunk in chunks for number in chunk] == numbers  # type: ignore[comparison-overlap]
-    assert max(map(len, chunks)) <= pool.CHUNK
-    assert len(chunks[-1]) == 1
+    assert useful_workers(5000) == workers_module.MOST
 
 
 def test_called_wrongly(run: Run, truth: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from panoptic_cache.evaluate.metric.overlap import segment_areas
+from panoptic_cache.evaluate.metric.matching import Overlap
 from panoptic_cache.pipeline.coco import Category, SegmentInfo
 
 NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
@@ -53,8 +53,8 @@ class ImageInstances:
     scored: bool
 
 
-def instances_of(
-    overlap: Mapping[tuple[int, int], int],
+def match_instances(
+    overlap: Overlap,
     gt_segments: Sequence[SegmentInfo],
     pred_segments: Mapping[int, int],
     scores: Mapping[int, float],
@@ -63,13 +63,13 @@ def instances_of(
     """Matches the instances of one image as `COCOeval.evaluateImg` does.
 
     Args:
-        overlap: See `count_pairs`.
+        overlap: Of the two maps.
         gt_segments: As annotated; areas are counted.
         pred_segments: Category id by segment id.
         scores: Confidence by segment id.
         things: Ids of the thing categories.
     """
-    gt_area, pred_area = segment_areas(overlap, side=0), segment_areas(overlap, side=1)
+    gt_area, pred_area = overlap.true_area, overlap.area
     truths: dict[int, list[Truth]] = {}
     for segment in gt_segments:
         if segment.category_id in things and segment.id in gt_area:
@@ -148,7 +148,7 @@ def mask_ap(
 
 
 def _ious(
-    overlap: Mapping[tuple[int, int], int],
+    overlap: Overlap,
     truths: Mapping[int, Iterable[Truth]],
     pred_segments: Mapping[int, int],
     pred_area: Mapping[int, int],
@@ -156,7 +156,7 @@ def _ious(
     """IoU of (true id, predicted id) of one category, of those that the lowest threshold takes."""
     known = {row[0]: (category, row) for category, rows in truths.items() for row in rows}
     ious = {}
-    for (gt_id, pred_id), both in overlap.items():
+    for (gt_id, pred_id), both in overlap.shared.items():
         category, (_, area, crowd) = known.get(gt_id, (None, (0, 0, False)))
         if category is None or pred_segments.get(pred_id) != category:
             continue

@@ -1,4 +1,4 @@
-"""Everything that is measured of predictions: PQ and what stands beside it, in one pass."""
+"""All metrics of predictions in one pass: PQ, its breakdown and mask AP; of files, of a split."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from panoptic_cache.evaluate.metric.mask_ap import ImageInstances, instances_of, mask_ap
-from panoptic_cache.evaluate.metric.measures import (
-    Measures,
-    image_pq,
-    measure_image,
+from panoptic_cache.evaluate.metric.breakdown import (
+    Breakdown,
+    break_down,
     thing_ids,
     worst_images,
 )
-from panoptic_cache.evaluate.metric.overlap import check_listed, check_sizes, count_pairs
+from panoptic_cache.evaluate.metric.mask_ap import ImageInstances, mask_ap, match_instances
+from panoptic_cache.evaluate.metric.matching import checked_overlap
 from panoptic_cache.evaluate.metric.pairs import ImagePair
-from panoptic_cache.evaluate.metric.pool import map_pairs
 from panoptic_cache.evaluate.metric.pq import ImageStat, PQResult, match_overlap, total_pq
+from panoptic_cache.evaluate.metric.workers import map_pairs
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category, CocoPanoptic, ImageId, SegmentInfo, is_area
 
@@ -32,46 +31,46 @@ class ImageScore:
 
     Attributes:
         pq: Its counts.
-        measures: Its other sums.
+        breakdown: Its other sums.
         instances: Its instances, for AP.
     """
 
     pq: ImageStat
-    measures: Measures
+    breakdown: Breakdown
     instances: ImageInstances
 
     @property
     def value(self) -> float | None:
-        """PQ of the image, see `measures.image_pq`."""
-        return image_pq(self.pq.stat)
+        """PQ of the image, see `PQStat.mean_pq`."""
+        return self.pq.stat.mean_pq
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """The outcome of a split.
+    """The metrics of a split.
 
     Attributes:
-        pq: The metric.
-        measures: The other sums.
+        pq: Panoptic quality.
+        breakdown: The other sums.
         mask_ap: See `mask_ap.mask_ap`.
-        worst: See `measures.worst_images`.
+        worst: See `breakdown.worst_images`.
     """
 
     pq: PQResult
-    measures: Measures
+    breakdown: Breakdown
     mask_ap: dict[str, float | None] | None
     worst: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
         """What `panoptic score --json` prints.
 
-        The keys of `PQResult.to_json` and of `Measures.to_json`, `mask_ap` (`ap`, `ap50`, `ap75`,
+        The keys of `PQResult.to_json` and of `Breakdown.to_json`, `mask_ap` (`ap`, `ap50`, `ap75`,
         `ap_small`, `ap_medium`, `ap_large`; null where predictions have no scores) and `worst`
         (`image_id` and `pq` of the worst images, worst first).
         """
         return {
             **self.pq.to_json(),
-            **self.measures.to_json(),
+            **self.breakdown.to_json(),
             "mask_ap": self.mask_ap,
             "worst": self.worst,
         }
@@ -79,10 +78,10 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Scores, and what they took.
+    """Scores, and how long they took.
 
     Attributes:
-        scores: PQ and what stands beside it.
+        scores: The metrics.
         images: How many were scored.
         seconds_per_image: Mean wall time of a process for an image, by step.
     """
@@ -93,7 +92,7 @@ class Outcome:
 
     @property
     def pq(self) -> PQResult:
-        """The metric."""
+        """Panoptic quality."""
         return self.scores.pq
 
     def to_json(self) -> dict[str, Any]:
@@ -149,30 +148,25 @@ def score_image(
         scores: Confidence by segment id.
         things: Ids of the thing categories.
     """
-    check_sizes(image_id, gt_ids, pred_ids)
-    overlap = count_pairs(gt_ids, pred_ids)
-    check_listed(image_id, overlap, pred_segments)
+    overlap = checked_overlap(image_id, gt_ids, pred_ids, pred_segments)
     return ImageScore(
         match_overlap(image_id, overlap, gt_segments, pred_segments),
-        measure_image(image_id, overlap, gt_segments, pred_segments, things),
-        instances_of(overlap, gt_segments, pred_segments, scores, things),
+        break_down(image_id, overlap, gt_segments, pred_segments, things),
+        match_instances(overlap, gt_segments, pred_segments, scores, things),
     )
 
 
 def total_scores(images: Sequence[ImageScore], categories: Sequence[Category]) -> Scores:
     """Sums images in their order."""
-    measures = Measures()
-    for image in images:
-        measures += image.measures
     return Scores(
         total_pq((image.pq for image in images), categories),
-        measures,
+        sum((image.breakdown for image in images), start=Breakdown()),
         mask_ap([image.instances for image in images], categories),
         worst_images((image.pq.image_id, image.value) for image in images),
     )
 
 
-def score_all(
+def score_pairs(
     categories: Sequence[Category],
     pairs: Sequence[ImagePair],
     *,
@@ -191,8 +185,7 @@ def score_all(
         InputError: Whatever is wrong with the files, naming image and segments.
     """
     images = []
-    work = partial(_score_pair, thing_ids(categories))
-    for image in map_pairs(pairs, work, workers=workers):
+    for image in map_pairs(pairs, partial(_score_pair, thing_ids(categories)), workers=workers):
         images.append(image)
         if advance is not None:
             advance()

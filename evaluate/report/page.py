@@ -94,7 +94,7 @@ def filled_sizes(sizes: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, flo
     """Name, instances and mean IoU, from the first to the last size that has instances.
 
     Args:
-        sizes: See `Measures.to_json`.
+        sizes: See `Breakdown.to_json`.
     """
     filled = [at for at, row in enumerate(sizes) if row["n"]]
     rows = sizes[filled[0] : filled[-1] + 1] if filled else ()
@@ -104,7 +104,7 @@ def filled_sizes(sizes: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, flo
 def confusions(
     counts: Mapping[str, Mapping[str, int]], categories: Sequence[Category]
 ) -> list[Confusion]:
-    """The most frequent confusions of two categories, see `Measures.to_json`."""
+    """The most frequent confusions of two categories, see `Breakdown.to_json`."""
     names = {str(category.id): category.name for category in categories}
     found = [
         Confusion(names[true], names[other], count, count / sum(row.values()))

@@ -53,7 +53,7 @@ class ImageView:
         truth: See `true_map`; None if unknown.
         instance: Instance head, (h, w, 3) uint8; see `colours.centroid_colours`.
         semantic: Semantic head, (h, w, 3) uint8; see `colours.semantic_colours`.
-        pq: PQ of this image, see `measures.image_pq`.
+        pq: PQ of this image, see `PQStat.mean_pq`.
     """
 
     title: str

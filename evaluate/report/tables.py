@@ -60,7 +60,7 @@ def measures(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def size_name(row: Mapping[str, Any]) -> str:
-    """`32-64 px` or `512+ px`; `row` as in `Measures.to_json`."""
+    """`32-64 px` or `512+ px`; `row` as in `Breakdown.to_json`."""
     return f"{row['from']}+ px" if row["to"] is None else f"{row['from']}-{row['to']} px"
 
 

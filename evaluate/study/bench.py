@@ -15,7 +15,8 @@ from torch import Tensor
 
 from panoptic_cache.evaluate.decoder.decode import DecodeConfig, PanopticMap
 from panoptic_cache.evaluate.metric.pairs import read_pairs
-from panoptic_cache.evaluate.metric.pq import GroupPQ, score_pairs
+from panoptic_cache.evaluate.metric.pq import GroupPQ
+from panoptic_cache.evaluate.metric.score import score_pairs
 from panoptic_cache.evaluate.study.ceiling import Decoder, compare_decoders, one_by_one, ours
 from panoptic_cache.evaluate.study.rivals import (
     full_search,

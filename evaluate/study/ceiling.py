@@ -6,6 +6,7 @@ scored. What is missing to 100 is the code's, the resize's and the decoder's, no
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 
@@ -13,9 +14,8 @@ import torch
 from torch import Tensor
 
 from panoptic_cache.evaluate.decoder.decode import DecodeConfig, PanopticMap, decode
-from panoptic_cache.evaluate.metric.measures import thing_ids
+from panoptic_cache.evaluate.metric.breakdown import thing_ids
 from panoptic_cache.evaluate.metric.score import ImageScore, Outcome, score_image, total_scores
-from panoptic_cache.evaluate.study.clock import Clock
 from panoptic_cache.evaluate.study.corruption import Corrupted, corrupted_images
 from panoptic_cache.pipeline.base.progress import progress
 from panoptic_cache.pipeline.coco import Category, CocoPanoptic
@@ -30,6 +30,28 @@ BatchDecoder = Callable[
     [Sequence[Tensor], Sequence[Tensor], Tensor, Sequence[tuple[int, int]]], list[PanopticMap]
 ]
 """The same of several images."""
+
+
+class Clock:
+    """Adds up wall time by name."""
+
+    def __init__(self, *names: str) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys(names, 0.0)
+        self._since = time.perf_counter()
+
+    def start(self) -> None:
+        """Begins a lap."""
+        self._since = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Ends a lap, and begins the next."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+    def per_unit(self, units: int) -> dict[str, float]:
+        """Seconds by name, divided by a number of units."""
+        return {name: round(seconds / units, 6) for name, seconds in self.seconds.items()}
 
 
 def ceiling(
