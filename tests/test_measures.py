@@ -277,7 +277,7 @@ def assert_ap_equal(
 
 
 def test_mask_ap_needs_scores_and_things() -> None:
-    unscored = ImageInstances({}, ((1, 0.0, ((0, 0),) * 4),), scored=False)
+    unscored = ImageInstances({}, ((1, 0.0, bytes(40)),), scored=False)
     assert mask_ap([unscored], CATEGORIES) is None
     assert mask_ap([], CATEGORIES[2:]) is None
 
