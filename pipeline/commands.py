@@ -152,30 +152,26 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show a cache or a shard as a table, a sample as one picture."""
-    from panoptic_cache.pipeline.cache.inspect import (
-        ShardSummary,
-        describe,
-        find_categories,
-        find_sample,
-    )
+    from panoptic_cache.pipeline.cache import inspect as look
     from panoptic_cache.pipeline.pictures.colours import save_picture
-    from panoptic_cache.pipeline.pictures.sample_sheet import sample_sheet
+    from panoptic_cache.pipeline.pictures.sheets import sample_sheet
 
     if sample is not None or out is not None:
-        found = find_sample(place, sample)
+        found = look.find_sample(place, sample)
         path = out or Path(f"{found.key}.png")
-        save_picture(path, sample_sheet(found, find_categories(place)))
+        save_picture(path, sample_sheet(found, look.find_categories(place)))
         print_values({"sample": found.key, "picture": str(path)}, as_json)
         return
-    summary = describe(place)
+    is_tar = look.is_tar(place)
+    summary = look.describe_shard(Path(place)) if is_tar else look.describe_cache(place)
     if as_json:
-        print_json(summary.to_json())
-    elif isinstance(summary, ShardSummary):
-        print_table(summary.COLUMNS, summary.rows(), left=1)
+        print_json(summary)
+    elif is_tar:
+        print_table(look.COLUMNS, look.shard_rows(summary), left=1)
     else:
-        print_table(("", place), summary.rows(), left=2)
-    if isinstance(summary, ShardSummary) and summary.problem:
-        log.warning("%s: %s", place, summary.problem)
+        print_table(("", place), look.cache_rows(summary), left=2)
+    if problem := summary.get("problem"):
+        log.warning("%s: %s", place, problem)
 
 
 @bench.command("render")

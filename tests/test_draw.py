@@ -85,8 +85,10 @@ def test_heat_grows_brighter_with_weight() -> None:
     assert np.diff(lightness[::8]).min() > 1, "equal steps of weight are steps of lightness"
 
 
-def test_void_picture_shows_both_kinds_of_void() -> None:
-    picture = draw.void_picture(np.array([[0, 1, 2]], np.uint8), np.full((1, 3, 3), 80, np.uint8))
+def test_stained_pixels_are_coloured_and_the_rest_is_pale() -> None:
+    masks = (np.array([[False, True, False]]), np.array([[False, False, True]]))
+    marks = ((masks[0], (0, 0, 200)), (masks[1], (244, 140, 6)))
+    picture = draw.stained(np.full((1, 3, 3), 80, np.uint8), marks)
     pale, blue, orange = picture[0].astype(int)
     assert pale.min() == pale.max() > 180
     assert blue[2] > blue[0] + 40

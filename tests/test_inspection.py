@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,19 +12,21 @@ import pytest
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.cache.inspect import (
-    CacheSummary,
-    SampleRow,
-    ShardSummary,
-    describe,
+    COLUMNS,
+    cache_rows,
+    describe_cache,
+    describe_shard,
     find_categories,
     find_sample,
+    is_tar,
     readable,
+    shard_rows,
 )
 from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
-from panoptic_cache.pipeline.photo import decode_photo
+from panoptic_cache.pipeline.photo import decode_photo, fitted_size
 from panoptic_cache.pipeline.pictures import colours as draw
-from panoptic_cache.pipeline.pictures.sample_sheet import (
+from panoptic_cache.pipeline.pictures.sheets import (
     TILE,
     labelled_map,
     sample_sheet,
@@ -36,57 +39,50 @@ def tars(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.tar"))
 
 
-def shard_summary(tar: Path) -> ShardSummary:
-    summary = describe(str(tar))
-    assert isinstance(summary, ShardSummary)
-    return summary
-
-
 def test_cache_is_described_by_its_index(tiny_cache: Path, tiny_dataset: CocoPanoptic) -> None:
-    summary = describe(str(tiny_cache))
-    assert isinstance(summary, CacheSummary)
-    values = json.loads(json.dumps(summary.to_json()))
-    assert (values["split"], values["shards"], values["samples"]) == ("train", 3, 12)
-    assert values["bytes"] == sum(tar.stat().st_size for tar in tars(tiny_cache))
+    summary = json.loads(json.dumps(describe_cache(str(tiny_cache))))
+    assert (summary["split"], summary["shards"], summary["samples"]) == ("train", 3, 12)
+    assert summary["bytes"] == sum(tar.stat().st_size for tar in tars(tiny_cache))
     categories = len(tiny_dataset.categories)
-    assert values["categories"] == values["things"] + values["stuff"] == categories
-    assert values["settings"]["samples_per_shard"] == 4
-    assert ("split", "train") in summary.rows()
+    assert summary["categories"] == summary["things"] + summary["stuff"] == categories
+    assert summary["settings"]["samples_per_shard"] == 4
+    assert ("split", "train") in cache_rows(summary)
 
 
 def test_shard_is_described_by_itself(tiny_cache: Path) -> None:
     reader = ShardReader(tiny_cache)
     samples = {reader.keys[i]: reader.sample(i) for i in range(len(reader))}
-    rows: list[SampleRow] = []
+    rows: list[dict[str, Any]] = []
     for tar in tars(tiny_cache):
-        summary = shard_summary(tar)
-        assert (summary.problem, summary.bytes) == ("", tar.stat().st_size)
-        assert [len(row) for row in summary.rows()] == [len(summary.COLUMNS)] * 4
-        rows += summary.samples
-    assert [row.key for row in rows] == list(samples)
+        summary = describe_shard(tar)
+        assert (summary["problem"], summary["bytes"]) == ("", tar.stat().st_size)
+        assert [len(row) for row in shard_rows(summary)] == [len(COLUMNS)] * 4
+        rows += summary["samples"]
+    assert [row["key"] for row in rows] == list(samples)
     for row in rows:
-        sample = samples[row.key]
-        assert (row.height, row.width) == sample.segment_map.shape
-        assert row.segments == row.things + row.stuff + row.crowd == len(sample.segments)
-        assert row.things == sum(segment.centroid is not None for segment in sample.segments)
-        assert row.crowd == sum(segment.iscrowd for segment in sample.segments)
+        sample = samples[row["key"]]
+        assert (row["height"], row["width"]) == sample.segment_map.shape
+        assert row["segments"] == len(sample.segments)
+        assert row["segments"] == row["things"] + row["stuff"] + row["crowd"]
+        assert row["things"] == sum(segment.centroid is not None for segment in sample.segments)
+        assert row["crowd"] == sum(segment.iscrowd for segment in sample.segments)
 
 
 def test_shard_without_its_cache(tiny_cache: Path, tmp_path: Path) -> None:
     tar = tmp_path / "alone.tar"
     tar.write_bytes(tars(tiny_cache)[0].read_bytes())
-    assert shard_summary(tar).problem == "no sidecar"
+    assert describe_shard(tar)["problem"] == "no sidecar"
     sample = find_sample(str(tar))
     assert find_categories(str(tar)) == ()
     assert sample_sheet(sample).dtype == np.uint8
     tar.with_suffix(".json").write_text("{}")
-    assert "not a sidecar" in shard_summary(tar).problem
+    assert "not a sidecar" in describe_shard(tar)["problem"]
 
 
 def test_stale_sidecar_is_a_problem(cache: Path) -> None:
     first, second, _ = tars(cache)
     second.write_bytes(first.read_bytes())
-    assert "another tar" in shard_summary(second).problem
+    assert "another tar" in describe_shard(second)["problem"]
 
 
 def test_sample_is_found_in_cache_and_tar(tiny_cache: Path) -> None:
@@ -112,17 +108,20 @@ def test_unknown_key_names_some_that_exist(tiny_cache: Path) -> None:
 def test_what_is_neither_cache_nor_tar(tmp_path: Path, name: str) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8 not a tar" * 99)
     (tmp_path / "empty.tar").touch()
-    for call in (describe, find_sample):
-        with pytest.raises(InputError) as caught:
-            call(str(tmp_path / name))
-        assert caught.value.remedy
+    place = str(tmp_path / name)
+    with pytest.raises(InputError) as caught:
+        _ = describe_shard(Path(place)) if is_tar(place) else describe_cache(place)
+    assert caught.value.remedy
+    with pytest.raises(InputError) as caught:
+        find_sample(place)
+    assert caught.value.remedy
 
 
 def test_cut_tar_is_told(cache: Path) -> None:
     tar = tars(cache)[0]
     os.truncate(tar, tar.stat().st_size // 2)
     with pytest.raises(InputError, match="not a readable tar"):
-        shard_summary(tar)
+        describe_shard(tar)
     with pytest.raises(InputError, match="bytes, the index says"):
         find_sample(str(cache))
 
@@ -135,7 +134,8 @@ def test_sheet_shows_the_sample(tiny_cache: Path) -> None:
         picture = sample_sheet(sample, categories)
         assert picture.dtype == np.uint8
         assert picture.shape[1] > 2 * TILE
-        height, width = draw.fitted(sample.segment_map.shape, TILE)
+        rows, columns = sample.segment_map.shape
+        height, width = fitted_size(rows, columns, TILE, "longest")
         photo = draw.resized(decode_photo(sample.photo, sample.key), (height, width))
         corners = np.argwhere((picture[: -height + 1, : -width + 1] == photo[0, 0]).all(-1))
         assert any(

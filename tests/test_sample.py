@@ -24,7 +24,6 @@ from panoptic_cache.pipeline.cache.sample import (
     check_sample,
     decode_sample,
     eds_distances,
-    eds_weights,
     encode_distance,
     encode_sample,
 )
@@ -55,21 +54,22 @@ def test_codes_do_not_hang_on_the_last_bit_of_a_distance() -> None:
     np.testing.assert_array_equal(encode_distance(lower), encode_distance(upper))
 
 
-@pytest.mark.parametrize(("d", "w_min", "scale"), [(20, 0, 1), (20, 0.1, 1), (7.5, 0.3, 2.5)])
-def test_weights_follow_the_formula(d: float, w_min: float, scale: float) -> None:
-    weights = eds_weights(d, w_min, scale)
+@pytest.mark.parametrize(("d", "w_min"), [(20, 0), (20, 0.1), (7.5, 0.3)])
+def test_weights_follow_the_formula(d: float, w_min: float) -> None:
+    codes = np.arange(256, dtype=np.uint8).reshape(8, 32)
+    weights = replace(make_sample(BLOCKS), eds=codes).eds_weight(d, w_min)
     assert weights.dtype == np.float32
     for code in range(255):
-        distance = code / 2 * scale
-        wanted = w_min + (1 - w_min) * math.exp(-((distance / d) ** 2))
-        assert weights[code] == pytest.approx(wanted, rel=1e-6)
-    assert weights[255] == pytest.approx(w_min)
+        wanted = w_min + (1 - w_min) * math.exp(-((code / 2 / d) ** 2))
+        assert weights[divmod(code, 32)] == pytest.approx(wanted, rel=1e-6)
+    assert weights[-1, -1] == pytest.approx(w_min)
 
 
 def test_the_error_of_a_weight_is_small() -> None:
     distance = np.linspace(0, 140, 5000, dtype=np.float32)
     exact = np.exp(-np.square(distance / 20))
-    assert np.abs(eds_weights(20, 0)[encode_distance(distance)] - exact).max() < 0.011
+    sample = replace(make_sample(BLOCKS), eds=encode_distance(distance)[None])
+    assert np.abs(sample.eds_weight()[0] - exact).max() < 0.011
 
 
 @pytest.mark.parametrize("name", EDGE_CASES)

@@ -14,11 +14,11 @@ from panoptic_cache.evaluate.decoder.decode import PanopticMap
 from panoptic_cache.evaluate.report.compare import Comparison, compare, matched_numbers
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import Category, SegmentInfo
+from panoptic_cache.pipeline.photo import fitted_size
 from panoptic_cache.pipeline.pictures.colours import (
     LabelledMap,
     Picture,
     encode_picture,
-    fitted,
     overlay,
     resized,
     save_picture,
@@ -184,7 +184,7 @@ def panels(view: ImageView, categories: Sequence[Category], longest: int = PANEL
     Returns:
         Photo, truth, result, semantic head, instance head, errors; those that the view has.
     """
-    size = fitted((view.photo.shape[0], view.photo.shape[1]), longest)
+    size = fitted_size(view.photo.shape[0], view.photo.shape[1], longest, "longest")
     photo = resized(view.photo, size)
     prediction = view.prediction.resized(size)
     tiles = [("photo", photo)]
@@ -232,7 +232,7 @@ def write_overlay(
     """Writes `named_overlay` as PNG or JPEG, by suffix; `SMALLEST` to `LARGEST` pixels long."""
     size = (photo.shape[0], photo.shape[1])
     longest = min(max(*size, SMALLEST), LARGEST)
-    size = size if longest == max(size) else fitted(size, longest)
+    size = size if longest == max(size) else fitted_size(*size, longest, "longest")
     letters = round(LETTERS * longest / SMALLEST)
     picture = named_overlay(
         resized(photo, size), segments.resized(size), categories, letters=letters

@@ -6,9 +6,7 @@ A tar is read without its cache, so a shard that was copied elsewhere can be ins
 from __future__ import annotations
 
 import tarfile
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -26,126 +24,103 @@ from panoptic_cache.pipeline.cache.index import (
 )
 from panoptic_cache.pipeline.cache.sample import Sample, decode_sample, decode_table
 from panoptic_cache.pipeline.cache.shards import members_of
-from panoptic_cache.pipeline.coco import Category, ImageId, sample_key
+from panoptic_cache.pipeline.coco import Category, sample_key
+
+COLUMNS = ("key", "height", "width", "bytes", "segments", "things", "stuff", "crowd")
+"""Columns of the table of a shard's samples."""
 
 
-@dataclass(frozen=True, slots=True)
-class CacheSummary:
-    """A finished cache: its folder or URL, and its index."""
-
-    place: str
-    index: ShardIndex
-
-    def to_json(self) -> dict[str, Any]:
-        """What `inspect --json` prints."""
-        index = self.index
-        things = sum(category.isthing for category in index.categories)
-        return {
-            "place": self.place,
-            "split": index.split,
-            "format_version": index.format_version,
-            "fingerprint": index.fingerprint,
-            "settings": dict(index.settings),
-            "shards": len(index.shards),
-            "samples": index.samples,
-            "quarantined": index.quarantined,
-            "bytes": sum(shard.size for shard in index.shards),
-            "categories": len(index.categories),
-            "things": things,
-            "stuff": len(index.categories) - things,
-        }
-
-    def rows(self) -> list[tuple[str, str]]:
-        """Name and value of each line of a table."""
-        values = self.to_json()
-        size, samples = values["bytes"], values["samples"]
-        settings = ", ".join(f"{k} {v}" for k, v in values["settings"].items() if v is not None)
-        each = readable(size // max(samples, 1))
-        return [
-            ("split", self.index.split),
-            ("samples", f"{samples:,}, and {self.index.quarantined:,} images left out"),
-            ("shards", f"{values['shards']:,}, {readable(size)}, {each} a sample"),
-            (
-                "categories",
-                f"{values['categories']}: {values['things']} things, {values['stuff']} stuff",
-            ),
-            ("settings", settings),
-            (
-                "format",
-                f"version {self.index.format_version}, fingerprint {self.index.fingerprint[:16]}",
-            ),
-        ]
-
-
-@dataclass(frozen=True, slots=True)
-class SampleRow:
-    """A sample of a shard: its size in pixels and bytes, and its segments in all and by kind."""
-
-    key: str
-    image_id: ImageId
-    height: int
-    width: int
-    bytes: int
-    segments: int
-    things: int
-    stuff: int
-    crowd: int
-
-
-@dataclass(frozen=True, slots=True)
-class ShardSummary:
-    """What lies in one tar.
-
-    Attributes:
-        place: Path of the tar.
-        bytes: Of the tar.
-        samples: In its order.
-        problem: What its sidecar says against it; see `panoptic verify`.
-        rejections: Images left out of it, according to the sidecar.
-    """
-
-    place: str
-    bytes: int
-    samples: tuple[SampleRow, ...]
-    problem: str
-    rejections: int
-
-    COLUMNS = ("key", "height", "width", "bytes", "segments", "things", "stuff", "crowd")
-
-    def to_json(self) -> dict[str, Any]:
-        """What `inspect --json` prints."""
-        return asdict(self)
-
-    def rows(self) -> list[tuple[str, ...]]:
-        """A line for each sample, in the order of `COLUMNS`."""
-        return [
-            (row.key, *(f"{getattr(row, name):,}" for name in self.COLUMNS[1:]))
-            for row in self.samples
-        ]
-
-
-def describe(place: str) -> CacheSummary | ShardSummary:
-    """Describes a cache's folder or URL by its index alone, or a tar by its samples.
+def describe_cache(place: str) -> dict[str, Any]:
+    """What `inspect --json` prints of a cache: its index alone is read.
 
     Raises:
-        InputError: It is neither, or a sample of the tar has no segment table.
+        InputError: There is no finished cache.
     """
-    if not is_tar(place):
-        return CacheSummary(place, _read_index(Storage(place)))
-    path = Path(place)
-    rows = [_row(key, members) for key, members in _read_tar(path)]
+    index = _read_index(Storage(place))
+    things = sum(category.isthing for category in index.categories)
+    return {
+        "place": place,
+        "split": index.split,
+        "format_version": index.format_version,
+        "fingerprint": index.fingerprint,
+        "settings": dict(index.settings),
+        "shards": len(index.shards),
+        "samples": index.samples,
+        "quarantined": index.quarantined,
+        "bytes": sum(shard.size for shard in index.shards),
+        "categories": len(index.categories),
+        "things": things,
+        "stuff": len(index.categories) - things,
+    }
+
+
+def cache_rows(cache: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and value of each line of the table of a described cache."""
+    size, samples = cache["bytes"], cache["samples"]
+    each = readable(size // max(samples, 1))
+    settings = [f"{name} {value}" for name, value in cache["settings"].items() if value is not None]
+    return [
+        ("split", cache["split"]),
+        ("samples", f"{samples:,}, and {cache['quarantined']:,} images left out"),
+        ("shards", f"{cache['shards']:,}, {readable(size)}, {each} a sample"),
+        ("categories", "{categories}: {things} things, {stuff} stuff".format_map(cache)),
+        ("settings", ", ".join(settings)),
+        ("format", "version {format_version}, fingerprint {fingerprint:.16}".format_map(cache)),
+    ]
+
+
+def describe_shard(path: Path) -> dict[str, Any]:
+    """What `inspect --json` prints of a tar: its samples, read from the tar itself.
+
+    `problem` is what the sidecar beside it says against it; `panoptic verify` says more.
+
+    Raises:
+        InputError: No readable tar, or a sample without a segment table.
+    """
+    samples = [_describe_sample(key, members) for key, members in _read_tar(path)]
     size, problem, rejections = path.stat().st_size, "no sidecar", 0
     beside = path.with_suffix(".json")
     if beside.is_file():
         try:
             sidecar = decode_sidecar(beside.read_bytes(), str(beside))
             rejections = len(sidecar.rejections)
-            same_keys = [entry.key for entry in sidecar.samples] == [row.key for row in rows]
+            same_keys = [entry.key for entry in sidecar.samples] == [row["key"] for row in samples]
             same = same_keys and sidecar.size == size
             problem = "" if same else "the sidecar describes another tar"
         except InputError as error:
             problem = error.what
-    return ShardSummary(place, size, tuple(rows), problem, rejections)
+    return {
+        "place": str(path),
+        "bytes": size,
+        "samples": samples,
+        "problem": problem,
+        "rejections": rejections,
+    }
+
+
+def shard_rows(shard: Mapping[str, Any]) -> list[list[str]]:
+    """A line for each sample of a described shard, in the order of `COLUMNS`."""
+    return [[row["key"], *(f"{row[name]:,}" for name in COLUMNS[1:])] for row in shard["samples"]]
+
+
+def _describe_sample(key: str, members: Mapping[str, bytes]) -> dict[str, Any]:
+    if "json" not in members:
+        raise InputError("sample lacks json", where=key, code="member-missing")
+    table = decode_table(members["json"], key)
+    height, width = table.size
+    crowd = sum(segment.iscrowd for segment in table.segments)
+    things = sum(segment.isthing and not segment.iscrowd for segment in table.segments)
+    return {
+        "key": key,
+        "image_id": table.image_id,
+        "height": height,
+        "width": width,
+        "bytes": sum(map(len, members.values())),
+        "segments": len(table.segments),
+        "things": things,
+        "stuff": len(table.segments) - things - crowd,
+        "crowd": crowd,
+    }
 
 
 def find_sample(place: str, key: str | None = None) -> Sample:
@@ -235,24 +210,6 @@ def _read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
             remedy="give the folder of a cache or a .tar in it; panoptic verify checks a cache",
             code="shard-damaged",
         ) from None
-
-
-def _row(key: str, members: Mapping[str, bytes]) -> SampleRow:
-    if "json" not in members:
-        raise InputError("sample lacks json", where=key, code="member-missing")
-    table = decode_table(members["json"], key)
-    kinds = Counter(
-        "crowd" if segment.iscrowd else "things" if segment.isthing else "stuff"
-        for segment in table.segments
-    )
-    return SampleRow(
-        key,
-        table.image_id,
-        *table.size,
-        bytes=sum(map(len, members.values())),
-        segments=len(table.segments),
-        **{kind: kinds[kind] for kind in ("things", "stuff", "crowd")},
-    )
 
 
 def readable(count: float) -> str:

@@ -111,16 +111,16 @@ class Sample:
         return np.ascontiguousarray(table[self.segment_map].transpose(2, 0, 1))
 
     def eds_weight(self, d: float = 20.0, w_min: float = 0.0) -> NDArray[np.float32]:
-        """(H, W) float32 loss weights of edge distance sampling, see `eds_weights`."""
-        weight: NDArray[np.float32] = eds_weights(d, w_min)[self.eds]
-        return weight
+        """(H, W) float32 loss weights: w_min + (1 - w_min) exp(-(distance / D)^2), section 3.2."""
+        falloff = np.exp(-np.square(eds_distances().astype(np.float64) / d))  # (256,)
+        weights = (w_min + (1 - w_min) * falloff).astype(np.float32)
+        return np.asarray(weights[self.eds])
 
 
 def encode_distance(distance: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Distances in pixels (float32, inf allowed) -> EDS codes (uint8), within half a step."""
-    steps: NDArray[np.float32] = np.minimum(distance / np.float32(EDS_STEP), np.float32(EDS_FAR))
-    codes: NDArray[np.uint8] = np.rint(steps).astype(np.uint8)
-    return codes
+    steps = np.minimum(distance / np.float32(EDS_STEP), np.float32(EDS_FAR))
+    return np.asarray(np.rint(steps), np.uint8)
 
 
 def eds_distances() -> NDArray[np.float32]:
@@ -128,20 +128,6 @@ def eds_distances() -> NDArray[np.float32]:
     distances = np.arange(256, dtype=np.float32) * EDS_STEP
     distances[EDS_FAR] = np.inf
     return distances
-
-
-def eds_weights(d: float, w_min: float, scale: float = 1.0) -> NDArray[np.float32]:
-    """Loss weight of each of the 256 EDS codes (section 3.2).
-
-    w = w_min + (1 - w_min) exp(-(distance / D)^2)
-
-    Args:
-        d: D, in pixels of the network's input.
-        w_min: Weight far away from every boundary.
-        scale: Pixels of the network's input for one cached pixel.
-    """
-    falloff = np.exp(-np.square(eds_distances().astype(np.float64) * (scale / d)))
-    return (w_min + (1 - w_min) * falloff).astype(np.float32)
 
 
 def encode_sample(sample: Sample) -> dict[str, bytes]:
@@ -247,37 +233,29 @@ def _decode_png(data: bytes, where: str) -> NDArray[np.unsignedinteger[Any]]:
 
 
 def check_sample(sample: Sample) -> None:
-    """Holds a decoded sample's table, maps and codes to one another; for deep verification.
+    """Checks a decoded sample's table, maps and codes against one another.
 
     Raises:
-        InputError: Areas, boxes or centroids do not follow from the map, the void mask does not
-            follow from map and crowd flags, or the EDS codes are not those of its boundaries.
+        InputError: Areas, boxes or centroids do not follow from the segment map, the void mask does
+            not follow from map and crowd flags, or the EDS codes are not those of its boundaries.
     """
-    count = len(sample.segments)
-    if (
-        sample.segment_map.dtype != segment_dtype(count)
-        or sample.segment_map.max(initial=0) > count
-    ):
+    segment_map, count = sample.segment_map, len(sample.segments)
+    if segment_map.dtype != segment_dtype(count) or segment_map.max(initial=0) > count:
         raise InputError("segment map and table disagree", where=sample.key, code="table-mismatch")
-    found = geometry(sample.segment_map, count)
+    found = geometry(segment_map, count)
     for row, segment in enumerate(sample.segments):
-        hascentroid = segment.isthing and not segment.iscrowd
-        centroid = tuple(found.centroid[row].tolist()) if hascentroid else None
+        centroid = tuple(found.centroid[row].tolist())
         measured = replace(
             segment,
             area=int(found.area[row]),
             bbox=tuple(found.bbox[row].tolist()),
-            centroid=centroid,
+            centroid=centroid if segment.isthing and not segment.iscrowd else None,
         )
         if measured != segment:
-            raise InputError(
-                f"segment {segment.id} does not match the map",
-                where=sample.key,
-                code="table-mismatch",
-            )
-    if not np.array_equal(
-        sample.void, void_mask(sample.segment_map, [s.iscrowd for s in sample.segments])
-    ):
+            what = f"segment {segment.id} does not match the map"
+            raise InputError(what, where=sample.key, code="table-mismatch")
+    void = void_mask(segment_map, [segment.iscrowd for segment in sample.segments])
+    if not np.array_equal(sample.void, void):
         raise InputError("void mask does not match the map", where=sample.key, code="void-mismatch")
-    if not np.array_equal(sample.eds, encode_distance(edge_distance(boundary(sample.segment_map)))):
+    if not np.array_equal(sample.eds, encode_distance(edge_distance(boundary(segment_map)))):
         raise InputError("EDS codes do not match the map", where=sample.key, code="eds-mismatch")

@@ -16,8 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import simplejpeg
-
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.base.progress import progress
@@ -44,6 +42,7 @@ from panoptic_cache.pipeline.cache.shards import (
     members_of,
 )
 from panoptic_cache.pipeline.coco import sample_key
+from panoptic_cache.pipeline.photo import decode_photo
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +248,7 @@ def _check_tar(
             try:
                 _check_content(decode_sample(entry.key, members_of(data, entry)), index)
             except InputError as error:
-                yield Problem(shard.name, str(error), entry.key)
+                yield Problem(shard.name, f"{error.where}: {error.what}", entry.key)
     end = max((entry.offset + entry.size for entry in sidecar.samples), default=0)
     if len(data) != sidecar.size or any(data[end:]):
         yield Problem(shard.name, "the tar's end marker is damaged")
@@ -271,10 +270,7 @@ def _check_content(sample: Sample, index: ShardIndex | None) -> None:
     check_sample(sample)
     if sample_key(sample.image_id, sample.file_name) != sample.key:
         raise InputError("key and image id disagree", where=sample.key)
-    try:
-        photo = simplejpeg.decode_jpeg(sample.photo, colorspace="RGB")
-    except ValueError as error:
-        raise InputError(f"photo damaged: {error}", where=sample.key) from None
+    photo = decode_photo(sample.photo, sample.key)
     if photo.shape[:2] != sample.segment_map.shape:
         raise InputError(
             f"photo is {photo.shape[:2]}, the maps are {sample.segment_map.shape}", where=sample.key

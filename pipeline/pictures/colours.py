@@ -1,11 +1,12 @@
 """Small pure functions that turn maps into pictures; a picture is (H, W, 3) uint8 RGB.
 
-Colours depend on category and instance number only, so the same category looks the same in every
-picture of every run.
+A colour depends only on category and instance number, so a category looks the same in every picture
+of every run.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,24 +18,17 @@ from numpy.typing import NDArray
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
-from panoptic_cache.pipeline.targets import (
-    CROWD,
-    UNLABELLED,
-    SegmentMap,
-    boundary,
-    resize_segment_map,
-)
+from panoptic_cache.pipeline.targets import SegmentMap, boundary, resize_segment_map
 
 Picture = NDArray[np.uint8]
 
-UNLABELLED_COLOUR, CROWD_COLOUR = (29, 53, 87), (244, 140, 6)
 JPEG_QUALITY = 88
 _GOLDEN_ANGLE = 137.50776
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledMap:
-    """The segments of one image, true or predicted, as far as a picture needs them.
+    """What a picture needs of the segments of one image, true or predicted.
 
     Attributes:
         segment_map: (H, W) segment map, 0 = unlabelled or void, i = segment i - 1 below.
@@ -54,12 +48,12 @@ class LabelledMap:
 
 
 def instance_numbers(labels: Sequence[int]) -> tuple[int, ...]:
-    """Counts the segments of each category: 0, 1, ... in the order in which they are listed."""
-    seen: dict[int, int] = {}
+    """The number of each segment among those of its category: 0, 1, ... in the order listed."""
+    seen: Counter[int] = Counter()
     numbers: list[int] = []
     for label in labels:
-        numbers.append(seen.get(label, 0))
-        seen[label] = numbers[-1] + 1
+        numbers.append(seen[label])
+        seen[label] += 1
     return tuple(numbers)
 
 
@@ -68,8 +62,8 @@ def segment_colours(
 ) -> Picture:
     """Colours of n segments: the category decides the hue, the instance number varies it.
 
-    Hues of consecutive labels lie the golden angle apart in CIE L*a*b*; stuff is paler than things,
-    which therefore stand out.
+    Hues of consecutive labels are the golden angle apart in CIE L*a*b*. Stuff is paler than things,
+    so things stand out.
 
     Args:
         labels: Contiguous category of each segment.
@@ -83,7 +77,7 @@ def segment_colours(
     thing = np.asarray(isthing, np.bool_)
     number = np.asarray(instance_numbers(labels) if numbers is None else numbers, np.int64)
     number = np.where(thing, number, 0)
-    # Steps alternate around the category's own colour and take long to come back to it.
+    # 0, 1, -1, 2, -2, ...: steps around the category's own colour that repeat late.
     swing = (number + 1) // 2 * np.where(number % 2, 1, -1)
     hue = np.deg2rad(label * _GOLDEN_ANGLE + 20 + (swing * 14 + 28) % 56 - 28)
     chroma = np.where(thing, 68, 26)
@@ -114,10 +108,9 @@ def overlay(
 
 
 def centroid_colours(uv: NDArray[np.floating[Any]]) -> Picture:
-    """Centroids as colours (Figures 1 and 8): u is red, v is green, blue is constant.
+    """(2, H, W) centroids in [-1, 1] as colours: u is red, v is green; nan becomes black.
 
-    Args:
-        uv: (2, H, W), in [-1, 1]; nan where there is no instance, which becomes black.
+    As in Figures 1 and 8 of the paper; blue is constant.
     """
     isvoid = np.isnan(uv).any(0)
     red, green = (np.nan_to_num(uv).clip(-1, 1) + 1) * 127.5
@@ -127,12 +120,7 @@ def centroid_colours(uv: NDArray[np.floating[Any]]) -> Picture:
 
 
 def mark_points(picture: Picture, uv: Sequence[tuple[float, float]]) -> Picture:
-    """Puts a white dot on each point.
-
-    Args:
-        picture: (H, W, 3) uint8.
-        uv: Points in [-1, 1], as centroids are.
-    """
+    """A picture with a white dot on each centroid (u, v), in [-1, 1]."""
     height, width = picture.shape[:2]
     marked = picture.copy()
     for u, v in uv:
@@ -143,11 +131,9 @@ def mark_points(picture: Picture, uv: Sequence[tuple[float, float]]) -> Picture:
 
 
 def semantic_colours(labels: NDArray[np.integer[Any]], isthing: Sequence[bool]) -> Picture:
-    """A map of categories in their own colours.
+    """(H, W) labels in the colours of their categories; negative labels become black.
 
-    Args:
-        labels: (H, W) contiguous categories; negative values become black.
-        isthing: For each of the C categories.
+    `isthing` tells for each of the C categories whether it has instances.
     """
     table = segment_colours(range(len(isthing)), isthing)
     picture: Picture = table[np.maximum(labels, -1) + 1]
@@ -155,19 +141,9 @@ def semantic_colours(labels: NDArray[np.integer[Any]], isthing: Sequence[bool]) 
 
 
 def heat(weights: NDArray[np.floating[Any]]) -> Picture:
-    """Weights (H, W) in [0, 1] on a perceptually uniform scale from black (0) to pale yellow."""
+    """(H, W) weights in [0, 1] on a perceptually uniform scale from black to pale yellow."""
     levels = np.rint(weights.clip(0, 1) * 255).astype(np.uint8)
     return np.ascontiguousarray(cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO)[..., ::-1])
-
-
-def void_picture(void: NDArray[np.uint8], photo: Picture) -> Picture:
-    """A pale gray photo with unlabelled pixels in blue and crowd in orange.
-
-    Args:
-        void: (H, W) uint8: 0 labelled, 1 unlabelled, 2 crowd.
-        photo: (H, W, 3) uint8.
-    """
-    return stained(photo, ((void == UNLABELLED, UNLABELLED_COLOUR), (void == CROWD, CROWD_COLOUR)))
 
 
 def stained(
@@ -182,14 +158,7 @@ def stained(
 
 
 def _rounded(picture: NDArray[np.floating[Any]]) -> Picture:
-    rounded: Picture = np.rint(picture).astype(np.uint8)
-    return rounded
-
-
-def fitted(size: tuple[int, int], longest: int) -> tuple[int, int]:
-    """(height, width) with the longer side `longest` pixels."""
-    scale = longest / max(size)
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+    return np.asarray(np.rint(picture), np.uint8)
 
 
 def resized(picture: Picture, size: tuple[int, int], *, smooth: bool = True) -> Picture:

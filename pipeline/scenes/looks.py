@@ -195,22 +195,6 @@ def paint_thing(
     canvas.rows[here][cover >= 0.5] = row
 
 
-def texture(rng: np.random.Generator, look: Look, height: int, width: int, unit: float) -> Picture:
-    """A patch of stuff, (height, width, 3) float32.
-
-    Args:
-        rng: Source of all choices.
-        look: A stuff's.
-        height: Pixels.
-        width: Pixels.
-        unit: Pixels the texture takes for one, so that it grows with the picture.
-
-    Returns:
-        RGB, in [0, 1] but for a little overshoot.
-    """
-    return _TEXTURES[look](rng, height, width, unit)
-
-
 def _rgb(hue: float, saturation: float, value: float) -> npt.NDArray[np.float32]:
     """(3,) float32."""
     return np.array(colorsys.hsv_to_rgb(hue % 1, min(saturation, 1.0), value), np.float32)
@@ -258,7 +242,7 @@ def _wall(rng: np.random.Generator, height: int, width: int, unit: float) -> Pic
     tint = rng.uniform(0.78, 1.12, (int(line.max()) + 1, int(column.max()) + 1))
     shade = tint[line, column] + 0.04 * _smooth(rng, height, width, height / 2, width / 2)
     wall = _rgb(rng.uniform(0, 0.05), rng.uniform(0.3, 0.5), 0.68) * shade[..., None]
-    return _as_picture(wall + joint[..., None] * (0.74 - wall))
+    return np.asarray(wall + joint[..., None] * (0.74 - wall), np.float32)
 
 
 def _grass(rng: np.random.Generator, height: int, width: int, unit: float) -> Picture:
@@ -278,8 +262,9 @@ def _water(rng: np.random.Generator, height: int, width: int, unit: float) -> Pi
     return _mixed(_rgb(hue, 0.8, 0.42), _rgb(hue - 0.02, 0.35, 0.85), np.clip(waves, 0, 1))
 
 
-def _as_picture(values: Plane) -> Picture:
-    return values.astype(np.float32, copy=False)
+TEXTURES = {Look.SKY: _sky, Look.WALL: _wall, Look.GRASS: _grass, Look.WATER: _water}
+"""Textures of stuff, called with a generator, a height and width in pixels, and a unit.
 
-
-_TEXTURES = {Look.SKY: _sky, Look.WALL: _wall, Look.GRASS: _grass, Look.WATER: _water}
+The unit is the pixels that the texture takes for one, so that it grows with the picture. The result
+is a `Picture`, in [0, 1] but for a little overshoot.
+"""

@@ -22,7 +22,7 @@ from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import CocoLayout, SegmentInfo
 from panoptic_cache.pipeline.png import ids_to_rgb
 from panoptic_cache.pipeline.scenes.layout import lay_out
-from panoptic_cache.pipeline.scenes.looks import Canvas, Look, Picture, Shape, paint_thing, texture
+from panoptic_cache.pipeline.scenes.looks import TEXTURES, Canvas, Look, Picture, Shape, paint_thing
 
 CATEGORIES: list[dict[str, Any]] = [
     {"id": 1, "name": "ball", "supercategory": "round", "isthing": 1, "color": [220, 60, 70]},
@@ -49,7 +49,6 @@ VERSION = 1
 
 # Short over long side, and whether the picture is upright: five, to meet the eight specials.
 _FORMATS = ((0.75, False), (0.75, True), (0.667, False), (0.94, False), (0.667, True))
-_SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -146,24 +145,29 @@ def write_dataset(
         "train": range(images),
         "val": range(FIRST_VAL_INDEX, FIRST_VAL_INDEX + val_images),
     }
+    layouts = {split: _layout(root, split) for split in indexes}
     marker = root / "synthetic.json"
-    if root.exists() and not _is_empty(root):
-        if not (marker.is_file() and marker.read_bytes() == _json_bytes(arguments)):
+    if root.is_file() or (root.is_dir() and any(root.iterdir())):
+        if not marker.is_file() or marker.read_bytes() != _json_bytes(arguments):
             raise InputError(
                 "holds something other than these scenes",
                 where=root,
                 remedy="choose another folder or remove this one",
                 code="folder-taken",
             )
-        if all(path.is_file() for split in _SPLITS for path in _files(root, split, indexes[split])):
+        files = (file for split in indexes for file in _files(layouts[split], indexes[split]))
+        if all(file.is_file() for file in files):
             return False
     root.mkdir(parents=True, exist_ok=True)
     _replace(marker, _json_bytes(arguments))
 
     documents, done = {}, 0
-    for split in _SPLITS:
+    for split, layout in layouts.items():
+        layout.images.mkdir(exist_ok=True)
+        layout.panoptic_dir.mkdir(parents=True, exist_ok=True)
         rows: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
-        for image, annotation in _write_scenes(root, split, seed, indexes[split], size):
+        for index in indexes[split]:
+            image, annotation = _write_scene(layout, index, make_scene(seed, index, size))
             rows["images"].append(image)
             rows["annotations"].append(annotation)
             done += 1
@@ -172,7 +176,7 @@ def write_dataset(
         info = {"description": "Made-up scenes", **arguments}
         documents[split] = {"info": info, "licenses": [], "categories": CATEGORIES, **rows}
     for split, document in documents.items():
-        _replace(_layout(root, split).panoptic_json, _json_bytes(document))
+        _replace(layouts[split].panoptic_json, _json_bytes(document))
     return True
 
 
@@ -198,7 +202,7 @@ def _paint_stuff(
     down = np.arange(height, dtype=np.float32)[:, None] + np.float32(0.5)
     for row, (look, upper, lower) in enumerate(zip(looks, borders, borders[1:], strict=False), 1):
         first, last = max(0, int(upper.min()) - 1), min(height, int(lower.max()) + 2)
-        stuff = texture(rng, look, last - first, width, unit)
+        stuff = TEXTURES[look](rng, last - first, width, unit)
         cover = np.clip(down[first:last] - upper + np.float32(0.5), 0, 1)
         photo[first:last] += cover[..., None] * (stuff - photo[first:last])
         rows[first:last][cover >= 0.5] = row
@@ -242,50 +246,39 @@ def _label(
     return np.array(ids, np.int32)[rows], tuple(segments)
 
 
-def _write_scenes(
-    root: Path, split: str, seed: int, indexes: range, size: int
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Writes photo and PNG of each scene; yields its rows of `images` and `annotations`."""
-    layout = _layout(root, split)
-    layout.images.mkdir(exist_ok=True)
-    layout.panoptic_dir.mkdir(parents=True, exist_ok=True)
-    for index in indexes:
-        scene = make_scene(seed, index, size)
-        name = f"{index + 1:012d}"
-        jpeg = simplejpeg.encode_jpeg(scene.photo, quality=92, colorspace="RGB")
-        _replace(layout.images / f"{name}.jpg", jpeg)
-        bgr = np.ascontiguousarray(ids_to_rgb(scene.ids)[..., ::-1])
-        encoded, png = cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 3])
-        if not encoded:
-            raise RuntimeError(f"OpenCV could not encode {name}.png")
-        _replace(layout.panoptic_dir / f"{name}.png", png.tobytes())
-        height, width = scene.ids.shape
-        rows = [{**asdict(row), "iscrowd": int(row.iscrowd)} for row in scene.segments]
-        yield (
-            {"id": index + 1, "file_name": f"{name}.jpg", "height": height, "width": width},
-            {"image_id": index + 1, "file_name": f"{name}.png", "segments_info": rows},
-        )
+def _write_scene(
+    layout: CocoLayout, index: int, scene: Scene
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Writes a scene's photo and PNG; returns its rows of `images` and `annotations`."""
+    photo, png = _paths(layout, index)
+    _replace(photo, simplejpeg.encode_jpeg(scene.photo, quality=92, colorspace="RGB"))
+    bgr = np.ascontiguousarray(ids_to_rgb(scene.ids)[..., ::-1])
+    _replace(png, cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 3])[1].tobytes())
+    height, width = scene.ids.shape
+    segments = [{**asdict(row), "iscrowd": int(row.iscrowd)} for row in scene.segments]
+    return (
+        {"id": index + 1, "file_name": photo.name, "height": height, "width": width},
+        {"image_id": index + 1, "file_name": png.name, "segments_info": segments},
+    )
 
 
 def _layout(root: Path, split: str) -> CocoLayout:
     """COCO's own layout, whether it is there yet or not."""
-    annotations = root / "annotations"
-    name = f"panoptic_{split}"
-    return CocoLayout(root / split, annotations / f"{name}.json", annotations / name)
+    annotations = root / "annotations" / f"panoptic_{split}"
+    return CocoLayout(root / split, annotations.with_suffix(".json"), annotations)
 
 
-def _files(root: Path, split: str, indexes: range) -> Iterator[Path]:
-    """Every file of a split."""
-    layout = _layout(root, split)
+def _paths(layout: CocoLayout, index: int) -> tuple[Path, Path]:
+    """Photo and panoptic PNG of a scene."""
+    name = f"{index + 1:012d}"
+    return layout.images / f"{name}.jpg", layout.panoptic_dir / f"{name}.png"
+
+
+def _files(layout: CocoLayout, indexes: range) -> Iterator[Path]:
+    """All files of a split."""
     yield layout.panoptic_json
     for index in indexes:
-        yield layout.images / f"{index + 1:012d}.jpg"
-        yield layout.panoptic_dir / f"{index + 1:012d}.png"
-
-
-def _is_empty(root: Path) -> bool:
-    """Whether the folder holds nothing, or nothing but what a run killed at once leaves behind."""
-    return root.is_dir() and all(path.name == ".synthetic.json.tmp" for path in root.iterdir())
+        yield from _paths(layout, index)
 
 
 def _json_bytes(document: object) -> bytes:
