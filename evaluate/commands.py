@@ -138,10 +138,10 @@ def predict(
         weights=weights,
         precision=precision,
     )
-    done = predict_photos(predictor, paths, out)
-    shown = {"pictures": done.photos, "left_out": done.left_out, "json": str(done.json)}
-    print_values(shown, as_json)
-    if done.left_out:
+    left_out = predict_photos(predictor, paths, out)
+    shown = {"pictures": len(paths) - left_out, "left_out": left_out}
+    print_values({**shown, "json": str(out / "panoptic.json")}, as_json)
+    if left_out:
         raise typer.Exit(3)
 
 

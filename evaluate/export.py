@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from panoptic_cache.evaluate.onnx_decoder import GridDecoder
+from panoptic_cache.evaluate.decoder.graph import GridDecoder
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage, cannot_write
 from panoptic_cache.train.encoding import make_encoding

@@ -7,14 +7,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import TypeVar
 
 from panoptic_cache.evaluate.predict import Predictor, read_picture
 from panoptic_cache.evaluate.prediction_files import (
-    JSON_NAME,
     PNG_FOLDER,
     PredictionRow,
     write_json,
@@ -36,22 +34,7 @@ Source = TypeVar("Source")
 Value = TypeVar("Value")
 
 
-@dataclass(frozen=True, slots=True)
-class Predicted:
-    """What `predict_photos` did.
-
-    Attributes:
-        json: The JSON of the predictions.
-        photos: Number of photos in it.
-        left_out: Number of photos that could not be used.
-    """
-
-    json: Path
-    photos: int
-    left_out: int
-
-
-def predict_photos(predictor: Predictor, paths: Sequence[Path], out: Path) -> Predicted:
+def predict_photos(predictor: Predictor, paths: Sequence[Path], out: Path) -> int:
     """Predicts photos and writes `overlays/*.jpg`, `panoptic/*.png` and `panoptic.json`.
 
     A photo that cannot be read, or for which the network returns NaN, is left out with a warning.
@@ -60,6 +43,9 @@ def predict_photos(predictor: Predictor, paths: Sequence[Path], out: Path) -> Pr
         predictor: The trained model.
         paths: The photos.
         out: The folder to write.
+
+    Returns:
+        Number of photos that were left out.
 
     Raises:
         InputError: No photo can be used, or the folder cannot be written.
@@ -92,7 +78,7 @@ def predict_photos(predictor: Predictor, paths: Sequence[Path], out: Path) -> Pr
     if not rows:
         none = InputError(f"none of {len(errors)} photos can be used")
         raise errors[0] if len(errors) == 1 else none
-    return Predicted(out / JSON_NAME, len(rows), len(errors))
+    return len(errors)
 
 
 def list_photos(paths: Sequence[Path]) -> list[Path]:

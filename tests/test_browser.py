@@ -10,11 +10,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_report import CATEGORIES, gallery_of, result_of, view
+from test_report import CATEGORIES, result_of, view
 
 from panoptic_cache.evaluate.metric.breakdown import Breakdown
 from panoptic_cache.evaluate.metric.score import Scores
 from panoptic_cache.evaluate.report.page import write_report
+from panoptic_cache.evaluate.report.pictures import make_figure
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -58,9 +59,8 @@ MEASURES = Breakdown(
 
 def page_of(folder: Path, measures: Breakdown) -> str:
     values = Scores(result_of(view()), measures, None, []).to_json()
-    return write_report(
-        folder, result_of(view()), CATEGORIES, gallery_of(view()), values=values
-    ).read_text()
+    best = [make_figure(view(), CATEGORIES)]
+    return write_report(folder, result_of(view()), CATEGORIES, best=best, values=values).read_text()
 
 
 def test_charts_show_what_was_measured(tmp_path: Path) -> None:

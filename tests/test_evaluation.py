@@ -23,7 +23,7 @@ from panoptic_cache.evaluate.metric.score import score_image
 from panoptic_cache.evaluate.photos import predict_photos
 from panoptic_cache.evaluate.predict import Predictor
 from panoptic_cache.evaluate.prediction_files import PredictionRow, SegmentRow
-from panoptic_cache.evaluate.split import evaluation, share
+from panoptic_cache.evaluate.split import evaluation
 from panoptic_cache.evaluate.split.evaluation import evaluate, identity_of
 from panoptic_cache.evaluate.split.folder import Journal, read_journals
 from panoptic_cache.evaluate.views import Heads
@@ -117,7 +117,7 @@ def test_killed_it_goes_on(
             raise Killed
         return score_image(*arguments, **settings)
 
-    monkeypatch.setattr(share, "score_image", dying)
+    monkeypatch.setattr("panoptic_cache.evaluate.split.share.score_image", dying)
     with pytest.raises(Killed):
         evaluate(predictor, tiny_dataset, tmp_path, batch=4, overlays=3)
     monkeypatch.undo()
@@ -215,7 +215,7 @@ def test_a_killed_evaluation_is_no_finished_one_and_its_next_sweeps(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "write_results", killed)
+        patch.setattr(evaluation, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             evaluate(predictor, few, tmp_path, overlays=2)
     for name in ("panoptic.json", "scores.json", "report.html", "comparison.png"):

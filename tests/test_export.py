@@ -11,13 +11,13 @@ import torch
 from conftest import Run
 
 from panoptic_cache.evaluate import export
+from panoptic_cache.evaluate.decoder.graph import GridDecoder
 from panoptic_cache.evaluate.export import (
     ModelAndDecoder,
     export_model,
     export_onnx,
     onnx_difference,
 )
-from panoptic_cache.evaluate.onnx_decoder import GridDecoder
 from panoptic_cache.evaluate.predict import Predictor
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.train.encoding import make_encoding

@@ -178,7 +178,8 @@ def test_a_failure_leaves_what_an_earlier_call_wrote(
     predictor: Predictor, tiny_root: Path, tmp_path: Path
 ) -> None:
     photos = sorted((tiny_root / "val").iterdir())[:2]
-    before = predict_photos(predictor, photos, tmp_path / "out").json.read_bytes()
+    assert predict_photos(predictor, photos, tmp_path / "out") == 0
+    before = (tmp_path / "out" / "panoptic.json").read_bytes()
     (tmp_path / "bad.jpg").write_bytes(b"none")
     with pytest.raises(InputError):
         predict_photos(predictor, [tmp_path / "bad.jpg"], tmp_path / "out")

@@ -19,7 +19,6 @@ from panoptic_cache.evaluate.report.pictures import (
     BOTH,
     FALSE,
     MISSED,
-    Gallery,
     ImageView,
     comparison_sheet,
     draw_pictures,
@@ -206,16 +205,12 @@ def test_pictures_of_an_evaluation(tmp_path: Path) -> None:
         return view(str(at), scores[at])
 
     names = [f"image{at}" for at in range(20)]
-    gallery = draw_pictures(tmp_path, names, scores, view_of, CATEGORIES, overlays=2)
-    assert [figure.title for figure in gallery.best] == ["19", "18", "17", "16", "15", "14"]
-    assert [figure.title for figure in gallery.worst] == ["1", "2", "3", "4", "5", "6"]
+    best, worst = draw_pictures(tmp_path, names, scores, view_of, CATEGORIES, overlays=2)
+    assert [figure.title for figure in best] == ["19", "18", "17", "16", "15", "14"]
+    assert [figure.title for figure in worst] == ["1", "2", "3", "4", "5", "6"]
     assert asked == {at: at > 0 for at in (*range(7), *range(14, 20))}
     assert {path.name for path in (tmp_path / "overlays").iterdir()} == {"image0.jpg", "image1.jpg"}
     assert (tmp_path / "comparison.png").exists()
-
-
-def gallery_of(*views: ImageView) -> Gallery:
-    return Gallery(tuple(make_figure(one, CATEGORIES) for one in views))
 
 
 class Page(HTMLParser):
@@ -239,13 +234,13 @@ class Page(HTMLParser):
 
 
 def test_page_is_one_file_without_any_other(tmp_path: Path) -> None:
-    figures = [
-        make_figure(view(f'<i>{n}</i>" onload="x.jpg', pq), CATEGORIES)
+    worst, best = (
+        [make_figure(view(f'<i>{n}</i>" onload="x.jpg', pq), CATEGORIES)]
         for n, pq in enumerate((0.2, 0.9))
-    ]
-    gallery = Gallery((figures[1],), (figures[0],))
+    )
+    facts = {"images": "2 < 3"}
     path = write_report(
-        tmp_path / "new", result_of(view()), CATEGORIES, gallery, facts={"images": "2 < 3"}
+        tmp_path / "new", result_of(view()), CATEGORIES, best=best, worst=worst, facts=facts
     )
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
     text = path.read_text()
@@ -267,8 +262,6 @@ def test_page_is_one_file_without_any_other(tmp_path: Path) -> None:
 
 
 def test_page_without_images_or_scores(tmp_path: Path) -> None:
-    text = write_report(
-        tmp_path, summarize(PQStat(), CATEGORIES), CATEGORIES, Gallery()
-    ).read_text()
+    text = write_report(tmp_path, summarize(PQStat(), CATEGORIES), CATEGORIES).read_text()
     assert "undefined" in text
     assert "<article>" not in text

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from panoptic_cache.evaluate.metric.pq import PQResult
-from panoptic_cache.evaluate.report.pictures import BOTH, FALSE, MISSED, Gallery
+from panoptic_cache.evaluate.report.pictures import BOTH, FALSE, MISSED, Figure
 from panoptic_cache.evaluate.report.tables import measures, percent, size_name
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import Category
@@ -38,8 +38,9 @@ def write_report(
     folder: Path,
     result: PQResult,
     categories: Sequence[Category],
-    gallery: Gallery,
     *,
+    best: Sequence[Figure] = (),
+    worst: Sequence[Figure] = (),
     title: str = "Panoptic quality",
     facts: Mapping[str, str] | None = None,
     values: Mapping[str, Any] | None = None,
@@ -50,7 +51,8 @@ def write_report(
         folder: Where to write.
         result: The metric.
         categories: By label.
-        gallery: The best and the worst images.
+        best: Figures of the best images.
+        worst: Figures of the worst images.
         title: Headline of the page.
         facts: Shown below the title, such as the number of images.
         values: The other measures, see `Scores.to_json`; none of them are shown without it.
@@ -81,7 +83,8 @@ def write_report(
         measures=measures(values) if values else (),
         sizes=filled_sizes(values["sizes"]) if values else (),
         confusions=confusions(values["confusion"], categories) if values else (),
-        gallery=gallery,
+        best=best,
+        worst=worst,
         errors={"missed": MISSED, "false": FALSE, "both": BOTH},
     )
     storage = Storage(str(folder))

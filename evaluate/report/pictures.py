@@ -82,19 +82,6 @@ class Figure:
     pictures: tuple[tuple[str, bytes], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Gallery:
-    """The images that the report shows.
-
-    Attributes:
-        best: Best first.
-        worst: Worst first, without those that are among the best.
-    """
-
-    best: tuple[Figure, ...] = ()
-    worst: tuple[Figure, ...] = ()
-
-
 def draw_pictures(
     out: Path,
     names: Sequence[str],
@@ -103,7 +90,7 @@ def draw_pictures(
     categories: Sequence[Category],
     *,
     overlays: int,
-) -> Gallery:
+) -> tuple[list[Figure], list[Figure]]:
     """Writes `overlays/*.jpg` and `comparison.png` of the first images.
 
     Args:
@@ -115,7 +102,7 @@ def draw_pictures(
         overlays: Number of images to draw.
 
     Returns:
-        The best and the worst images.
+        Figures of the best images, best first, and of the worst that are not among them.
     """
     Storage(str(out / "overlays")).create()
     best, worst = extremes(scores, SHOWN)
@@ -133,7 +120,7 @@ def draw_pictures(
             path = out / "overlays" / f"{names[at]}.jpg"
             write_overlay(path, view.photo, view.prediction, categories)
     save_picture(out / "comparison.png", comparison_sheet(compared, categories))
-    return Gallery(tuple(figures[at] for at in best), tuple(figures[at] for at in worst))
+    return [figures[at] for at in best], [figures[at] for at in worst]
 
 
 def extremes(scores: Sequence[float | None], limit: int) -> tuple[list[int], list[int]]:

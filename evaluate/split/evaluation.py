@@ -18,7 +18,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from panoptic_cache.evaluate.metric.score import ImageScore, Outcome, check_scorable, total_scores
+from panoptic_cache.evaluate.metric.score import Outcome, check_scorable, total_scores
 from panoptic_cache.evaluate.predict import Predictor, read_picture
 from panoptic_cache.evaluate.prediction_files import PNG_FOLDER, PredictionRow, read_png, write_json
 from panoptic_cache.evaluate.report.page import write_report
@@ -66,7 +66,7 @@ def evaluate(
         ranks: The processes that share the work; all of them call this and get the result.
 
     Returns:
-        Scores and the seconds of each step; 0 where all images had been predicted before.
+        Scores, and the mean seconds of each step; 0 where no image had to be predicted.
 
     Raises:
         InputError: An image cannot be used, categories differ from the model's, or `out` holds an
@@ -87,18 +87,9 @@ def evaluate(
         done = ranks.gather(begin)[0]
         if done and ranks.main:
             logger.info("%s: resumes, %d images are already predicted", out, len(done))
-        work = partial(
-            predict_share,
-            predictor,
-            dataset,
-            out,
-            batch=batch,
-            ranks=ranks,
-            done=done,
-            identity=identity,
-        )
+        work = partial(predict_share, batch=batch, ranks=ranks, done=done, identity=identity)
         try:
-            shares = ranks.gather(work)
+            shares = ranks.gather(lambda: work(predictor, dataset, out))
         except Interrupted as stop:
             stop.advice = "run the same command to go on"
             raise
@@ -111,12 +102,15 @@ def evaluate(
         }
         outcome = Outcome(total_scores(images, dataset.categories), len(images), seconds)
         if ranks.main:
-            write_results(
+            write_json(out, rows, predictor.categories)
+            scores = json.dumps(outcome.to_json(), indent=1).encode() + b"\n"
+            Storage(str(out)).write(SCORES, scores)
+            write_pictures(
                 predictor,
                 dataset,
                 out,
                 rows=rows,
-                images=images,
+                pqs=[image.value for image in images],
                 outcome=outcome,
                 overlays=overlays,
                 title=title,
@@ -125,22 +119,19 @@ def evaluate(
     return outcome
 
 
-def write_results(
+def write_pictures(
     predictor: Predictor,
     dataset: CocoPanoptic,
     out: Path,
     *,
     rows: Sequence[PredictionRow],
-    images: Sequence[ImageScore],
+    pqs: Sequence[float | None],
     outcome: Outcome,
     overlays: int,
     title: str,
 ) -> None:
-    """Writes `panoptic.json`, `scores.json`, pictures and the report."""
+    """Writes overlays, `comparison.png` and the report."""
     categories = predictor.categories
-    write_json(out, rows, categories)
-    scores = json.dumps(outcome.to_json(), indent=1).encode() + b"\n"
-    Storage(str(out)).write(SCORES, scores)
 
     def view_of(at: int, with_heads: bool) -> ImageView:
         record = dataset.records[at]
@@ -155,17 +146,11 @@ def write_results(
             truth=true_map(read_ids(record.png), record.segments, categories),
             instance=instance,
             semantic=semantic,
-            pq=images[at].value,
+            pq=pqs[at],
         )
 
-    gallery = draw_pictures(
-        out,
-        [record.key for record in dataset.records],
-        [image.value for image in images],
-        view_of,
-        categories,
-        overlays=overlays,
-    )
+    names = [record.key for record in dataset.records]
+    best, worst = draw_pictures(out, names, pqs, view_of, categories, overlays=overlays)
     facts = {
         "images": str(outcome.images),
         "step": str(predictor.state.step),
@@ -174,7 +159,14 @@ def write_results(
         "seconds an image": f"{sum(outcome.seconds_per_image.values()):.3f}",
     }
     write_report(
-        out, outcome.pq, categories, gallery, title=title, facts=facts, values=outcome.to_json()
+        out,
+        outcome.pq,
+        categories,
+        best=best,
+        worst=worst,
+        title=title,
+        facts=facts,
+        values=outcome.to_json(),
     )
 
 
@@ -191,16 +183,16 @@ def identity_of(predictor: Predictor, dataset: CocoPanoptic) -> dict[str, Any]:
 def check_dataset(categories: Sequence[Category], dataset: CocoPanoptic) -> None:
     """Raises InputError where a split cannot be scored with a model's categories."""
     check_scorable(dataset)
+
+    def described(category: Category | None) -> str:
+        if category is None:
+            return "none"
+        return f"{category.id} {category.name} ({'thing' if category.isthing else 'stuff'})"
+
     for ours, theirs in zip_longest(categories, dataset.categories):
         if ours != theirs:
             raise InputError(
-                f"categories differ: {_described(ours)} in the model, {_described(theirs)} in the"
+                f"categories differ: {described(ours)} in the model, {described(theirs)} in the"
                 " annotations",
                 remedy="evaluate on the dataset the model was trained for",
             )
-
-
-def _described(category: Category | None) -> str:
-    if category is None:
-        return "none"
-    return f"{category.id} {category.name} ({'thing' if category.isthing else 'stuff'})"

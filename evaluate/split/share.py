@@ -29,7 +29,7 @@ from panoptic_cache.train.guards import memory_advice
 from panoptic_cache.train.ranks import Ranks
 
 STEPS = ("read", "network", "decode", "write", "score")
-"""What is timed."""
+"""What is timed; `write` and `score` run beside the other steps."""
 
 Outcomes = dict[int, tuple[PredictionRow, ImageScore]]
 """Row of `panoptic.json` and score, by position in the split."""
@@ -37,13 +37,7 @@ Outcomes = dict[int, tuple[PredictionRow, ImageScore]]
 
 @dataclass(slots=True)
 class Share:
-    """What one process did.
-
-    Attributes:
-        outcomes: Of its images.
-        predicted: Number of images that went through the network.
-        seconds: Wall time of each step, summed over them; `write` and `score` run beside the rest.
-    """
+    """What one process did: results, images that went through the network, seconds by step."""
 
     outcomes: Outcomes = field(default_factory=dict)
     predicted: int = 0
@@ -67,7 +61,7 @@ def predict_share(
     done: Mapping[ImageId, PredictionRow],
     identity: Mapping[str, Any],
 ) -> Share:
-    """Predicts and scores the images [rank::world], but scores those that are done from disk.
+    """Predicts and scores the images [rank::world], or scores from disk those that are done.
 
     Raises:
         InputError: A photo or an annotation cannot be read, or the network returns NaN.
@@ -78,8 +72,7 @@ def predict_share(
         record = dataset.records[at]
         row = done.get(record.image_id)
         if row is not None:
-            # What cannot be read back is predicted again.
-            with suppress(InputError):
+            with suppress(InputError):  # what cannot be read back is predicted again
                 ids = read_ids(out / PNG_FOLDER / row.file_name)
                 share.outcomes[at] = row, score_row(record, row, ids, things)
     rest = [at for at in mine if at not in share.outcomes]
@@ -114,12 +107,12 @@ def predict_share(
                 pixels = [next(photos).result() for _ in places]
             with memory_advice("lower --batch, or ask for fewer or smaller --sizes"):
                 with share.timed("network"):
-                    # Batches of one size: a network rounds differently in a smaller one.
-                    padding = pixels[:1] * (batch - len(pixels))
-                    heads = predictor.heads([*pixels, *padding])[: len(pixels)]
+                    # The last batch is filled up: a network rounds differently in a smaller one.
+                    filling = pixels[:1] * (batch - len(pixels))
+                    heads = predictor.heads([*pixels, *filling])[: len(pixels)]
                     predictor.wait()
                 with share.timed("decode"):
-                    results = decoded(predictor, heads, pixels, records)
+                    results = decoded(predictor, heads, records)
             share.outcomes |= kept.result()
             advance(len(kept.result()))
             kept = behind.submit(keep, places, results)
@@ -142,18 +135,15 @@ def read_annotated(record: PanopticRecord) -> Pixels:
 
 
 def decoded(
-    predictor: Predictor,
-    heads: Sequence[Heads],
-    photos: Sequence[Pixels],
-    records: Sequence[PanopticRecord],
+    predictor: Predictor, heads: Sequence[Heads], records: Sequence[PanopticRecord]
 ) -> list[PanopticMap]:
     """The panoptic maps of a batch; an error names the photo."""
     try:
-        return predictor.decode(heads, [(len(photo), photo.shape[1]) for photo in photos])
+        return predictor.decode(heads, [(record.height, record.width) for record in records])
     except InputError as error:
         if len(heads) > 1:  # one by one, to find the photo
-            each = zip(heads, photos, records, strict=True)
-            return [decoded(predictor, [h], [p], [r])[0] for h, p, r in each]
+            each = zip(heads, records, strict=True)
+            return [decoded(predictor, [one], [record])[0] for one, record in each]
         raise InputError(
             error.what, where=records[0].photo, remedy=error.remedy, code=error.code
         ) from None
