@@ -24,14 +24,15 @@ from panoptic_cache.pipeline.base.config import fingerprint
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.cache.index import (
+    PLAN_NAME,
     SampleEntry,
     Sidecar,
     decode_sidecar,
+    encode_plan,
     encode_sidecar,
     read_index,
     read_sidecar,
 )
-from panoptic_cache.pipeline.cache.plan_file import PLAN_NAME, encode_plan
 from panoptic_cache.pipeline.cache.sample import MEMBERS, Sample, decode_sample, encode_sample
 from panoptic_cache.pipeline.cache.shards import (
     ShardReader,

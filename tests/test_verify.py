@@ -26,11 +26,11 @@ from panoptic_cache.pipeline.cache.index import (
     ShardIndex,
     Sidecar,
     encode_index,
+    encode_plan,
     encode_sidecar,
     read_index,
     read_sidecar,
 )
-from panoptic_cache.pipeline.cache.plan_file import encode_plan
 from panoptic_cache.pipeline.cache.sample import Sample, encode_sample
 from panoptic_cache.pipeline.cache.shards import finished_shard, pack_shard, write_shard
 from panoptic_cache.pipeline.cache.verify import VerifyReport, verify

@@ -1,8 +1,8 @@
-"""What vouches for a cache: a sidecar for each shard, and the index for all of them.
+"""The JSON files that vouch for a cache: its plan, a sidecar for each shard, and the index.
 
 A tar alone proves nothing: cut at a sample boundary it reads back without error and with fewer
-samples. The sidecar knows every byte of its tar; the index, written last, knows every tar and
-sidecar. FORMAT.md is the description for people.
+samples. A sidecar knows every byte of its tar. The index, written last, knows every tar and
+sidecar. The plan, written first, keeps a folder from mixing two plans. See FORMAT.md.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from panoptic_cache.pipeline.base.files import Storage, cannot_read
 from panoptic_cache.pipeline.cache.sample import FORMAT_VERSION, MEMBERS, decode_json
 from panoptic_cache.pipeline.coco import Category, Rejection
 
+PLAN_NAME = "plan.json"
 INDEX_NAME = "index.json"
 QUARANTINE_NAME = "quarantine.jsonl"
 
@@ -46,6 +47,16 @@ class SampleEntry(Struct, frozen=True, forbid_unknown_fields=True):
     members: Annotated[tuple[Span, ...], Meta(min_length=len(MEMBERS), max_length=len(MEMBERS))]
 
 
+class ShardEntry(Struct, frozen=True, forbid_unknown_fields=True):
+    """A shard in the index."""
+
+    name: str
+    samples: int
+    size: int
+    sha256: str
+    sidecar_sha256: str
+
+
 class Sidecar(Struct, frozen=True, forbid_unknown_fields=True):
     """Everything known of one shard; written right after its tar.
 
@@ -67,21 +78,16 @@ class Sidecar(Struct, frozen=True, forbid_unknown_fields=True):
     rejections: tuple[Rejection, ...]
     repairs: Mapping[str, int]
 
+    def entry(self) -> ShardEntry:
+        """The shard's entry in the index."""
+        sha256 = hashlib.sha256(encode_sidecar(self)).hexdigest()
+        return ShardEntry(self.name, len(self.samples), self.size, self.sha256, sha256)
+
 
 class _SidecarFile(Sidecar, frozen=True, forbid_unknown_fields=True):
     """What a sidecar's file holds."""
 
     digest: str
-
-
-class ShardEntry(Struct, frozen=True, forbid_unknown_fields=True):
-    """A shard in the index."""
-
-    name: str
-    samples: int
-    size: int
-    sha256: str
-    sidecar_sha256: str
 
 
 class ShardIndex(Struct, frozen=True, forbid_unknown_fields=True):
@@ -110,9 +116,71 @@ class ShardIndex(Struct, frozen=True, forbid_unknown_fields=True):
     shards: tuple[ShardEntry, ...]
 
 
+class _PlanFile(Struct, frozen=True):
+    """What `plan.json` holds."""
+
+    fingerprint: str
+    settings: dict[str, Any]
+
+
 def shard_name(split: str, number: int) -> str:
     """`{split}-{number:05d}`."""
     return f"{split}-{number:05d}"
+
+
+def encode_plan(plan: str, settings: Mapping[str, Any]) -> bytes:
+    """The bytes of `plan.json`: a plan's fingerprint, and its settings with the split."""
+    return json.dumps({"fingerprint": plan, "settings": settings}, indent=1).encode() + b"\n"
+
+
+def claim(storage: Storage, plan: str, settings: Mapping[str, Any]) -> None:
+    """Writes `plan.json`; raises InputError where the folder belongs to another plan."""
+    if not is_claimed(storage, plan, settings):
+        storage.write(PLAN_NAME, encode_plan(plan, settings))
+
+
+def is_claimed(storage: Storage, plan: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a folder was begun with this plan; False for a new one, or one without `plan.json`.
+
+    Raises:
+        InputError: It was begun with another plan, or holds something else.
+    """
+    where = storage.path(PLAN_NAME)
+    try:
+        found = decode_json(storage.read(PLAN_NAME), _PlanFile)
+    except (FileNotFoundError, NotADirectoryError):
+        what = "holds tars but no plan"
+    except OSError as error:
+        raise cannot_read(error, where) from None
+    except ValueError:
+        what = "plan damaged"
+    else:
+        if found.fingerprint == plan:
+            return True
+        changed = [
+            f"{name} was {found.settings.get(name)}, now {value}"
+            for name, value in settings.items()
+            if found.settings.get(name) != value
+        ]
+        raise InputError(
+            "; ".join(changed)
+            or "the annotation file, the set of images on the disk or the format changed",
+            where=storage.url,
+            remedy="the cache here was begun otherwise: use its settings or another folder",
+            code="plan-changed",
+        )
+    sidecars = [f"{name[:-4]}.json" for name in storage.sizes() if name.endswith(".tar")]
+    if any(claimed_by(storage, name) != plan for name in sidecars):
+        raise InputError(what, where=where, remedy="use another folder")
+    return False
+
+
+def claimed_by(storage: Storage, file: str = PLAN_NAME) -> str | None:
+    """The plan's fingerprint as `plan.json` or a shard's sidecar says; None where none says it."""
+    try:
+        return str(json.loads(storage.read(file))["fingerprint"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def encode_sidecar(sidecar: Sidecar) -> bytes:

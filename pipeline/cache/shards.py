@@ -19,13 +19,13 @@ from panoptic_cache.pipeline.cache.index import (
     SampleEntry,
     Sidecar,
     Span,
+    claimed_by,
     decode_sidecar,
     encode_sidecar,
     read_index,
     read_sidecar,
     size_problem,
 )
-from panoptic_cache.pipeline.cache.plan_file import claimed_by
 from panoptic_cache.pipeline.cache.sample import MEMBERS, Sample, decode_sample, encode_sample
 from panoptic_cache.pipeline.coco import Rejection
 

@@ -16,23 +16,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from msgspec import structs
+
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.base.progress import progress
 from panoptic_cache.pipeline.cache.index import (
     INDEX_NAME,
+    PLAN_NAME,
     QUARANTINE_NAME,
     ShardEntry,
     ShardIndex,
     Sidecar,
     decode_sidecar,
     encode_index,
-    encode_sidecar,
+    encode_plan,
     read_index,
     read_sidecar,
     size_problem,
 )
-from panoptic_cache.pipeline.cache.plan_file import PLAN_NAME, encode_plan
 from panoptic_cache.pipeline.cache.sample import MEMBERS, Sample, check_sample, decode_sample
 from panoptic_cache.pipeline.cache.shards import (
     BLOCK,
@@ -191,8 +193,7 @@ def _self_described(storage: Storage, sizes: Mapping[str, int]) -> Iterator[Shar
             continue
         try:
             sidecar = decode_sidecar(storage.read(file), file)
-            digest = hashlib.sha256(encode_sidecar(sidecar)).hexdigest()
-            yield ShardEntry(name, len(sidecar.samples), sidecar.size, sidecar.sha256, digest)
+            yield structs.replace(sidecar.entry(), name=name)
         except (InputError, OSError):
             yield ShardEntry(name, 0, sizes.get(f"{name}.tar", 0), "", "")
 

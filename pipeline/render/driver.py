@@ -24,9 +24,9 @@ from panoptic_cache.pipeline.cache.index import (
     INDEX_NAME,
     QUARANTINE_NAME,
     ShardIndex,
+    claim,
     encode_index,
 )
-from panoptic_cache.pipeline.cache.plan_file import claim
 from panoptic_cache.pipeline.cache.sample import FORMAT_VERSION
 from panoptic_cache.pipeline.cache.shards import finished_shard
 from panoptic_cache.pipeline.coco import Category, CocoPanoptic, Rejection

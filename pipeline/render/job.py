@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import simplejpeg
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
-from panoptic_cache.pipeline.cache.index import ShardEntry, Sidecar, encode_sidecar
+from panoptic_cache.pipeline.cache.index import ShardEntry, Sidecar
 from panoptic_cache.pipeline.cache.sample import Sample
 from panoptic_cache.pipeline.cache.shards import write_shard
 from panoptic_cache.pipeline.coco import Category, PanopticRecord, Rejection
@@ -60,14 +59,7 @@ class FinishedShard:
     @classmethod
     def of(cls, sidecar: Sidecar) -> FinishedShard:
         """From a sidecar that is on the disk."""
-        entry = ShardEntry(
-            name=sidecar.name,
-            samples=len(sidecar.samples),
-            size=sidecar.size,
-            sha256=sidecar.sha256,
-            sidecar_sha256=hashlib.sha256(encode_sidecar(sidecar)).hexdigest(),
-        )
-        return cls(entry, sidecar.rejections, sidecar.repairs)
+        return cls(sidecar.entry(), sidecar.rejections, sidecar.repairs)
 
 
 def tools() -> str:
