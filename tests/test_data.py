@@ -26,10 +26,10 @@ from panoptic_cache.train.augment import (
     PADDING,
     Augmentation,
     Item,
+    cut_square,
     draw_augmentation,
     jitter_colour,
     make_item,
-    place_window,
 )
 from panoptic_cache.train.config import DataConfig
 from panoptic_cache.train.data import (
@@ -58,10 +58,9 @@ def config_of(micro: int, accumulated: int, world: int) -> DataConfig:
 def micro_batches(
     config: DataConfig, samples: int, steps: range, rank: int = 0, world: int = 1
 ) -> list[list[tuple[int, int]]]:
-    sampler = MicroBatches(config, seed=3, samples=samples, steps=steps, rank=rank, world=world)
-    found = list(sampler)
-    assert len(found) == len(sampler)
-    return found
+    return list(
+        MicroBatches(config=config, seed=3, samples=samples, steps=steps, rank=rank, world=world)
+    )
 
 
 sizes = st.integers(1, 4)
@@ -232,7 +231,7 @@ def test_targets_equal_those_of_the_transformed_map(
     config = DataConfig(size=side, fit=fit)
     item = make_item(table_sample(index), config, augmentation)
     shown = placed(index, config, augmentation)
-    assert item.index.tolist() == [[max(row, 0) for row in line] for line in shown]
+    assert item.segment_map.tolist() == [[max(row, 0) for row in line] for line in shown]
     void = {-1: PADDING, 0: 1, 3: 2}
     assert item.void.tolist() == [[void.get(row, 0) for row in line] for line in shown]
     assert len(item.centroid) == len(item.instance) == len(item.label) == 5
@@ -267,7 +266,7 @@ def test_distances_survive_an_isotropic_scale(index: SegmentMap, side: int, scal
     item = make_item(make_sample(square), DataConfig(size=side), Augmentation(scale=scale))
     inside = item.void != PADDING
     new = round(side * scale)
-    picture = item.index[inside].reshape(new, new)
+    picture = item.segment_map[inside].reshape(new, new)
     anew = edge_distance(boundary(picture))
     carried = eds_distances()[item.eds[inside].reshape(new, new)] * item.eds_scale
     assert item.eds_scale == pytest.approx(new / length)
@@ -307,7 +306,7 @@ def test_a_squash_computes_distances_anew(
     item = make_item(table_sample(index), config, augmentation)
     new = max(1, round(side * augmentation.scale))
     distance = edge_distance(boundary(resize_segment_map(index, (new, new))))
-    codes = place_window(new, new, side, augmentation.place).cut(encode_distance(distance), 255)
+    codes = cut_square(encode_distance(distance), side, augmentation.place, 255)
     assert item.eds.tolist() == (codes[:, ::-1] if augmentation.flip else codes).tolist()
     assert item.eds_scale == 1.0
 
@@ -315,7 +314,7 @@ def test_a_squash_computes_distances_anew(
 def test_a_cache_of_the_right_size_is_handed_out_untouched() -> None:
     sample = table_sample(edge_case("segment in pieces").repeat(8, 0).repeat(8, 1))
     item = make_item(sample, DataConfig(size=24), Augmentation())
-    assert item.index.tolist() == sample.segment_map.tolist()
+    assert item.segment_map.tolist() == sample.segment_map.tolist()
     assert item.eds.tolist() == sample.eds.tolist()
     assert item.void.tolist() == sample.void.tolist()
     assert item.eds_scale == 1.0
@@ -356,7 +355,7 @@ def test_photo_and_maps_show_the_same_place(fit: Fit, augmentation: Augmentation
     config = DataConfig(size=64, fit=fit)
     item = make_item(sample, config, augmentation)
     inside = item.void != PADDING
-    row = item.index[inside].astype(int) - 1
+    row = item.segment_map[inside].astype(int) - 1
     wanted = np.stack([(row % 20 * 4 + 2) / width, (row // 20 * 4 + 2) / height]) * 255
     found = item.photo[:2, inside].astype(float)
     # Half a block of 4 px is 2 / 48 of the ramp; the rest is JPEG's and resizing's.
@@ -371,11 +370,11 @@ def test_more_than_255_segments_reach_the_batch() -> None:
     config = DataConfig(size=20, fit="longest")
     items = [make_item(sample, config, Augmentation()) for sample in (many, few)]
     batch = collate(items)
-    assert batch.index.dtype == torch.int32
-    assert batch.index[0].max() == 300
+    assert batch.segment_map.dtype == torch.int32
+    assert batch.segment_map[0].max() == 300
     assert batch.label.shape == (2, 301)
     assert batch.instance[0].sum() == 300
-    assert collate(items[1:]).index.dtype == torch.uint8
+    assert collate(items[1:]).segment_map.dtype == torch.uint8
 
 
 def test_tables_are_padded_with_rows_of_no_segment() -> None:
@@ -496,7 +495,7 @@ def test_padding_counts_for_nothing(tiny_cache: Path) -> None:
     (batch,) = load(tiny_cache, config, range(1))
     padding = batch.void == PADDING
     assert 0.6 < padding.float().mean() < 0.8
-    assert batch.index[padding].max() == 0
+    assert batch.segment_map[padding].max() == 0
     assert batch.eds[padding].min() == 255
     assert (batch.label[:, 0] == -1).all()
     assert not batch.instance[:, 0].any()

@@ -56,7 +56,7 @@ def make_batch(images: int = 2, seed: int = 0) -> Batch:
     return Batch(
         keys=tuple(str(image) for image in range(images)),
         photo=torch.zeros(images, 3, HEIGHT, WIDTH, dtype=torch.uint8),
-        index=torch.where(padding, 0, index).to(torch.uint8),
+        segment_map=torch.where(padding, 0, index).to(torch.uint8),
         eds=torch.where(padding, 255, eds).to(torch.uint8),
         void=torch.where(padding, PADDING, void).to(torch.uint8),
         eds_scale=torch.rand(images, generator=random) + 0.5,
@@ -123,7 +123,7 @@ def parts(code: list[float], encoding: Encoding) -> list[list[float]]:
 
 
 def target_by_hand(batch: Batch, image: int, y: int, x: int, encoding: Encoding) -> list[float]:
-    row = int(batch.index[image, y, x])
+    row = int(batch.segment_map[image, y, x])
     if not batch.instance[image, row]:
         return [0.0] * encoding.channels
     u, v = batch.centroid[image, row].tolist()
@@ -146,7 +146,7 @@ def instance_pixel_by_hand(
         for y, x in pixels():
             code = prediction[image, :, y, x].tolist()
             if isinstance(encoding, ClassificationCode):
-                row = int(batch.index[image, y, x])
+                row = int(batch.segment_map[image, y, x])
                 classes = [encoding.cells] * 2
                 if batch.instance[image, row]:
                     u, v = batch.centroid[image, row].tolist()
@@ -213,14 +213,14 @@ def dice_by_hand(prediction: Tensor, batch: Batch, encoding: PositionalCode) -> 
         counted = [p for p in pixels() if int(batch.void[image][p]) not in {CROWD, PADDING}]
         rows = [row for row in range(5) if batch.instance[image, row]]
         for row in rows:
-            area = sum(int(batch.index[image][p]) == row for p in counted)
+            area = sum(int(batch.segment_map[image][p]) == row for p in counted)
             for y, x in counted:
                 u, v = batch.centroid[image, row].tolist()
                 code = prediction[image, :, y, x].tolist()
                 dx = math.dist(code[:8], gamma_by_hand(u, 4))
                 dy = math.dist(code[8:], gamma_by_hand(v, 4))
                 p = math.exp(-(dx**2)) * math.exp(-(dy**2))
-                r = float(int(batch.index[image, y, x]) == row)
+                r = float(int(batch.segment_map[image, y, x]) == row)
                 above += r * p / area
                 below += (r + p) / area
         values.append(1 - 2 * above / below if rows else 0.0)
@@ -292,7 +292,7 @@ def test_semantic_losses_follow_the_formulas(config: LossConfig) -> None:
     for image in range(3):
         pairs = []
         for y, x in pixels():
-            label = int(batch.label[image, int(batch.index[image, y, x])])
+            label = int(batch.label[image, int(batch.segment_map[image, y, x])])
             if label >= 0:  # crowd keeps its category; unlabelled and padding have none
                 loss = -log_softmax_by_hand(logits[image, :, y, x].tolist())[label]
                 pairs.append((loss, weight_by_hand(batch, image, y, x, config)))
@@ -372,7 +372,7 @@ def test_a_batch_is_the_mean_of_its_halves(name: str, reduction: Reduction) -> N
 def test_a_perfect_prediction_has_finite_gradients(encoding: Encoding, distance: Distance) -> None:
     batch = make_batch(2)
     codes = encoding.encode(batch.centroid, batch.instance)
-    index = batch.index.long()
+    index = batch.segment_map.long()
     perfect = torch.stack([codes[image][index[image]] for image in range(2)]).movedim(-1, 1)
     prediction = perfect.clone().requires_grad_()
     found = instance_loss(prediction, batch, encoding, LossConfig(), distance)
@@ -405,7 +405,7 @@ def test_dice_of_a_true_and_of_a_void_prediction() -> None:
         instance=torch.tensor([[False, True, True, True, False]]),
     )
     codes = encoding.encode(batch.centroid, batch.instance)[0]
-    true = codes[batch.index[0].long()].movedim(-1, 0)[None]
+    true = codes[batch.segment_map[0].long()].movedim(-1, 0)[None]
     assert dice(true, batch, encoding).item() == pytest.approx(0, abs=0.01)
     assert dice(torch.zeros_like(true), batch, encoding).item() == pytest.approx(1, abs=0.01)
 
@@ -445,7 +445,7 @@ def test_half_precision_predictions_are_counted_in_single(name: str) -> None:
 
 def test_wide_index_maps_give_the_same_losses() -> None:
     batch = make_batch(2)
-    wide = replace(batch, index=batch.index.int())
+    wide = replace(batch, segment_map=batch.segment_map.int())
     prediction = random_prediction(batch, 16)
     one, other = (
         instance_loss(prediction, each, PositionalCode(4), LossConfig(), "norm")

@@ -192,7 +192,7 @@ def test_accuracies_of_perfect_and_of_empty_predictions(held_out_cache: Path) ->
     batch = collate([make_item(reader.sample(p), config, Augmentation()) for p in range(4)])
     # Two harmonics: the finest period of four would be as short as the 11 cells of 56 px.
     encoding, cells = PositionalCode(2), grid_cells(56)
-    code = gather_rows(encoding.encode(batch.centroid, batch.instance), batch.index)
+    code = gather_rows(encoding.encode(batch.centroid, batch.instance), batch.segment_map)
     near, things, void, rest = code_hits(code, batch, encoding, cells)
     assert [int(near), int(void)] == [int(things), int(rest)]
     assert min(things, rest) > 0
@@ -200,7 +200,7 @@ def test_accuracies_of_perfect_and_of_empty_predictions(held_out_cache: Path) ->
     assert [int(near), int(void)] == [0, int(rest)]
     turned = code_hits(code.roll(28, -1), batch, encoding, cells)
     assert turned[0] < things / 2
-    label = batch.label.gather(1, batch.index.flatten(1).long()).view(batch.index.shape)
+    label = batch.label.gather(1, batch.segment_map.flatten(1).long()).view(batch.segment_map.shape)
     logits = torch.nn.functional.one_hot(label.clamp_min(0)).permute(0, 3, 1, 2).float()
     right, counted = label_hits(logits, batch)
     assert right == counted == (label >= 0).sum()

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from panoptic_cache.pipeline.cache.sample import Sample, encode_distance
+from panoptic_cache.pipeline.cache.sample import EDS_FAR, Sample, encode_distance
 from panoptic_cache.pipeline.photo import decode_photo, fitted_size
 from panoptic_cache.pipeline.targets import (
     SegmentMap,
@@ -35,7 +35,7 @@ class Item:
 
     key: str
     photo: NDArray[np.uint8]
-    index: SegmentMap
+    segment_map: SegmentMap
     eds: NDArray[np.uint8]
     void: NDArray[np.uint8]
     eds_scale: float
@@ -68,6 +68,7 @@ def draw_augmentation(config: DataConfig, seed: int, place: Place) -> Augmentati
         return Augmentation()
     random = np.random.default_rng([seed, *place])
     low, high = np.log(config.scale)
+    # Everything is drawn, used or not, so that one switch does not change the other draws.
     flip = bool(random.random() < 0.5) and config.flip
     scale = float(np.exp(random.uniform(low, high)))
     x, y = random.random(2).tolist()
@@ -78,78 +79,73 @@ def draw_augmentation(config: DataConfig, seed: int, place: Place) -> Augmentati
 def make_item(sample: Sample, config: DataConfig, augmentation: Augmentation) -> Item:
     """Fits a cached sample to the network's input, with targets that stay exact.
 
-    Centroids are computed anew from what is visible. Cached distances survive isotropic scaling,
-    flips and crops; a fit that changes the aspect ratio computes them anew, and so does one that
-    shrinks to less than half: the cache holds distances up to 127.5 of its own pixels.
-
     Raises:
         InputError: The photo is damaged.
     """
     side = config.size
     height, width = sample.segment_map.shape
-    new_height, new_width = fitted_size(height, width, side, config.fit, augmentation.scale)
-    index = resize_segment_map(sample.segment_map, (new_height, new_width))
-    photo = decode_photo(sample.photo, f"{sample.key}.jpg", (new_height, new_width))
-    if 2 * new_height < height or (config.fit == "squash" and height != width):
-        eds, eds_scale = encode_distance(edge_distance(boundary(index))), 1.0
+    size = fitted_size(height, width, side, config.fit, augmentation.scale)
+
+    # Scale: the photo smoothly, maps by the nearest pixel, all of them to this size.
+    photo = decode_photo(sample.photo, f"{sample.key}.jpg", size)
+    segment_map = resize_segment_map(sample.segment_map, size)
+    void = resize_segment_map(sample.void, size)
+    if 2 * size[0] < height or (config.fit == "squash" and height != width):
+        # Distances survive an isotropic scale only, and cached ones end at 127.5 cached pixels,
+        # which at less than half the size would cut weights short that still count.
+        eds, eds_scale = encode_distance(edge_distance(boundary(segment_map))), 1.0
     else:
-        eds, eds_scale = resize_nearest(sample.eds, index.shape), new_height / height
-    void = resize_nearest(sample.void, index.shape)
+        eds, eds_scale = resize_segment_map(sample.eds, size), size[0] / height
 
-    window = place_window(new_height, new_width, side, augmentation.place)
-    index, eds = window.cut(index, 0), window.cut(eds, 255)
-    void, photo = window.cut(void, PADDING), window.cut(photo, 0)
+    # Crop or pad to (side, side), then mirror. Distances stay those of the whole image: a boundary
+    # that is cut away still counts.
+    place = augmentation.place
+    photo = cut_square(photo, side, place, 0)
+    segment_map = cut_square(segment_map, side, place, 0)
+    eds = cut_square(eds, side, place, EDS_FAR)
+    void = cut_square(void, side, place, PADDING)
     if augmentation.flip:
-        index, eds, void, photo = (x[:, ::-1] for x in (index, eds, void, photo))
-    index = np.ascontiguousarray(index)
+        photo, segment_map, eds, void = (x[:, ::-1] for x in (photo, segment_map, eds, void))
+    segment_map = np.ascontiguousarray(segment_map)
 
-    found = geometry(index, len(sample.segments))
+    # The table, row 0 for unlabelled pixels. A crop moves a centroid: that of the visible part.
+    visible = geometry(segment_map, len(sample.segments))
     things = np.array([s.isthing and not s.iscrowd for s in sample.segments], np.bool_)
+    centroid = np.concatenate([np.zeros((1, 2)), np.nan_to_num(visible.centroid)])
     return Item(
         key=sample.key,
-        photo=np.ascontiguousarray(photo.transpose(2, 0, 1)),
-        index=index,
+        photo=np.ascontiguousarray(photo.transpose(2, 0, 1)),  # (side, side, 3) -> (3, side, side)
+        segment_map=segment_map,
         eds=np.ascontiguousarray(eds),
         void=np.ascontiguousarray(void),
         eds_scale=eds_scale,
         colour=np.array(augmentation.colour, np.float32),
-        centroid=np.concatenate([np.zeros((1, 2)), np.nan_to_num(found.centroid)]).astype(
-            np.float32
-        ),
-        instance=np.concatenate([[False], things & (found.area > 0)]),
+        centroid=centroid.astype(np.float32),
+        instance=np.concatenate([[False], things & (visible.area > 0)]),
         label=np.array([-1, *(segment.label for segment in sample.segments)], np.int64),
     )
 
 
-def resize_nearest(values: NDArray[np.uint8], size: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Nearest-neighbour resize to (height, width), the same sampling as the segment map's."""
-    return resize_segment_map(values, (size[0], size[1])).astype(np.uint8, copy=False)
+def cut_square(
+    values: NDArray[Scalar], side: int, place: tuple[float, float], fill: int
+) -> NDArray[Scalar]:
+    """Crops or pads an image's values (H, W, ...) to (side, side, ...), an axis at a time.
 
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """A square of `side` laid over a picture; parts may lie outside."""
-
-    top: int
-    left: int
-    side: int
-
-    def cut(self, values: NDArray[Scalar], fill: int) -> NDArray[Scalar]:
-        """The window's content (side, side, ...), `fill` outside the picture."""
-        height, width = values.shape[:2]
-        if (self.top, self.left, height, width) == (0, 0, self.side, self.side):
-            return values
-        result = np.full((self.side, self.side, *values.shape[2:]), fill, values.dtype)
-        top, left = max(self.top, 0), max(self.left, 0)
-        part = values[top : self.top + self.side, left : self.left + self.side]
-        down, right = top - self.top, left - self.left
-        result[down : down + part.shape[0], right : right + part.shape[1]] = part
-        return result
-
-
-def place_window(height: int, width: int, side: int, place: tuple[float, float]) -> Window:
-    """Where the crop begins: a part `place` of the room that is left, negative for padding."""
-    return Window(round((height - side) * place[1]), round((width - side) * place[0]), side)
+    Args:
+        values: Of an image.
+        side: Pixels.
+        place: (x, y) in [0, 1], the part of what is cut off or padded that lies left of or above.
+        fill: What the padding holds.
+    """
+    height, width = values.shape[:2]
+    top, left = round((height - side) * place[1]), round((width - side) * place[0])  # < 0: padding
+    part = values[max(top, 0) : top + side, max(left, 0) : left + side]
+    if part.shape[:2] == (side, side):
+        return part
+    result = np.full((side, side, *values.shape[2:]), fill, values.dtype)
+    y, x = max(-top, 0), max(-left, 0)
+    result[y : y + part.shape[0], x : x + part.shape[1]] = part
+    return result
 
 
 def jitter_colour(photo: Tensor, factors: Tensor, void: Tensor | None = None) -> Tensor:

@@ -4,6 +4,10 @@ The order is stateless. Position p of the whole run belongs to epoch p // N and 
 permutation(epoch)[p % N]; optimizer step s takes positions [s B, (s + 1) B), rank r of them every
 world-th. So each sample comes exactly once an epoch for any number of ranks and loader processes,
 every batch is full, and resuming is starting at another step.
+
+A batch ships indices, not maps: the photo, the segment map, the EDS codes and the void mask as
+bytes, and one table row for each segment. Centroid codes, labels and weights are lookups on the
+device. That is about 1.3 MB a sample at 518 px; as float maps it would be 19 MB.
 """
 
 from __future__ import annotations
@@ -34,36 +38,31 @@ from panoptic_cache.train.stopping import stop_with_parent_only
 log = logging.getLogger(__name__)
 
 STARVED = ("DataLoader worker (pid", "shared memory", "unable to write to file </torch_")
-"""What torch says when a loader process was killed or had no memory to hand a batch over.
-
-Or the pipe to it breaks, an OSError or EOFError.
-"""
-
-_PREFIX = "panoptic_cache.pipeline.base.errors.InputError: "
+"""What a RuntimeError of torch says when a loader process was killed or had no memory left."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """B samples of side S, on any device.
 
-    Row 0 of the tables stands for unlabelled pixels, so that the segment map gathers directly.
+    Row 0 of the tables stands for unlabelled pixels, so that the segment map is looked up as it is.
 
     Attributes:
         keys: B sample keys.
         photo: (B, 3, S, S) uint8 RGB.
-        index: (B, S, S) uint8 or int32, rows of the tables.
+        segment_map: (B, S, S) uint8 or int32, rows of the tables.
         eds: (B, S, S) uint8, see `panoptic_cache.pipeline.cache.sample`.
         void: (B, S, S) uint8, 0 labelled, 1 unlabelled, 2 crowd, 3 padding.
         eds_scale: (B,) float32, pixels of S for one pixel that `eds` counts.
         colour: (B, 3) float32 factors of brightness, contrast and saturation.
         centroid: (B, R, 2) float32, (u, v) in [-1, 1].
         instance: (B, R) bool, the row is a non-crowd thing with pixels.
-        label: (B, R) int64, category, -1 for unlabelled and for rows of no segment.
+        label: (B, R) int64, -1 for unlabelled and for rows of no segment.
     """
 
     keys: tuple[str, ...]
     photo: Tensor
-    index: Tensor
+    segment_map: Tensor
     eds: Tensor
     void: Tensor
     eds_scale: Tensor
@@ -75,8 +74,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; without waiting for the copies where memory is pinned."""
         return Batch(
-            self.keys,
-            *(getattr(self, name).to(device, non_blocking=True) for name in _TENSORS),
+            self.keys, *(getattr(self, name).to(device, non_blocking=True) for name in _TENSORS)
         )
 
     def pin_memory(self) -> Batch:
@@ -88,9 +86,11 @@ _TENSORS = tuple(field.name for field in fields(Batch) if field.name != "keys")
 
 
 def collate(items: Sequence[Item]) -> Batch:
-    """Stacks items; tables are padded with rows of no segment."""
+    """Stacks items; tables are padded to the longest with rows of no segment."""
     rows = max(len(item.label) for item in items)
-    index = np.stack([item.index for item in items])
+
+    def stack(name: str) -> NDArray[Any]:
+        return np.stack([getattr(item, name) for item in items])
 
     def table(name: str, fill: float) -> Tensor:
         values = [getattr(item, name) for item in items]
@@ -99,94 +99,85 @@ def collate(items: Sequence[Item]) -> Batch:
             row[: len(value)] = value
         return torch.from_numpy(result)
 
-    def stack(name: str) -> Tensor:
-        return torch.from_numpy(np.stack([getattr(item, name) for item in items]))
-
+    segment_map = stack("segment_map")
+    if segment_map.dtype != np.uint8:  # torch does little with uint16
+        segment_map = segment_map.astype(np.int32)
     return Batch(
         keys=tuple(item.key for item in items),
-        photo=stack("photo"),
-        index=torch.from_numpy(index if index.dtype == np.uint8 else index.astype(np.int32)),
-        eds=stack("eds"),
-        void=stack("void"),
+        photo=torch.from_numpy(stack("photo")),
+        segment_map=torch.from_numpy(segment_map),
+        eds=torch.from_numpy(stack("eds")),
+        void=torch.from_numpy(stack("void")),
         eds_scale=torch.tensor([item.eds_scale for item in items]),
-        colour=stack("colour"),
+        colour=torch.from_numpy(stack("colour")),
         centroid=table("centroid", 0.0),
         instance=table("instance", 0),
         label=table("label", -1),
     )
 
 
+@dataclass(frozen=True)
 class CachedItems(Dataset[Item]):
     """Items of a local cache by (epoch, position)."""
 
-    def __init__(self, reader: ShardReader, config: DataConfig, seed: int) -> None:
-        self._reader, self._config, self._seed = reader, config, seed
+    reader: ShardReader
+    config: DataConfig
+    seed: int
 
     def __getitem__(self, place: Place) -> Item:
         try:
-            sample = self._reader.sample(place[1])
-            augmentation = draw_augmentation(self._config, self._seed, place)
-            return make_item(sample, self._config, augmentation)
+            sample = self.reader.sample(place[1])
+            augmentation = draw_augmentation(self.config, self.seed, place)
+            return make_item(sample, self.config, augmentation)
         except InputError as error:
             what, where, code = error.what, error.where, error.code
         except OSError as error:
             what, where, code = f"cannot be read: {error.strerror or error}", "", "shard-read"
-        shard = f"{shard_of(self._reader.index, place[1])}.tar"
+        # The name of the shard that the position lies in.
+        shards = self.reader.index.shards
+        ends = [*accumulate(shard.samples for shard in shards)]
+        shard = shards[int(np.searchsorted(ends, place[1], side="right"))]
         raise InputError(
             what,
-            where=f"{shard}: {where or self._reader.keys[place[1]]}",
+            where=f"{shard.name}.tar: {where or self.reader.keys[place[1]]}",
             remedy="run panoptic verify --deep; remove the shard and preprocess again",
             code=code,
         )
 
 
-def shard_of(index: ShardIndex, position: int) -> str:
-    """The name of the shard that a position of a cache lies in."""
-    ends = accumulate(shard.samples for shard in index.shards)
-    return next(s.name for s, end in zip(index.shards, ends, strict=True) if position < end)
-
-
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=2)  # a step may span two epochs
 def permutation(seed: int, epoch: int, samples: int) -> NDArray[np.int64]:
     """The order of an epoch, the same on every rank."""
     return np.random.default_rng([seed, epoch]).permutation(samples)
 
 
 def step_places(seed: int, samples: int, batch: int, step: int) -> list[Place]:
-    """The `batch` samples of an optimizer step over all ranks; a step may span two epochs."""
+    """The `batch` samples of an optimizer step over all ranks."""
     places = (divmod(p, samples) for p in range(step * batch, (step + 1) * batch))
     return [(epoch, int(permutation(seed, epoch, samples)[at])) for epoch, at in places]
 
 
+@dataclass(frozen=True, kw_only=True)
 class MicroBatches(Sampler[list[Place]]):
-    """The micro-batches of one rank, in order, from a step on."""
+    """The micro-batches of one rank, in order, of the given optimizer steps."""
 
-    def __init__(
-        self,
-        config: DataConfig,
-        *,
-        seed: int,
-        samples: int,
-        steps: range,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self._config, self._seed, self._samples = config, seed, samples
-        self._steps, self._rank, self._world = steps, rank, world
-
-    def __len__(self) -> int:
-        return len(self._steps) * len(micro_batch_sizes(self._config, self._world))
+    config: DataConfig
+    seed: int
+    samples: int
+    steps: range
+    rank: int = 0
+    world: int = 1
 
     def __iter__(self) -> Iterator[list[Place]]:
-        sizes = micro_batch_sizes(self._config, self._world)
-        for step in self._steps:
-            places = step_places(self._seed, self._samples, self._config.batch, step)
-            mine = iter(places[self._rank :: self._world])
+        sizes = micro_batch_sizes(self.config, self.world)
+        for step in self.steps:
+            places = step_places(self.seed, self.samples, self.config.batch, step)
+            mine = iter(places[self.rank :: self.world])
             yield from (list(islice(mine, size)) for size in sizes)
 
 
 def micro_batch_sizes(config: DataConfig, world: int) -> tuple[int, ...]:
-    """What a rank puts through the network for an optimizer step: as few as can be, as equal.
+    """Samples in each micro-batch of a rank's step: few micro-batches, of sizes as equal as can be.
 
     Raises:
         InputError: The batch does not divide among the ranks.
@@ -202,6 +193,11 @@ def micro_batch_sizes(config: DataConfig, world: int) -> tuple[int, ...]:
         )
     size, larger = divmod(part, count := math.ceil(part / config.micro_batch))
     return (size + 1,) * larger + (size,) * (count - larger)
+
+
+def repeats(config: DataConfig, samples: int, step: int) -> bool:
+    """Whether a sample may come twice in a step: at the end of an epoch, or from the stream."""
+    return config.reader == "stream" or step * config.batch % samples + config.batch > samples
 
 
 def open_index(config: DataConfig) -> ShardIndex:
@@ -224,8 +220,8 @@ def check_rendered_size(config: DataConfig, settings: Mapping[str, Any], cache: 
 
     Args:
         config: Of the training.
-        settings: That the cache was rendered with.
-        cache: Its place.
+        settings: The cache's render settings.
+        cache: Its folder or URL, for the message.
     """
     fit, size = settings.get("fit"), settings.get("size")
     if size is not None and size < config.size and not config.upscale:
@@ -240,11 +236,6 @@ def check_rendered_size(config: DataConfig, settings: Mapping[str, Any], cache: 
         log.warning("%s: squashed already; data.fit = %s changes nothing", cache, config.fit)
 
 
-def repeats(config: DataConfig, samples: int, step: int) -> bool:
-    """Whether a sample may come twice in a step: at the end of an epoch, or from the stream."""
-    return config.reader == "stream" or step * config.batch % samples + config.batch > samples
-
-
 def indexed_loader(
     reader: ShardReader,
     config: DataConfig,
@@ -257,14 +248,13 @@ def indexed_loader(
 ) -> DataLoader[Batch]:
     """Micro-batches of the given optimizer steps for one rank.
 
-    It must not go through `Accelerator.prepare`: it is cut into ranks already.
+    It must not go through `Accelerator.prepare`: it is split by rank already.
     """
-    sampler = MicroBatches(
-        config, seed=seed, samples=len(reader), steps=steps, rank=rank, world=world
-    )
     return DataLoader(
         cast("Dataset[Batch]", CachedItems(reader, config, seed)),  # collated into batches
-        batch_sampler=sampler,
+        batch_sampler=MicroBatches(
+            config=config, seed=seed, samples=len(reader), steps=steps, rank=rank, world=world
+        ),
         collate_fn=collate,
         **loader_options(config, seed, pin=pin),
     )
@@ -282,22 +272,30 @@ def loader_options(config: DataConfig, seed: int, *, pin: bool) -> dict[str, Any
     }
 
 
+def prepare_worker(_: int) -> None:
+    """One thread for each loader process; and only the training ends it, not the job's signals."""
+    stop_with_parent_only()
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+
+
 def iterate(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
     """The loader's batches; close it, so that its processes end.
 
-    An InputError of a loader process reads like one of this process.
-
     Raises:
-        InputError: That, or a loader process died.
+        InputError: One of a loader process, which reads like one of this process; or that process
+            died.
     """
     try:
         yield from loader
     except (InputError, RuntimeError, OSError, EOFError) as error:
-        # Its message has become a traceback, whose last line is the message.
-        line = f"{type(error).__name__}: {error}".splitlines()[-1]
+        # Across processes the message has become a traceback, whose last line is the message.
+        last = str(error).splitlines()[-1:]
         if isinstance(error, InputError):
-            said = InputError(str(error).splitlines()[-1].removeprefix(_PREFIX))
+            name = f"{InputError.__module__}.{InputError.__name__}: "
+            said = InputError("".join(last).removeprefix(name))
         elif not isinstance(error, RuntimeError) or any(sign in str(error) for sign in STARVED):
+            line = f"{type(error).__name__}: {''.join(last)}"
             said = InputError(
                 f"a loader process failed: {line[:160]}",
                 where="data.workers",
@@ -308,13 +306,3 @@ def iterate(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
             raise
         error.__traceback__ = None  # its frames hold the loader, which is to end its processes
         raise said from None
-
-
-def prepare_worker(_: int) -> None:
-    """One thread a loader process: the processes are the parallelism.
-
-    And it lives as long as the training wants it to, whatever signals the whole job gets.
-    """
-    stop_with_parent_only()
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)

@@ -61,7 +61,7 @@ def instance_loss(
         distance: Which power of the Euclidean distance counts.
         compiled: Use `torch.compile` where it pays.
     """
-    target = gather_rows(encoding.encode(batch.centroid, batch.instance), batch.index)
+    target = gather_rows(encoding.encode(batch.centroid, batch.instance), batch.segment_map)
     weight = pixel_weight(instance_weight(batch, config), config.reduction)
     if isinstance(encoding, ClassificationCode):
         # Two distributions a pixel, of the column and of the row, averaged.
@@ -97,7 +97,7 @@ def semantic_loss(
         config: Weights and switches.
         compiled: Use `torch.compile` where it pays.
     """
-    label = batch.label.gather(1, batch.index.flatten(1).long()).view(batch.index.shape)
+    label = batch.label.gather(1, batch.segment_map.flatten(1).long()).view(batch.segment_map.shape)
     weight = pixel_weight(eds_weight(batch, config) * (label >= 0), config.reduction)
     inside = batch.void != PADDING
     return _class_losses(prediction, label.clamp_min(0), weight, inside, config, compiled=compiled)
@@ -237,7 +237,7 @@ def dice(prediction: Tensor, batch: Batch, encoding: PositionalCode) -> Tensor:
     """
     counted = ((batch.void != PADDING) & (batch.void != CROWD)).flatten(1)  # (B, P)
     code = encoding.encode(batch.centroid, batch.instance)  # (B, R, 4L)
-    index = batch.index.flatten(1).long()  # (B, P)
+    index = batch.segment_map.flatten(1).long()  # (B, P)
     area = torch.zeros_like(batch.label, dtype=torch.float32)
     area.scatter_add_(1, index, counted.float())
     weight = batch.instance / area.clamp_min(1)  # (B, R)

@@ -158,7 +158,7 @@ def validate(
         here = batch.to(accelerator.device)
         with accelerator.autocast():  # the network alone, as in training
             found = model(here.photo, "both")
-        full = found.resized(here.index.shape[1:])
+        full = found.resized(here.segment_map.shape[1:])
         images = len(here.keys)
         losses = (
             instance_loss(found.instance, here, encoding, config.loss, distance).total * images,
@@ -178,7 +178,7 @@ def validate(
 
 def label_hits(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Labelled pixels with the right category, and all labelled pixels; scalars."""
-    label = batch.label.gather(1, batch.index.flatten(1).long()).view(batch.index.shape)
+    label = batch.label.gather(1, batch.segment_map.flatten(1).long()).view(batch.segment_map.shape)
     labelled = label >= 0
     return ((logits.argmax(1) == label) & labelled).sum(), labelled.sum()
 
@@ -198,8 +198,8 @@ def code_hits(
         Instance pixels within one cell of their centroid's, all instance pixels, pixels of no
         instance nearest to void, all of those; scalars.
     """
-    truth = gather_rows(nearest_cell(batch.centroid, cells), batch.index)  # (B, 2, S, S)
-    member = gather_rows(batch.instance[..., None], batch.index)[:, 0]  # (B, S, S)
+    truth = gather_rows(nearest_cell(batch.centroid, cells), batch.segment_map)  # (B, 2, S, S)
+    member = gather_rows(batch.instance[..., None], batch.segment_map)[:, 0]  # (B, S, S)
     counted = instance_weight(batch, EVERYWHERE) > 0
     near, void = torch.zeros_like(member), torch.zeros_like(member)
     for row, one in enumerate(code):  # an image at a time: a cost for each pixel and cell

@@ -149,10 +149,10 @@ def draw_heads(
         categories: By label.
     """
     isthing = [category.isthing for category in categories]
-    found = model.eval()(batch.photo[:SHOWN], "both").resized(batch.index.shape[1:])
+    found = model.eval()(batch.photo[:SHOWN], "both").resized(batch.segment_map.shape[1:])
     rows: list[list[Tile]] = []
     for row, code in enumerate(found.instance):
-        index = batch.index[row].long().cpu().numpy()
+        index = batch.segment_map[row].long().cpu().numpy()
         centroid = batch.centroid[row].cpu().numpy().copy()
         centroid[~batch.instance[row].cpu().numpy()] = np.nan
         truth = centroid_colours(centroid[index].transpose(2, 0, 1))
