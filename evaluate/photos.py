@@ -22,7 +22,7 @@ from panoptic_cache.evaluate.report.pictures import predicted_map, write_overlay
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.base.progress import progress
-from panoptic_cache.train.guards import memory_advice
+from panoptic_cache.train.stopping import memory_advice
 
 logger = logging.getLogger(__name__)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from handmade import hashes
@@ -16,16 +18,11 @@ from handmade import hashes
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.train import checkpoint
-from panoptic_cache.train.checkpoint import (
-    begin_checkpoint,
-    finish_checkpoint,
-    step_folder,
-    write_checkpoint,
-)
+from panoptic_cache.train.checkpoint import rng_state, save_checkpoint
 from panoptic_cache.train.config import ModelConfig, OptimConfig, RandomBackbone, TrainConfig
-from panoptic_cache.train.generators import rng_state, set_rng_state
 from panoptic_cache.train.model import PanopticModel
 from panoptic_cache.train.optim import parameter_groups
+from panoptic_cache.train.ranks import Ranks
 from panoptic_cache.train.restore import (
     ARCHITECTURE,
     TrainState,
@@ -36,6 +33,7 @@ from panoptic_cache.train.restore import (
     load_training,
     load_weights,
     read_state,
+    set_rng_state,
 )
 
 BLOCKS = 2
@@ -72,13 +70,25 @@ def make_optimizer(model: PanopticModel, steps: int = 0) -> torch.optim.Optimize
 
 
 def save(
-    checkpoints: Path, step: int, *, keep: int = 9, model: PanopticModel | None = None
+    checkpoints: Path,
+    step: int,
+    *,
+    keep: int = 9,
+    model: PanopticModel | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    ema: PanopticModel | None = None,
+    config: TrainConfig = CONFIG,
 ) -> Path:
     model = model or make_model()
-    folder = begin_checkpoint(checkpoints, step)
-    write_checkpoint(folder, make_state(step), model, make_optimizer(model))
-    torch.save(rng_state(), folder / "rng_0.pt")
-    return finish_checkpoint(folder, keep)
+    return save_checkpoint(
+        Ranks(),
+        checkpoints,
+        make_state(step, config),
+        model=model,
+        optimizer=optimizer or make_optimizer(model),
+        ema=ema,
+        keep=keep,
+    )
 
 
 def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
@@ -88,7 +98,7 @@ def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 def test_a_checkpoint_holds_what_its_docstring_says(tmp_path: Path) -> None:
     folder = save(tmp_path, 3)
-    assert folder == step_folder(tmp_path, 3) == tmp_path / "step_0000003"
+    assert folder == tmp_path / "step_0000003"
     names = {"model.safetensors", ARCHITECTURE, "optimizer.pt", "rng_0.pt", "state.json"}
     assert {file.name for file in folder.iterdir()} == {*names, "complete.json"}
     vouched = json.loads((folder / "complete.json").read_text())
@@ -112,9 +122,7 @@ def test_a_trained_model_comes_back_without_the_hub(tmp_path: Path) -> None:
     # A name that only the hub could resolve: the checkpoint must not ask for it.
     model = make_model(seed=1)
     named = replace(CONFIG, model=replace(CONFIG.model, backbone="nobody/nothing"))
-    folder = begin_checkpoint(tmp_path / "checkpoints", 5)
-    write_checkpoint(folder, make_state(5, named), model, make_optimizer(model))
-    finish_checkpoint(folder, 1)
+    save(tmp_path / "checkpoints", 5, model=model, config=named)
     for path in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints/step_0000005"):
         loaded, state = load_model(path)
         assert same_weights(loaded, model)
@@ -128,11 +136,8 @@ def test_a_trained_model_comes_back_without_the_hub(tmp_path: Path) -> None:
 def test_training_is_put_back(tmp_path: Path) -> None:
     model = make_model()
     optimizer = make_optimizer(model, steps=2)
-    folder = begin_checkpoint(tmp_path, 2)
-    write_checkpoint(folder, make_state(2), model, optimizer)
-    torch.save(rng_state(), folder / "rng_0.pt")
+    folder = save(tmp_path, 2, model=model, optimizer=optimizer)
     drawn = torch.rand(3)
-    folder = finish_checkpoint(folder, 1)
 
     again = make_model(seed=9)
     other = make_optimizer(again)
@@ -151,9 +156,7 @@ def test_training_is_put_back(tmp_path: Path) -> None:
 
 def test_weights_or_their_average(tmp_path: Path) -> None:
     model, average = make_model(seed=1), make_model(seed=2)
-    folder = begin_checkpoint(tmp_path, 2)
-    write_checkpoint(folder, make_state(2), model, make_optimizer(model), average)
-    folder = finish_checkpoint(folder, 1)
+    folder = save(tmp_path, 2, model=model, ema=average)
     assert same_weights(load_model(folder)[0], average)
     assert same_weights(load_model(folder, weights="ema")[0], average)
     assert same_weights(load_model(folder, weights="model")[0], model)
@@ -170,12 +173,45 @@ def test_an_average_that_was_not_kept_is_named(tmp_path: Path) -> None:
         load_model(folder, weights="ema")
 
 
-def test_random_states_come_back() -> None:
+def drawn() -> list[Any]:
+    """From every generator that a checkpoint keeps."""
+    return [torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()]  # noqa: NPY002
+
+
+@pytest.mark.parametrize("version", ["0.1", "now"])
+def test_random_states_come_back(tmp_path: Path, version: str) -> None:
+    """Version 0.1 pickled NumPy's state as it is, and Python unpickled whatever there was."""
+    folder = save(tmp_path, 3)
     state = rng_state()
-    one = torch.rand(2), torch.randn(1)
-    set_rng_state(state)
-    other = torch.rand(2), torch.randn(1)
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    if version == "0.1":
+        state["numpy"] = np.random.get_state()  # noqa: NPY002
+        torch.save(state, folder / "rng_0.pt")
+    wanted = drawn()
+    model = make_model()
+    load_training(folder, model, make_optimizer(model), 0)
+    if version == "now":
+        set_rng_state(state)
+    assert drawn() == wanted
+
+
+class Exploit:
+    """What a stranger may put into a checkpoint."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("harm",)
+
+
+@pytest.mark.parametrize("file", ["rng_0.pt", "optimizer.pt"])
+def test_no_code_in_a_checkpoint_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    folder = save(tmp_path / "run", 3)
+    torch.save({"torch": Exploit()}, folder / file)
+    monkeypatch.chdir(tmp_path)
+    model = make_model()
+    with pytest.raises(InputError, match="cannot be resumed from"):
+        load_training(folder, model, make_optimizer(model), 0)
+    assert not Path("harm").exists()
 
 
 # What is not whole
@@ -237,8 +273,8 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
 def test_pruning_keeps_what_is_whole_and_clears_the_rest(tmp_path: Path) -> None:
     for step in (3, 6, 9):
         save(tmp_path, step)
-    damage(step_folder(tmp_path, 9), "cut file")  # the run goes on from step 6
-    begin_checkpoint(tmp_path, 8)  # left by a kill
+    damage(tmp_path / "step_0000009", "cut file")  # the run goes on from step 6
+    (tmp_path / ".tmp-step_0000008").mkdir()  # left by a kill
     written = save(tmp_path, 7, keep=2)
     assert latest_checkpoint(tmp_path) == written
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_0000006", "step_0000007"]

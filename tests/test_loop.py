@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -52,14 +51,13 @@ from panoptic_cache.train.config import (
     OptimConfig,
     TrainConfig,
 )
-from panoptic_cache.train.guards import memory_advice, not_finite, smaller_steps
-from panoptic_cache.train.loop import instance_distance, task_of
+from panoptic_cache.train.loop import task_of
 from panoptic_cache.train.loop import train as train_run
 from panoptic_cache.train.losses import instance_loss, semantic_loss
 from panoptic_cache.train.optim import learning_rate
 from panoptic_cache.train.ranks import Ranks
 from panoptic_cache.train.restore import incomplete, latest_checkpoint, load_model, read_state
-from panoptic_cache.train.watch import keep_lines
+from panoptic_cache.train.stopping import memory_advice, not_finite, smaller_steps
 
 SAMPLES = 12
 FIELDS = {"step", "epoch", "task", "loss", "pixel", "tv", "dice", "norm", "lr", *TIMES}
@@ -205,7 +203,7 @@ DEATHS = {
     "between weights and optimizer": ("torch", "save", 3, [2]),
     "before files are vouched for": (
         "panoptic_cache.train.checkpoint",
-        "finish_checkpoint",
+        "_finish",
         3,
         [2, 4],
     ),
@@ -255,19 +253,6 @@ def test_a_run_killed_at_any_moment_again_and_again(
         assert child.exitcode == -signal.SIGKILL
     assert kills > 0
     assert same_run(whole, tmp_path)
-
-
-def test_a_cut_line_and_later_lines_are_dropped(tmp_path: Path) -> None:
-    metrics = tmp_path / "metrics.jsonl"
-    keep_lines(metrics, 3)
-    assert metrics.read_text() == ""
-    metrics.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)))
-    keep_lines(metrics, 3)
-    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3]
-    metrics.write_text('{"step": 1}\n{"step": 2, "lo')
-    keep_lines(metrics, 3)
-    assert [line["step"] for line in lines_of(tmp_path)] == [1]
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 # What is refused
@@ -384,11 +369,11 @@ def test_tasks_are_shuffled() -> None:
 
 def test_the_distance_changes_at_its_switch() -> None:
     config = LossConfig(instance="squared_then_norm", switch=0.25)
-    assert [instance_distance(config, part) for part in (0.0, 0.24, 0.25, 1.0)] == [
+    assert [config.distance_at(part) for part in (0.0, 0.24, 0.25, 1.0)] == [
         *("squared", "squared", "norm", "norm")
     ]
-    assert instance_distance(LossConfig(), 0.0) == "norm"
-    assert instance_distance(LossConfig(instance="squared"), 1.0) == "squared"
+    assert LossConfig().distance_at(0.0) == "norm"
+    assert LossConfig(instance="squared").distance_at(1.0) == "squared"
 
 
 def test_two_ranks_train_as_one_that_accumulates(tiny_cache: Path, tmp_path: Path) -> None:

@@ -18,18 +18,17 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import Run
+from safetensors.torch import save_file
 from short_runs import ROOT, make_config, same_run, saved_steps, write_config
 
-import panoptic_cache.train.checkpoint
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
 from panoptic_cache.pipeline.render.driver import render
 from panoptic_cache.pipeline.render.plan import RenderConfig
 from panoptic_cache.train.data import iterate, open_index
-from panoptic_cache.train.guards import disk_advice, rank_advice
 from panoptic_cache.train.loop import train as train_run
-from panoptic_cache.train.stopping import StopRequest
+from panoptic_cache.train.stopping import StopRequest, rank_advice
 from panoptic_cache.train.stream import make_loader
 
 Refuse = Callable[..., str]
@@ -239,15 +238,14 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     """A limit on the size of files stands for the disk: writes fail within a file."""
     newest = sorted((whole / "checkpoints").iterdir())[-1]
     room = (newest / file).stat().st_size - 1000
-    begin = panoptic_cache.train.checkpoint.begin_checkpoint
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill(checkpoints: Path, step: int) -> Path:
-        if step == 4:
+    def fill(weights: Any, path: Path) -> None:
+        if path.parent.name == ".tmp-step_0000004":
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-        return begin(checkpoints, step)
+        save_file(weights, path)
 
-    monkeypatch.setattr("panoptic_cache.train.checkpoint.begin_checkpoint", fill)
+    monkeypatch.setattr("panoptic_cache.train.checkpoint.save_file", fill)
     try:
         line = refuse()
     finally:
@@ -261,12 +259,14 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     assert same_run(whole, run)
 
 
-def test_other_files_that_cannot_be_written(tmp_path: Path) -> None:
-    full = r"metrics\.jsonl: No space left on device \(make room"
-    with pytest.raises(InputError, match=full), disk_advice(tmp_path):
-        raise OSError(28, "No space left on device", "metrics.jsonl")
-    with pytest.raises(FileNotFoundError), disk_advice(tmp_path):
-        (tmp_path / "none").read_text()
+def test_other_files_that_cannot_be_written(
+    refuse: Refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("panoptic_cache.train.runlog.RunLog.step", full)
+    assert refuse() == f"{tmp_path / 'run'}: No space left on device"
 
 
 def test_a_rank_that_has_gone() -> None:
@@ -274,7 +274,7 @@ def test_a_rank_that_has_gone() -> None:
     with pytest.raises(InputError, match="another rank has gone"), rank_advice():
         raise error
     request = StopRequest()
-    request.signal = 15
+    request(15, None)
     with pytest.raises(SystemExit) as caught, rank_advice(request):
         raise error  # its launcher is ending it
     assert caught.value.code == 143

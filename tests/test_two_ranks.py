@@ -36,8 +36,8 @@ from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.train.config import TrainConfig
 from panoptic_cache.train.data import iterate, step_places
-from panoptic_cache.train.guards import alone
 from panoptic_cache.train.loop import train as train_run
+from panoptic_cache.train.stopping import alone
 
 LONG = 24
 """Steps: enough to be killed several times."""
@@ -284,7 +284,7 @@ def test_all_ranks_together_say_one_line(cache: Path, tmp_path: Path, harm: str)
 
 def test_a_folder_is_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
-    monkeypatch.setattr("panoptic_cache.train.guards.PATIENCE", 0.0)
+    monkeypatch.setattr("panoptic_cache.train.stopping.PATIENCE", 0.0)
     with (
         alone(run),
         pytest.raises(InputError, match="another run is writing here"),
@@ -309,6 +309,6 @@ def test_a_run_waits_for_another_that_is_ending(
         if len(naps) == 2:
             other.__exit__(None, None, None)
 
-    monkeypatch.setattr("panoptic_cache.train.guards.time.sleep", nap)
+    monkeypatch.setattr("panoptic_cache.train.stopping.time.sleep", nap)
     with alone(tmp_path):
         assert len(naps) == 2

@@ -41,10 +41,10 @@ from panoptic_cache.train.augment import Augmentation, draw_augmentation, jitter
 from panoptic_cache.train.config import DataConfig, ModelConfig, RandomBackbone, TrainConfig
 from panoptic_cache.train.data import Batch, collate, indexed_loader
 from panoptic_cache.train.encoding import make_encoding
-from panoptic_cache.train.guards import memory_advice, smaller_steps
 from panoptic_cache.train.losses import instance_loss, semantic_loss
 from panoptic_cache.train.model import PanopticModel, Task
 from panoptic_cache.train.optim import parameter_groups, set_learning_rate
+from panoptic_cache.train.stopping import memory_advice, smaller_steps
 from panoptic_cache.train.summary import summarize_model
 
 # Loading

@@ -3,14 +3,14 @@
 A checkpoint is a folder `step_%07d`:
 
     model.safetensors   the weights
-    ema.safetensors     their moving average, where the run keeps one
-    backbone.json       the encoder's architecture: no hub is needed to load it
+    ema.safetensors     their moving average, if the run keeps one
+    backbone.json       the encoder's architecture, so that loading needs no hub
     optimizer.pt        the optimizer's state
     rng_RANK.pt         the random number generators of each rank
     state.json          step, configuration, categories; can be read with cat
     complete.json       size and SHA-256 of every file above; written last
 
-It is written under a temporary name and renamed when `complete.json` is in place, so a kill at any
+It is written under a temporary name and renamed once `complete.json` is in place, so a kill at any
 moment leaves the earlier checkpoints untouched.
 """
 
@@ -18,25 +18,24 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.train.generators import rng_state
 from panoptic_cache.train.model import PanopticModel
+from panoptic_cache.train.ranks import Ranks
 from panoptic_cache.train.restore import (
     ARCHITECTURE,
     TrainState,
-    Weights,
     file_sha256,
     incomplete,
     latest_checkpoint,
@@ -46,100 +45,91 @@ from panoptic_cache.train.restore import (
 _TEMPORARY = ".tmp-"
 
 
-def step_folder(checkpoints: Path, step: int) -> Path:
-    """`checkpoints/step_%07d`."""
-    return checkpoints / f"step_{step:07d}"
-
-
-def begun_folder(checkpoints: Path, step: int) -> Path:
-    """The temporary folder that every rank writes into."""
-    return checkpoints / f"{_TEMPORARY}step_{step:07d}"
-
-
-def begin_checkpoint(checkpoints: Path, step: int) -> Path:
-    """Makes the temporary folder; call on the main rank."""
-    folder = begun_folder(checkpoints, step)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
-
-
 def save_checkpoint(
-    accelerator: Accelerator,
+    ranks: Ranks,
     checkpoints: Path,
     state: TrainState,
     *,
     model: PanopticModel,
     optimizer: torch.optim.Optimizer,
-    ema: PanopticModel | None,
+    ema: PanopticModel | None = None,
     keep: int,
 ) -> Path:
     """Writes a checkpoint, whole or not at all; call on every rank.
 
+    Args:
+        ranks: Of the run; the main one writes what is the same on all.
+        checkpoints: Folder of the run's checkpoints.
+        state: Where the run stands.
+        model: Not wrapped.
+        optimizer: Of the model.
+        ema: Holds the moving average.
+        keep: Complete checkpoints that stay, this one included.
+
     Raises:
-        InputError: It cannot be written; what there is of it is removed, earlier ones stay.
+        InputError: It cannot be written. What there is of it is removed, earlier ones stay.
     """
-    folder = begun_folder(checkpoints, state.step)
-    with _writing(folder):
-        if accelerator.is_main_process:
-            begin_checkpoint(checkpoints, state.step)
-            write_checkpoint(folder, state, model, optimizer, ema)
-        accelerator.wait_for_everyone()
-        _save(rng_state(), folder / f"rng_{accelerator.process_index}.pt")
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            finish_checkpoint(folder, keep)
-    accelerator.wait_for_everyone()
-    return step_folder(checkpoints, state.step)
+    folder = checkpoints / f"{_TEMPORARY}step_{state.step:07d}"
 
+    def whole_or_not(write: Callable[[], Path]) -> Path:
+        try:
+            return write()
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(folder, ignore_errors=True)  # makes room on a full disk
+            before = latest_checkpoint(checkpoints)
+            raise InputError(
+                f"cannot write the checkpoint: {str(error).splitlines()[0]}",
+                where=checkpoints,
+                remedy=f"make room or rights, then --resume; {before.name if before else 'none'} is"
+                " the last complete one",
+                code="write",
+            ) from None
 
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Makes one line of a full disk, and room on it."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+    def write_shared() -> Path:
         shutil.rmtree(folder, ignore_errors=True)
-        before = latest_checkpoint(folder.parent)
-        raise InputError(
-            f"cannot write the checkpoint: {reason}",
-            where=folder.parent,
-            remedy=f"make room or rights, then --resume; {before.name if before else 'none'} is"
-            " the last complete one",
-            code="write",
-        ) from None
+        folder.mkdir(parents=True)
+        save_file(_contiguous(model), weights_file(folder, "model"))
+        if ema is not None:
+            save_file(_contiguous(ema), weights_file(folder, "ema"))
+        model.encoder.config.to_json_file(folder / ARCHITECTURE, use_diff=False)
+        (folder / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
+        return _save(optimizer.state_dict(), folder / "optimizer.pt")
+
+    ranks.first(lambda: whole_or_not(write_shared))
+    own = folder / f"rng_{ranks.rank}.pt"
+    ranks.gather(lambda: whole_or_not(lambda: _save(rng_state(), own)))
+    return ranks.first(lambda: whole_or_not(lambda: _finish(folder, keep)))
 
 
-def _save(values: Any, path: Path) -> None:
+def rng_state() -> dict[str, Any]:
+    """The state of this process' random number generators, as tensors and plain values."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - libraries draw from the global one
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, np.int64)), *rest),
+        "python": random.getstate(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _contiguous(model: PanopticModel) -> dict[str, torch.Tensor]:
+    return {name: value.contiguous() for name, value in model.state_dict().items()}
+
+
+def _save(values: Any, path: Path) -> Path:
     try:
         torch.save(values, path)
-    except RuntimeError as error:  # of many kinds; the system's own reason is lost
+    except RuntimeError as error:  # torch loses the system's own reason
         if "CUDA" in str(error):
             raise
-        raise OSError(f"{path.name} was cut short, as where a disk is full") from None
+        raise OSError(f"{path.name} was cut short, as on a full disk") from None
+    return path
 
 
-def write_checkpoint(
-    folder: Path,
-    state: TrainState,
-    model: PanopticModel,
-    optimizer: torch.optim.Optimizer,
-    ema: PanopticModel | None = None,
-) -> None:
-    """Writes weights, optimizer and state; call on the main rank."""
-    kinds: list[tuple[Weights, PanopticModel | None]] = [("model", model), ("ema", ema)]
-    for kind, module in kinds:
-        if module is not None:
-            weights = {name: value.contiguous() for name, value in module.state_dict().items()}
-            save_file(weights, weights_file(folder, kind))
-    model.encoder.config.to_json_file(folder / ARCHITECTURE, use_diff=False)
-    _save(optimizer.state_dict(), folder / "optimizer.pt")
-    (folder / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
-
-
-def finish_checkpoint(folder: Path, keep: int) -> Path:
-    """Vouches for the files, renames the folder and prunes older ones; call on the main rank."""
+def _finish(folder: Path, keep: int) -> Path:
+    """Vouches for the files, renames the folder and prunes older ones."""
     files = {
         file.name: {"size": file.stat().st_size, "sha256": file_sha256(file)}
         for file in sorted(folder.iterdir())
@@ -154,10 +144,10 @@ def finish_checkpoint(folder: Path, keep: int) -> Path:
     folder.rename(final)
     _sync(final.parent)
     folders = sorted(final.parent.glob("step_*"))
-    # What is newer is damaged: the run would have gone on from there.
+    # The run began at the newest complete checkpoint, so a newer one than `final` is damaged.
     kept = [folder for folder in folders if folder <= final and not incomplete(folder)][-keep:]
-    # What goes is older, damaged, or was left half written by a kill.
-    for old in {*folders, *final.parent.glob(f"{_TEMPORARY}*")} - {*kept}:
+    left_over = final.parent.glob(f"{_TEMPORARY}*")  # by a kill
+    for old in {*folders, *left_over} - {*kept}:
         shutil.rmtree(old)
     return final
 

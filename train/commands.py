@@ -31,6 +31,9 @@ def train(
     config: Annotated[Path, typer.Argument(help="A file of configs/.")],
     settings: Settings = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+    trust_config: Annotated[
+        bool, typer.Option("--trust-config", help="Import any module that validation.metric names.")
+    ] = False,
 ) -> None:
     """Train a model from a cache.
 
@@ -38,12 +41,12 @@ def train(
     """
     from panoptic_cache.pipeline.base.config import load_config
     from panoptic_cache.train.config import TrainConfig
-    from panoptic_cache.train.guards import guarded_run
     from panoptic_cache.train.loop import train as run
+    from panoptic_cache.train.stopping import guarded_run
 
     chosen = load_config(TrainConfig, config, settings or [])
     with guarded_run(chosen):
-        run(chosen, resume=resume)
+        run(chosen, resume=resume, trust_config=trust_config)
 
 
 @app.command("model")

@@ -130,6 +130,12 @@ class LossConfig:
     tv: float = 0.1
     dice: float = 1.0
 
+    def distance_at(self, part: float) -> Literal["norm", "squared"]:
+        """The power of the distance in the instance loss, `part` of the way through the run."""
+        if self.instance == "squared_then_norm":
+            return "squared" if part < self.switch else "norm"
+        return self.instance
+
 
 @dataclass(frozen=True, slots=True)
 class OptimConfig:

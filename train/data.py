@@ -33,7 +33,7 @@ from panoptic_cache.pipeline.cache.index import ShardIndex, read_index
 from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.train.augment import Item, Place, draw_augmentation, make_item
 from panoptic_cache.train.config import DataConfig
-from panoptic_cache.train.stopping import stop_with_parent_only
+from panoptic_cache.train.stopping import ignore_signals
 
 log = logging.getLogger(__name__)
 
@@ -274,7 +274,7 @@ def loader_options(config: DataConfig, seed: int, *, pin: bool) -> dict[str, Any
 
 def prepare_worker(_: int) -> None:
     """One thread for each loader process; and only the training ends it, not the job's signals."""
-    stop_with_parent_only()
+    ignore_signals()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
 

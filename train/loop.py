@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,38 +21,41 @@ from panoptic_cache.pipeline.base.progress import progress
 from panoptic_cache.pipeline.base.stopping import Interrupted
 from panoptic_cache.train.augment import jitter_colour
 from panoptic_cache.train.checkpoint import save_checkpoint
-from panoptic_cache.train.config import LossConfig, TrainConfig
+from panoptic_cache.train.config import TrainConfig
 from panoptic_cache.train.data import iterate, micro_batch_sizes, open_index, repeats
 from panoptic_cache.train.encoding import make_encoding
-from panoptic_cache.train.guards import not_finite, rank_advice
-from panoptic_cache.train.losses import Distance, instance_loss, semantic_loss
+from panoptic_cache.train.losses import instance_loss, semantic_loss
 from panoptic_cache.train.model import PanopticModel, Task, check_size
 from panoptic_cache.train.optim import Ema, learning_rate, parameter_groups, set_learning_rate
 from panoptic_cache.train.ranks import Ranks
 from panoptic_cache.train.restore import (
     ARCHITECTURE,
     TrainState,
+    check_same_run,
+    fixed_settings,
     latest_checkpoint,
     load_training,
     read_state,
 )
-from panoptic_cache.train.resume import MAY_CHANGE, check_same_run, flat
-from panoptic_cache.train.stopping import stop_request
+from panoptic_cache.train.runlog import RunLog, installed_trackers
+from panoptic_cache.train.stopping import not_finite, rank_advice, stop_request
 from panoptic_cache.train.stream import make_loader
-from panoptic_cache.train.validation import open_held_out, validate
-from panoptic_cache.train.watch import Watch, draw_heads, has_validation, installed_trackers
+from panoptic_cache.train.validation import draw_heads, open_held_out, validate
 
 log = logging.getLogger(__name__)
 
 TASKS: tuple[Task, ...] = ("instance", "semantic")
 
 
-def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR0912, PLR0915 - see above
+def train(  # noqa: PLR0912, PLR0915 - one visible function
+    config: TrainConfig, *, resume: bool = False, trust_config: bool = False
+) -> Path:
     """Trains a model from a cache, or goes on where the last complete checkpoint was taken.
 
     Args:
         config: The whole run.
-        resume: Go on; without any checkpoint, start.
+        resume: Go on; start if there is no checkpoint.
+        trust_config: Import the `validation.metric` that the configuration names, whatever it is.
 
     Returns:
         The last checkpoint's folder.
@@ -70,8 +74,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
         log_with=installed_trackers(config.trackers) or None,
         project_dir=config.out,
     )
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    main, ranks = accelerator.is_main_process, Ranks(rank, world)
+    ranks = Ranks(accelerator.process_index, accelerator.num_processes)
+    main, device = ranks.main, accelerator.device
 
     # The run's folder.
     out = Path(config.out)
@@ -82,16 +86,19 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
             "a run lies here already", where=out, remedy="add --resume, or --set out=ANOTHER"
         )
 
-    # The data. The loader is cut into ranks already and must not be prepared.
+    # The data.
     index = open_index(config.data)
     samples, categories = index.samples, index.categories
     steps = config.total_steps(samples)
-    sizes = micro_batch_sizes(config.data, world)
-    if main and config.data.batch > samples:
+    sizes = micro_batch_sizes(config.data, ranks.world)
+    if config.data.batch > samples:
         log.warning("a batch of %d repeats the cache's %d samples", config.data.batch, samples)
-    held_out = open_held_out(config, categories)
+    held_out = open_held_out(config, categories, trust=trust_config)
     if begun is not None:
         check_same_run(read_state(begun), config, index.fingerprint)
+    state_at = partial(
+        TrainState, cache_fingerprint=index.fingerprint, config=config, categories=categories
+    )
 
     # The model.
     set_seed(config.seed)
@@ -105,24 +112,22 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
     )
     check_size(config.data.size, config.data.size, model.patch_size)
     model.to(device)  # before its optimizer, whose restored state follows the parameters
-    set_seed(config.seed + rank)  # the ranks drop different paths
+    set_seed(config.seed + ranks.rank)  # the ranks drop different paths
     blocks = model.encoder.config.num_hidden_layers
     optimizer = torch.optim.AdamW(
         parameter_groups(model, blocks, config.optim), lr=0.0, betas=config.optim.betas
     )
     ema = Ema(model, config.ema) if config.ema is not None else None
     average = ema.model if ema else None
-    watched = average or model
+    measured = average or model
     first = 0
     if begun is not None:
-        first = load_training(begun, model, optimizer, rank, average).step
-        if main:
-            log.info("going on from %s", begun)
-    settings = {k: v for k, v in flat(config.to_dict()).items() if k not in MAY_CHANGE}
+        first = load_training(begun, model, optimizer, ranks.rank, average).step
+        log.info("going on from %s", begun)
     ranks.check_same(
         {
             "the cache": index.fingerprint,
-            "the configuration": fingerprint(settings),
+            "the configuration": fingerprint(fixed_settings(config)),
             "the step to begin at": first,
             "the step to end at": steps,
         }
@@ -132,10 +137,11 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
         index,
         seed=config.seed,
         steps=range(first, steps),
-        rank=rank,
-        world=world,
+        rank=ranks.rank,
+        world=ranks.world,
         pin=device.type == "cuda",
     )
+    # Not the loader, which is cut into ranks already.
     network, optimizer = accelerator.prepare(
         torch.compile(model) if config.compile else model,
         optimizer,
@@ -146,29 +152,29 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.toml").write_bytes(tomli_w.dumps(config.to_dict()).encode())
     ranks.check_shared(out / "config.toml")
-    watch = Watch(accelerator, out, first)
+    runlog = RunLog(accelerator, out, first)
+
+    def look(done: int) -> None:
+        """Measures held-out samples, if that is due after `done` steps."""
+        if held_out is not None and (done % config.validation.every == 0 or done == steps):
+            state, power = state_at(done), config.loss.distance_at((done - 1) / steps)
+            values = validate(accelerator, measured, held_out, state, power)
+            runlog.validation(done, values)
+
+    # A run that ended right after a checkpoint has not looked at held-out samples yet.
+    if begun is not None and not ranks.first(lambda: runlog.has_validation(first)):
+        look(first)
+        runlog.curves()
 
     # The steps.
+    of_instances = partial(
+        instance_loss, encoding=encoding, config=config.loss, compiled=config.compile
+    )
+    of_categories = partial(semantic_loss, config=config.loss, compiled=config.compile)
     warmup = round(config.optim.warmup_epochs * samples / config.data.batch)
-    if main and warmup >= steps:
+    if warmup >= steps:
         log.warning("a warm-up of %d steps outlasts the run's %d", warmup, steps)
     last, note, asked = begun, "", 0
-
-    def look(done: int, distance: Distance) -> None:
-        """At held-out samples, where that is due after `done` steps."""
-        if held_out is not None and (done % config.validation.every == 0 or done == steps):
-            state = TrainState(done, index.fingerprint, config, categories)
-            watch.validation(
-                done,
-                validate(
-                    accelerator, watched, held_out, state, encoding=encoding, distance=distance
-                ),
-            )
-
-    # A run that ended between a checkpoint and its look has that before it.
-    if begun is not None and not ranks.first(lambda: has_validation(out / "metrics.jsonl", first)):
-        look(first, instance_distance(config.loss, (first - 1) / steps))
-        watch.curves()
     with (
         progress("train", steps, "steps", first) as advance,
         stop_request() as request,
@@ -177,14 +183,14 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
     ):
         for step in range(first, steps):
             started, waited = time.perf_counter(), 0.0
-            task = task_of(config.seed, step)
-            distance = instance_distance(config.loss, step / steps)
+            task, distance = task_of(config.seed, step), config.loss.distance_at(step / steps)
             set_learning_rate(optimizer, rate := learning_rate(config.optim, step, steps, warmup))
             network.train()
+            # Total, pixel, TV and DICE loss of each micro-batch: (micro-batches, 4)
             terms, keys = torch.zeros(len(sizes), 4, device=device), list[tuple[str, ...]]()
             for number, size in enumerate(sizes):
                 waiting = time.perf_counter()
-                batch = next(batches).to(device)
+                batch = next(batches).to(device)  # photo (b, 3, S, S), segment_map (b, S, S), uint8
                 waited += time.perf_counter() - waiting
                 keys.append(batch.keys)
                 if (step, number) == (first, 0):
@@ -193,25 +199,19 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
                 # Gradients meet between ranks once a step, in its last backward pass.
                 final, share = number == len(sizes) - 1, size / sum(sizes)
                 with nullcontext() if final else accelerator.no_sync(network):
-                    prediction = network(jitter_colour(batch.photo, batch.colour, batch.void), task)
-                    if task == "instance":
-                        losses = instance_loss(
-                            prediction.instance,
-                            batch,
-                            encoding,
-                            config.loss,
-                            distance,
-                            compiled=config.compile,
-                        )
-                    else:
-                        losses = semantic_loss(
-                            prediction.semantic, batch, config.loss, compiled=config.compile
-                        )
+                    # One head is run: instance (b, channels, S', S') or semantic (b, C, S', S').
+                    # S' is the decoder's output side.
+                    found = network(jitter_colour(batch.photo, batch.colour, batch.void), task)
+                    losses = (
+                        of_instances(found.instance, batch, distance=distance)
+                        if task == "instance"
+                        else of_categories(found.semantic, batch)
+                    )
                     accelerator.backward(losses.total * share)
                 parts = (losses.total, losses.pixel, losses.tv, losses.dice)
                 terms[number] = torch.stack([part.detach() for part in parts]) * share
 
-            # The verdict, before the weights change: what is not finite reaches no checkpoint.
+            # Before the weights change: what is not finite reaches no checkpoint.
             norm = accelerator.clip_grad_norm_(network.parameters(), config.optim.clip_norm)
             *totals, length = torch.cat([terms[:, 0], norm.view(1)]).tolist()
             finite = all(map(math.isfinite, (*totals, length)))
@@ -226,34 +226,31 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
             # The record.
             done = step + 1
             if done % config.log_every == 0 or done == steps:
-                total, pixel, tv, dice = accelerator.reduce(terms.sum(0), "mean").tolist()
+                terms_of_step = accelerator.reduce(terms.sum(0), "mean").tolist()
                 seconds = time.perf_counter() - started
                 line = {
                     "step": done,
                     "epoch": done * config.data.batch / samples,
                     "task": task,
-                    "loss": total,
-                    "pixel": pixel,
-                    "tv": tv,
-                    "dice": dice,
+                    **dict(zip(("loss", "pixel", "tv", "dice"), terms_of_step, strict=True)),
                     "norm": length,
                     "lr": rate,
                     "images_per_second": config.data.batch / seconds,
                     "waited": waited / seconds,
                 }
-                watch.step(line)
-                note = f"{task} loss {total:.3f}"
+                runlog.step(line)
+                note = f"{task} loss {line['loss']:.3f}"
             if main:
                 advance(1, note)
 
             # The checkpoint.
             asked = verdict.signal if done < steps else 0
-            state = TrainState(done, index.fingerprint, config, categories)
-            if done % config.checkpoint_every == 0 or done == steps or asked:
+            due = done % config.checkpoint_every == 0 or done == steps
+            if due or asked:
                 last = save_checkpoint(
-                    accelerator,
+                    ranks,
                     checkpoints,
-                    state,
+                    state_at(done),
                     model=model,
                     optimizer=optimizer,
                     ema=average,
@@ -263,13 +260,13 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:  # noqa: PLR091
                 break
 
             # Held-out samples and pictures.
-            look(done, distance)
+            look(done)
             if main and config.pictures_every and done % config.pictures_every == 0:
                 shown = next(held_out.batches(config, 0, 1)).to(device) if held_out else batch
                 with accelerator.autocast():
-                    watch.picture(done, draw_heads(watched, shown, encoding, categories))
-            if done % config.checkpoint_every == 0 or done == steps:
-                watch.curves()
+                    runlog.picture(done, draw_heads(measured, shown, encoding, categories))
+            if due:
+                runlog.curves()
     accelerator.end_training()
     if asked:
         raise Interrupted(asked, f"{last} is complete, --resume goes on from it")
@@ -287,10 +284,3 @@ def task_of(seed: int, step: int) -> Task:
     block, place = divmod(step, 3)
     semantic = np.random.default_rng([seed, block]).integers(3)
     return "semantic" if place == semantic else "instance"
-
-
-def instance_distance(config: LossConfig, part: float) -> Distance:
-    """The power of the distance in the instance loss, `part` of the way through the run."""
-    if config.instance == "squared_then_norm":
-        return "squared" if part < config.switch else "norm"
-    return config.instance

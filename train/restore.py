@@ -1,4 +1,4 @@
-"""Checkpoints read back: which of them is whole, its state, its weights, a run to go on with.
+"""Checkpoints read back: which one is whole, its state, its weights, and whether a run may go on.
 
 `train/checkpoint.py` writes them and says what is in one.
 """
@@ -8,11 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -22,7 +25,6 @@ from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.train.config import TrainConfig
 from panoptic_cache.train.encoding import make_encoding
-from panoptic_cache.train.generators import set_rng_state
 from panoptic_cache.train.model import PanopticModel
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,18 @@ log = logging.getLogger(__name__)
 ARCHITECTURE = "backbone.json"
 Weights = Literal["model", "ema"]
 """Which weights of a checkpoint: the last ones, or their moving average."""
+
+MAY_CHANGE = frozenset(
+    {
+        *("out", "epochs", "steps", "precision", "compile"),
+        *("checkpoint_every", "keep", "log_every", "pictures_every", "trackers"),
+        *("data.cache", "data.reader", "data.micro_batch", "data.workers", "data.upscale"),
+        "model.gradient_checkpointing",
+        *("optim.lr", "optim.min_lr", "optim.warmup_epochs", "optim.clip_norm"),
+        *(f"validation.{name}" for name in ("cache", "every", "samples", "metric")),
+    }
+)
+"""Settings that may change when a run goes on; any other change makes it another run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +209,7 @@ def load_training(
     rank: int,
     ema: PanopticModel | None = None,
 ) -> TrainState:
-    """Puts a run back where a checkpoint was taken.
+    """Puts a run back to where a checkpoint was taken.
 
     Raises:
         InputError: The weights do not fit the model, or the rest cannot be read.
@@ -205,10 +219,10 @@ def load_training(
     if ema is not None:
         load_weights(ema, folder, "ema")
     try:
-        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu"))
+        optimizer.load_state_dict(_load(folder / "optimizer.pt"))
         generators = folder / f"rng_{rank}.pt"
-        if generators.exists():  # another number of ranks draws afresh
-            set_rng_state(torch.load(generators, weights_only=False))
+        if generators.exists():  # with more ranks than before, the new ones draw afresh
+            set_rng_state(_load(generators))
     except (OSError, EOFError, RuntimeError, LookupError, ValueError, UnpicklingError) as error:
         reason = f"{type(error).__name__} {error}".splitlines()[0]
         raise InputError(
@@ -217,6 +231,61 @@ def load_training(
             remedy="remove it to go on from an earlier one",
         ) from None
     return state
+
+
+def _load(path: Path) -> Any:
+    """Unpickles tensors and plain values; in `rng_*.pt` of version 0.1 also a NumPy array."""
+    make_array = np.empty(0).__reduce__()[0]
+    modules = ("numpy._core.multiarray", "numpy.core.multiarray")  # of NumPy 2 and 1
+    safe: list[Any] = [np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+    safe += [(make_array, f"{module}._reconstruct") for module in modules]
+    with torch.serialization.safe_globals(safe):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Puts back what `train.checkpoint.rng_state` gave."""
+    name, keys, *rest = state["numpy"]
+    torch.set_rng_state(state["torch"])
+    np.random.set_state((name, np.asarray(keys, np.uint32), *rest))  # noqa: NPY002
+    random.setstate(state["python"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def check_same_run(state: TrainState, config: TrainConfig, cache_fingerprint: str) -> None:
+    """Raises InputError where a checkpoint belongs to another model or another cache."""
+    if state.cache_fingerprint != cache_fingerprint:
+        raise InputError(
+            "the cache is not the one this run began with",
+            where=config.data.cache,
+            remedy="resume with its cache, or start another run",
+        )
+    before, now = fixed_settings(state.config), fixed_settings(config)
+    changed = [
+        f"{name} was {before.get(name)}, now {now.get(name)}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)  # what is None is left out
+    ]
+    if changed:
+        raise InputError(
+            f"the checkpoint is of another configuration: {'; '.join(changed)}",
+            where=config.out,
+            remedy="resume with its config.toml, or start another run",
+        )
+
+
+def fixed_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that make a run what it is, by their dotted names, as `--set` takes them."""
+    return {k: v for k, v in _flat(config.to_dict()).items() if k not in MAY_CHANGE}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = isinstance(value, Mapping)
+        result |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return result
 
 
 def file_sha256(path: Path) -> str:

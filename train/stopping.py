@@ -1,4 +1,4 @@
-"""Asked to stop: finish the step, save, leave. And loader processes that do not die before it.
+"""What ends a run early: signals that ask for it, and failures, each told in one line.
 
 A preempted job gets SIGTERM and some seconds; Ctrl-C is SIGINT. Schedulers send them to every
 process of a job, terminals to the whole foreground group, launchers pass them on once more.
@@ -6,42 +6,66 @@ process of a job, terminals to the whole foreground group, launchers pass them o
 
 from __future__ import annotations
 
-import ctypes
+import logging
+import math
 import os
 import signal
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+import torch
+from torch.distributed import DistError
+
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.base.stopping import SIGNALS
+from panoptic_cache.train.config import TrainConfig
+from panoptic_cache.train.ranks import Ranks
 
-LAUNCHERS = {"accelerate", "torchrun", "accelerate.commands.launch", "torch.distributed.run"}
-"""Programs and modules that start ranks and end them."""
+log = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1
+PATIENCE = 60.0
+"""Seconds to wait for an earlier run to leave the folder: a step and a checkpoint."""
+NAMED = 32
+"""Samples that a message names."""
+
+_PARENT = os.getppid()
+_LAUNCHED = not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}.isdisjoint(os.environ)
+"""Whether that is accelerate or torchrun; both tell their ranks so."""
+_NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+"""The CPU's allocator and CUDA's libraries raise plain RuntimeErrors."""
 
 
 class StopRequest:
-    """Whether somebody asked this process to stop.
-
-    Attributes:
-        signal: The first signal's number, 0 until there is one.
-    """
+    """Whether somebody asked this process to stop; as a signal handler, it takes note of that."""
 
     def __init__(self) -> None:
-        self.signal = 0
+        self._signal = 0
 
     def __call__(self, number: int, _: FrameType | None) -> None:
-        """The handler: notes the first signal. Impatience would only spoil the checkpoint."""
-        self.signal = self.signal or number
+        """Notes the first signal. Later ones would only spoil the checkpoint."""
+        self._signal = self._signal or number
+
+    @property
+    def signal(self) -> int:
+        """The first signal's number, 0 until there is one.
+
+        A rank whose launcher has gone stops as if by SIGTERM. `accelerate launch` (1.15) dies of a
+        SIGTERM without passing it on, and any launcher can be killed: of a run of 2,000 steps whose
+        launcher was stopped at step 4, the rank made all 2,000, beside the run that was resumed.
+        """
+        if not self._signal and _LAUNCHED and os.getppid() != _PARENT:
+            self._signal = signal.SIGTERM
+        return self._signal
 
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Notes SIGTERM and SIGINT instead of dying of them; of use in the main thread only."""
+    """Notes SIGTERM and SIGINT instead of dying of them; works in the main thread only."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -54,38 +78,149 @@ def stop_request() -> Iterator[StopRequest]:
             signal.signal(each, handler)
 
 
-def stop_with_launcher() -> None:
-    """Asks this process to stop once its launcher is gone, however it went; Linux only.
+def ignore_signals() -> None:
+    """Lets a loader process outlive the signals that a whole job gets.
 
-    `accelerate launch` dies of a SIGTERM without passing it on, and any launcher can be killed. Its
-    ranks would train on, unseen, beside the run that goes on from their checkpoints.
+    The step that is to be finished would otherwise wait for batches that nobody makes. The process
+    still ends when its loader is closed, and within seconds of its parent's death.
     """
-    parent = Path(f"/proc/{os.getppid()}/cmdline")
-    words = parent.read_bytes().decode(errors="replace").split("\0") if parent.exists() else []
-    if LAUNCHERS & {Path(word).name for word in words}:
-        _at_parents_death(signal.SIGTERM)
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
 
 
-def _at_parents_death(number: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+@contextmanager
+def guarded_run(config: TrainConfig) -> Iterator[None]:
+    """What a training process needs around the run: the folder to itself, failures in one line.
 
-
-def stop_with_parent_only() -> None:
-    """Lets a loader process outlive the signals that a whole job gets; its parent still ends it.
-
-    Else the step that has to be finished would wait for batches that nobody makes. Who sent a
-    signal is known only to who waits for it, hence the thread.
-
-    It does not outlive its parent, whose sockets it has: other ranks would wait for a dead one.
+    Raises:
+        InputError: Another run holds the folder, memory ran out, or another rank was lost.
     """
-    _at_parents_death(signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    out = Path(config.out)
+    with ExitStack() as guards:
+        if os.environ.get("RANK", "0") == "0":
+            guards.enter_context(alone(out))
+        guards.enter_context(memory_advice(smaller_steps(config)))
+        guards.enter_context(rank_advice())
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or str(out)
+            raise
 
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
 
-    threading.Thread(target=wait, daemon=True).start()
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Holds a run's folder, so that no other run writes into it; for the main rank.
+
+    Ranks whose launcher was killed finish their step and save. The run that goes on must not
+    overtake them, so it waits for `PATIENCE`.
+
+    Raises:
+        InputError: Another run holds it for longer.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as lock:
+        for waited in range(math.ceil(PATIENCE) + 1):
+            try:
+                lock.enter_context(Storage(str(out)).locked())
+                break
+            except InputError as error:
+                if error.code != "locked" or waited >= PATIENCE:
+                    raise
+                if waited == 0:
+                    log.warning("%s: another run is ending here, waiting for it", out)
+                time.sleep(1)
+        try:
+            yield
+        finally:
+            lock.close()
+            with suppress(OSError):
+                out.rmdir()  # if nothing was written
+
+
+def not_finite(
+    ranks: Ranks,
+    step: int,
+    losses: Sequence[float],
+    keys: Sequence[tuple[str, ...]],
+    norm: float,
+) -> InputError:
+    """Says on every rank where a loss or a gradient stopped being a number.
+
+    Args:
+        ranks: All of them call this.
+        step: 0-based.
+        losses: Of this rank's micro-batches.
+        keys: Of their samples.
+        norm: Of the gradient over all ranks.
+    """
+    everyone = ranks.gather(lambda: [*zip(losses, keys, strict=True)])
+    losses, keys = zip(*(pair for pairs in everyone for pair in pairs), strict=True)
+    guilty = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
+    what = (
+        f"the loss is {losses[guilty[0]]} at step {step}"
+        if guilty
+        else f"the gradient's norm is {norm} at step {step}, the losses are finite"
+    )
+    suspects = [key for number in guilty or range(len(keys)) for key in keys[number]]
+    more = f" and {len(suspects) - NAMED} more" if len(suspects) > NAMED else ""
+    return InputError(
+        what,
+        where=f"batch of {', '.join(suspects[:NAMED])}{more}",
+        remedy="lower optim.lr, or use fp32",
+        code="not-finite",
+    )
+
+
+@contextmanager
+def memory_advice(remedy: str) -> Iterator[None]:
+    """Turns running out of memory into one line that says what to lower.
+
+    Raises:
+        InputError: Memory ran out inside; it ends with the remedy.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        line = next(iter(str(error).splitlines()), "")
+        plain = not isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if plain and not any(sign in str(error) for sign in _NO_MEMORY):
+            raise
+        raise InputError(
+            f"out of memory: {line[:120]}", remedy=remedy, code="out-of-memory"
+        ) from None
+
+
+def smaller_steps(config: TrainConfig) -> str:
+    """What to lower if a training step takes too much memory."""
+    data = config.data
+    remedies = [f"lower data.micro_batch, now {data.micro_batch}; the batch stays {data.batch}"]
+    if not config.model.gradient_checkpointing:
+        remedies.append("or set model.gradient_checkpointing=true")
+    remedies.append(f"or lower data.size, now {data.size}")
+    return ", ".join(remedies)
+
+
+@contextmanager
+def rank_advice(request: StopRequest | None = None) -> Iterator[None]:
+    """Turns what the libraries say when another rank ends into one line.
+
+    Args:
+        request: The launcher, which knows more, may have asked this rank to stop.
+
+    Raises:
+        InputError: Another rank was lost; this one knows no reason.
+        SystemExit: Likewise, and the launcher is ending the run.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, DistError) and "gloo" not in str(error):
+            raise
+        if request is not None and request.signal:
+            raise SystemExit(128 + request.signal) from None
+        raise InputError(
+            "another rank has gone, or cannot be reached",
+            remedy="its own last line or the launcher's says why; --resume goes on",
+            code="rank-lost",
+        ) from None

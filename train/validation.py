@@ -1,12 +1,13 @@
-"""A slice of held-out samples: losses, pixel accuracies, and any measure found by name."""
+"""Looks at a model while it trains: losses and measures of held-out samples, and a picture."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -16,10 +17,19 @@ from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.cache.sample import Sample
 from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.pipeline.coco import Category
+from panoptic_cache.pipeline.pictures.colours import Picture, centroid_colours, semantic_colours
+from panoptic_cache.pipeline.pictures.sheets import Tile, sheet
 from panoptic_cache.train.augment import Augmentation, make_item
 from panoptic_cache.train.config import LossConfig, TrainConfig
 from panoptic_cache.train.data import Batch, check_rendered_size, collate
-from panoptic_cache.train.encoding import Encoding, grid_cells, nearest_cell, nearest_cells
+from panoptic_cache.train.encoding import (
+    Encoding,
+    grid_cells,
+    make_encoding,
+    nearest_cell,
+    nearest_cells,
+    nearest_centroids,
+)
 from panoptic_cache.train.losses import (
     Distance,
     gather_rows,
@@ -32,6 +42,8 @@ from panoptic_cache.train.restore import TrainState
 
 EVERYWHERE = LossConfig(eds=False)
 """Weights of 1 wherever the instance task counts."""
+SHOWN = 4
+"""Samples on a picture."""
 
 
 class Metric(Protocol):
@@ -79,8 +91,15 @@ class HeldOut:
             )
 
 
-def open_held_out(config: TrainConfig, categories: tuple[Category, ...]) -> HeldOut | None:
+def open_held_out(
+    config: TrainConfig, categories: tuple[Category, ...], *, trust: bool = False
+) -> HeldOut | None:
     """The slice that a configuration names, or None.
+
+    Args:
+        config: Of the run.
+        categories: Of the training cache.
+        trust: See `find_metric`.
 
     Raises:
         InputError: Its cache is remote, empty or of other categories, or there is no such metric.
@@ -106,20 +125,36 @@ def open_held_out(config: TrainConfig, categories: tuple[Category, ...]) -> Held
     count = min(config.validation.samples, len(reader))
     positions = tuple(number * len(reader) // count for number in range(count))
     name = config.validation.metric
-    return HeldOut(reader, positions, find_metric(name) if name else None)
+    return HeldOut(reader, positions, find_metric(name, trust=trust) if name else None)
 
 
-def find_metric(name: str) -> Metric:
-    """The function `module:function`; InputError where there is none."""
+def find_metric(name: str, *, trust: bool = False) -> Metric:
+    """The function that `validation.metric` names.
+
+    Args:
+        name: `module:function`.
+        trust: Import modules outside this package, too. Importing runs them, and a configuration
+            may come from somebody else.
+
+    Raises:
+        InputError: There is no such function, or its module is not trusted.
+    """
+    where = f"validation.metric = {name}"
     module, _, function = name.partition(":")
-    if module.startswith("evaluate."):  # how runs of version 0.1 name it
+    if module.startswith("evaluate."):  # as version 0.1 wrote it
         module = f"panoptic_cache.{module}"
+    if not trust and not module.startswith("panoptic_cache."):
+        raise InputError(
+            f"{module} is no module of this program, and importing runs it",
+            where=where,
+            remedy="add --trust-config if it is yours",
+        )
     try:
         return cast("Metric", getattr(importlib.import_module(module), function))
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"no such function: {error}",
-            where=f"validation.metric = {name}",
+            where=where,
             remedy="panoptic_cache.evaluate.held_out:panoptic_quality is one",
         ) from None
 
@@ -130,8 +165,6 @@ def validate(
     model: PanopticModel,
     held_out: HeldOut,
     state: TrainState,
-    *,
-    encoding: Encoding,
     distance: Distance,
 ) -> dict[str, float]:
     """Measures a model on the slice; call on every rank.
@@ -141,7 +174,6 @@ def validate(
         model: Not the one that Accelerate wrapped; left in evaluation mode.
         held_out: The slice.
         state: Of the run.
-        encoding: Of the instance head.
         distance: Of the instance loss.
 
     Returns:
@@ -151,6 +183,7 @@ def validate(
         part of the other pixels whose code is nearest to void; on the main rank also the metric's.
     """
     config, model = state.config, model.eval()
+    encoding = make_encoding(config.loss.encoding, config.loss.harmonics)
     cells = grid_cells(config.data.size)
     sums = torch.zeros(9, dtype=torch.float64, device=accelerator.device)
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -209,3 +242,43 @@ def code_hits(
         near[row] = (apart <= 1) & ~void[row]
     things, rest = member & counted, ~member & counted
     return (near & things).sum(), things.sum(), (void & rest).sum(), rest.sum()
+
+
+@torch.no_grad()
+def draw_heads(
+    model: PanopticModel, batch: Batch, encoding: Encoding, categories: Sequence[Category]
+) -> Picture:
+    """Both heads beside their targets, a row each for the first samples of a batch.
+
+    Codes are shown as they are, before any decoding: the colour of the centroid they are nearest
+    to. The model is left in evaluation mode.
+
+    Args:
+        model: Not wrapped; on the batch's device.
+        batch: The samples; colours are not jittered.
+        encoding: Of the instance head.
+        categories: By label.
+    """
+    isthing = [category.isthing for category in categories]
+    found = model.eval()(batch.photo[:SHOWN], "both").resized(batch.segment_map.shape[1:])
+    rows: list[list[Tile]] = []
+    for row, code in enumerate(found.instance):
+        index = batch.segment_map[row].long().cpu().numpy()
+        centroid = batch.centroid[row].cpu().numpy().copy()
+        centroid[~batch.instance[row].cpu().numpy()] = np.nan
+        truth = centroid_colours(centroid[index].transpose(2, 0, 1))
+        cells = grid_cells(index.shape[0])
+        labels = found.semantic[row].argmax(0).cpu().numpy()
+        rows.append(
+            [
+                (batch.keys[row], batch.photo[row].permute(1, 2, 0).cpu().numpy()),
+                ("true centroids", truth),
+                ("instance head", centroid_colours(nearest_centroids(code, encoding, cells))),
+                (
+                    "true categories",
+                    semantic_colours(batch.label[row].cpu().numpy()[index], isthing),
+                ),
+                ("semantic head", semantic_colours(labels, isthing)),
+            ]
+        )
+    return sheet(rows)

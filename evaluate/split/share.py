@@ -25,8 +25,8 @@ from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.progress import progress
 from panoptic_cache.pipeline.coco import CocoPanoptic, ImageId, PanopticRecord
 from panoptic_cache.pipeline.png import read_ids
-from panoptic_cache.train.guards import memory_advice
 from panoptic_cache.train.ranks import Ranks
+from panoptic_cache.train.stopping import memory_advice
 
 STEPS = ("read", "network", "decode", "write", "score")
 """What is timed; `write` and `score` run beside the other steps."""

@@ -1,4 +1,4 @@
-"""Watching: held-out samples, pictures, trackers, and that none of it touches the run."""
+"""Looks at a run: held-out samples, pictures, and that none of it touches the run."""
 
 from __future__ import annotations
 
@@ -37,8 +37,13 @@ from panoptic_cache.train.loop import train
 from panoptic_cache.train.losses import gather_rows
 from panoptic_cache.train.model import PanopticModel
 from panoptic_cache.train.restore import TrainState, latest_checkpoint, load_model
-from panoptic_cache.train.validation import code_hits, find_metric, label_hits, open_held_out
-from panoptic_cache.train.watch import draw_heads, installed_trackers
+from panoptic_cache.train.validation import (
+    code_hits,
+    draw_heads,
+    find_metric,
+    label_hits,
+    open_held_out,
+)
 
 TIMES = {"images_per_second", "waited"}
 seen: list[tuple[bool, int, list[str]]] = []
@@ -118,7 +123,7 @@ def test_watching_changes_nothing(tiny_cache: Path, held_out_cache: Path, tmp_pa
         pictures_every=3,
         trackers=("tensorboard",),
     )
-    train(watched)
+    train(watched, trust_config=True)
     plain, other = weights_of(tmp_path / "plain"), weights_of(tmp_path / "watched")
     assert all(torch.equal(value, other[name]) for name, value in plain.items())
     assert steps_of(tmp_path / "plain") == steps_of(tmp_path / "watched")
@@ -237,8 +242,15 @@ def test_validation_on_other_categories_is_refused(held_out_cache: Path, tmp_pat
         open_held_out(remote, categories)
 
 
-def test_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="no such tracker: tensorbord"):
-        installed_trackers(["tensorbord"])
-    monkeypatch.setattr("panoptic_cache.train.watch.get_available_trackers", list)
-    assert installed_trackers(["tensorboard"]) == []
+def test_only_modules_of_this_package_are_imported_without_being_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stranger.py").write_text("open('harm', 'w').close()\ndef metric(): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"stranger is no module .*add --trust-config"):
+        find_metric("stranger:metric")
+    assert not Path("harm").exists()
+    assert callable(find_metric("stranger:metric", trust=True))
+    # As runs of version 0.1 name it.
+    assert find_metric("evaluate.held_out:panoptic_quality") is panoptic_quality

@@ -1,4 +1,4 @@
-"""The picture of a run: well-formed, true to the numbers, and drawn while the run goes on."""
+"""What a run writes down: its lines, its trackers, and its curves, true to the numbers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,17 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from short_runs import lines_of
 
-from panoptic_cache.train.curves import HEIGHT, POINTS, TOP, draw_curves
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.train.runlog import (
+    HEIGHT,
+    POINTS,
+    TOP,
+    draw_curves,
+    installed_trackers,
+    keep_lines,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -88,3 +97,23 @@ def test_whatever_was_noted_is_drawn(tmp_path: Path, lines: list[dict[str, Any]]
 
 def test_a_run_leaves_its_picture(trained: Path) -> None:
     assert "instance task" in titles(ElementTree.parse(trained / "curves.svg").getroot())
+
+
+def test_a_cut_line_and_later_lines_are_dropped(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    keep_lines(metrics, 3)
+    assert metrics.read_text() == ""
+    metrics.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)))
+    keep_lines(metrics, 3)
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3]
+    metrics.write_text('{"step": 1}\n{"step": 2, "lo')
+    keep_lines(metrics, 3)
+    assert [line["step"] for line in lines_of(tmp_path)] == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="no such tracker: tensorbord"):
+        installed_trackers(["tensorbord"])
+    monkeypatch.setattr("panoptic_cache.train.runlog.get_available_trackers", list)
+    assert installed_trackers(["tensorboard"]) == []
