@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from panoptic_cache.train.encoding import ClassificationCode, DirectCode, Encoding
+from panoptic_cache.train.encoding import Encoding
 
 
 @dataclass(frozen=True)
@@ -30,30 +30,7 @@ class Heads:
 
 def mirrored(heads: Heads, encoding: Encoding) -> Heads:
     """Turns the heads of a mirrored photo back: what the unmirrored photo would give."""
-    return Heads(mirrored_code(heads.instance.flip(-1), encoding), heads.semantic.flip(-1))
-
-
-def mirrored_code(code: Tensor, encoding: Encoding) -> Tensor:
-    """Turns codes of centroids (u, v) into codes of (-u, v); void stays void.
-
-    The map is linear, so it also holds for predictions that are not exact codes.
-
-    Args:
-        code: (channels, ...).
-        encoding: Of the codes.
-    """
-    match encoding:
-        case DirectCode():
-            # (u', v', 1) with u' in [0, 1] becomes (1 - u', v', 1); void (0, 0, 0) stays.
-            return torch.stack([code[2] - code[0], code[1], code[2]])
-        case ClassificationCode():
-            # u comes first: its cells from left to right, then void; only the cells change places.
-            return torch.cat([code[: encoding.cells].flip(0), code[encoding.cells :]])
-        case _:
-            # The first half holds sine and cosine of u in turn; the sines change their sign.
-            turned = code.clone()
-            turned[: len(code) // 2 : 2] *= -1
-            return turned
+    return Heads(encoding.mirrored(heads.instance.flip(-1)), heads.semantic.flip(-1))
 
 
 def average(views: Sequence[Heads]) -> Heads:

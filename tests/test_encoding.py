@@ -210,9 +210,48 @@ def test_a_true_code_is_cheapest_in_its_own_cell(name: str, u: float, v: float) 
     assert costs.u.min() + costs.v.min() > 0.9
 
 
+# What turns codes
+
+
+CENTROIDS = torch.tensor([[-0.9, 0.3], [0.0, -1.0], [0.4125, 0.7], [0.1, 0.2]])
+PRESENT = torch.tensor([True, True, True, False])
+MIRRORED = CENTROIDS * torch.tensor([-1.0, 1.0])
+
+
+@pytest.mark.parametrize("encoding", [PositionalCode(), PositionalCode(2), DirectCode()])
+def test_a_mirrored_code_is_the_code_of_the_mirrored_centroid(
+    encoding: PositionalCode | DirectCode,
+) -> None:
+    code = encoding.encode(CENTROIDS, PRESENT).T
+    expected = encoding.encode(MIRRORED, PRESENT).T
+    assert torch.allclose(encoding.mirrored(code), expected, atol=1e-6)
+    assert torch.allclose(encoding.mirrored(expected), code, atol=1e-6)
+
+
+def test_mirrored_classes() -> None:
+    encoding = ClassificationCode(10)
+
+    def logits(centroids: Tensor) -> Tensor:
+        classes = encoding.encode(centroids, PRESENT)  # (N, 2)
+        return torch.nn.functional.one_hot(classes, 11).flatten(1).T.float()
+
+    # Off the borders of cells, where rounding would decide.
+    inside = torch.tensor([[-0.93, 0.3], [0.05, -0.9], [0.41, 0.7], [0.1, 0.2]])
+    found = encoding.mirrored(logits(inside))
+    assert torch.equal(found, logits(inside * torch.tensor([-1.0, 1.0])))
+
+
+@pytest.mark.parametrize("encoding", [PositionalCode(), DirectCode(), ClassificationCode(16)])
+def test_true_codes_of_any_kind_are_positional_codes(encoding: Encoding) -> None:
+    centres = cell_centres(16)[torch.tensor([[0, 3], [15, 8], [7, 7], [2, 2]])]  # (4, 2)
+    code = encoding.encode(centres, PRESENT)
+    if isinstance(encoding, ClassificationCode):
+        code = 30.0 * torch.nn.functional.one_hot(code, 17).flatten(1)  # sure of its classes
+    wanted = gamma(centres, 4).flatten(1) * PRESENT[:, None]
+    torch.testing.assert_close(encoding.to_positional(code.T.float()), wanted.T)
+
+
 def test_encodings_go_by_name() -> None:
     assert make_encoding("positional", 3) == PositionalCode(3)
     assert make_encoding("direct", 3) == DirectCode()
     assert make_encoding("classification", 3) == ClassificationCode(80)
-    with pytest.raises(ValueError, match="polar"):
-        make_encoding("polar", 3)

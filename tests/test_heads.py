@@ -9,39 +9,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run
-from torch import Tensor
 
 from panoptic_cache.evaluate.predict import Predictor
-from panoptic_cache.evaluate.views import Heads, average, mirrored_code, network_cost
+from panoptic_cache.evaluate.views import Heads, average, network_cost
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.train.encoding import ClassificationCode, DirectCode, PositionalCode
-
-CENTROIDS = torch.tensor([[-0.9, 0.3], [0.0, -1.0], [0.4125, 0.7], [0.1, 0.2]])
-PRESENT = torch.tensor([True, True, True, False])
-MIRRORED = CENTROIDS * torch.tensor([-1.0, 1.0])
-
-
-@pytest.mark.parametrize("encoding", [PositionalCode(), PositionalCode(2), DirectCode()])
-def test_a_mirrored_code_is_the_code_of_the_mirrored_centroid(
-    encoding: PositionalCode | DirectCode,
-) -> None:
-    code = encoding.encode(CENTROIDS, PRESENT).T
-    expected = encoding.encode(MIRRORED, PRESENT).T
-    assert torch.allclose(mirrored_code(code, encoding), expected, atol=1e-6)
-    assert torch.allclose(mirrored_code(expected, encoding), code, atol=1e-6)
-
-
-def test_mirrored_classes() -> None:
-    encoding = ClassificationCode(10)
-
-    def logits(centroids: Tensor) -> Tensor:
-        classes = encoding.encode(centroids, PRESENT)  # (N, 2)
-        return torch.nn.functional.one_hot(classes, 11).flatten(1).T.float()
-
-    # Off the borders of cells, where rounding would decide.
-    inside = torch.tensor([[-0.93, 0.3], [0.05, -0.9], [0.41, 0.7], [0.1, 0.2]])
-    found = mirrored_code(logits(inside), encoding)
-    assert torch.equal(found, logits(inside * torch.tensor([-1.0, 1.0])))
 
 
 def test_flipping_makes_the_prediction_equivariant(trained: Path) -> None:
@@ -49,7 +20,7 @@ def test_flipping_makes_the_prediction_equivariant(trained: Path) -> None:
     photo = np.random.default_rng(0).integers(0, 256, (40, 61, 3), np.uint8)
     (one,) = predictor.heads([photo])
     (two,) = predictor.heads([np.ascontiguousarray(photo[:, ::-1])])
-    turned = mirrored_code(two.instance.flip(-1), predictor.encoding)
+    turned = predictor.encoding.mirrored(two.instance.flip(-1))
     assert torch.allclose(one.instance, turned, atol=1e-5)
     assert torch.allclose(one.semantic, two.semantic.flip(-1), atol=1e-4)
     (plain,) = Predictor(trained, "cpu").heads([photo])

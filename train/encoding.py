@@ -1,9 +1,9 @@
-"""How a centroid becomes a code that a network can regress, and how a code is compared to the grid.
+"""How a centroid becomes a code that a network can regress, and how codes are compared and turned.
 
 The paper's code is positional (section 3.3); its ablation (Table 3, appendix B) also regresses the
-coordinates directly and classifies them. Each encoding keeps its two sides together: `encode` makes
-the training target of a segment, `axis_costs` tells the decoder how far a prediction lies from
-every cell of the centroid grid.
+coordinates directly and classifies them. All that depends on the kind of code is here: the training
+target, the distance to the cells of a centroid grid, the code of the mirrored image, and the same
+prediction as a positional code.
 
 Centroids are (u, v) in [-1, 1], u to the right, v down; pixel centres lie at (x + 0.5) / W.
 """
@@ -28,9 +28,9 @@ GRID_CELLS = 80
 class AxisCosts:
     """How far each predicted code lies from each cell, split over the axes.
 
-    The cost of cell (a, b) is `u[..., a] + v[..., b]`. Void is one more candidate. For the
-    positional and the direct code a cost is a squared Euclidean distance in code space; for the
-    classification code it is a negative log probability.
+    The cost of cell (a, b) is `u[..., a] + v[..., b]`. For the positional and the direct code it is
+    a squared Euclidean distance in code space, for the classification code a negative log
+    probability.
 
     Attributes:
         u: (..., P, cells) costs of the columns.
@@ -44,11 +44,11 @@ class AxisCosts:
 
 
 class Encoding(Protocol):
-    """What the model, the losses and the decoder need to know of a code."""
+    """A kind of code: what the model, the losses and the decoder need to know of it."""
 
     @property
     def channels(self) -> int:
-        """Channels of the instance head."""
+        """K, channels of the instance head."""
         ...
 
     def encode(self, centroids: Tensor, present: Tensor) -> Tensor:
@@ -59,12 +59,23 @@ class Encoding(Protocol):
             present: (...,) bool, false for segments that take the void code.
 
         Returns:
-            (..., K) targets: the code itself, or class indices for the classification code.
+            (..., K) codes, or (..., 2) class indices for the classification code.
         """
         ...
 
     def axis_costs(self, code: Tensor, cells: int) -> AxisCosts:
-        """Compares predicted codes (..., channels, P) with a grid of `cells` x `cells`."""
+        """Compares predicted codes (..., K, P) with a grid of `cells` x `cells`."""
+        ...
+
+    def mirrored(self, code: Tensor) -> Tensor:
+        """Codes (K, ...) of centroids (u, v) as codes of (-u, v); void stays void.
+
+        The map is linear, so it also holds for predictions that are not exact codes.
+        """
+        ...
+
+    def to_positional(self, code: Tensor) -> Tensor:
+        """Predicted codes (K, P) as positional ones (4L, P); NaN stays NaN."""
         ...
 
 
@@ -83,7 +94,7 @@ def gamma(p: Tensor, harmonics: int) -> Tensor:
     """
     frequencies = math.pi * 2.0 ** torch.arange(harmonics, device=p.device, dtype=p.dtype)
     angles = p[..., None] * frequencies  # (..., L)
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)  # (..., L, 2) -> (..., 2L)
 
 
 def cell_centres(cells: int, *, device: torch.device | None = None) -> Tensor:
@@ -103,19 +114,16 @@ def nearest_cell(p: Tensor, cells: int) -> Tensor:
 def grid_cells(size: int) -> int:
     """Cells an axis of the decoding grid for an input of `size` pixels.
 
-    The paper's 80 at 420 px are 5 px each. A finer grid takes one instance for several, as a
-    network's centroids are no more exact than that: at 64 px, 80 cells lose a sixth of the PQ.
+    The paper's 80 at 420 px are 5 px each, about as exact as a network's centroids are. A finer
+    grid splits instances: at 64 px, 80 cells lose a sixth of the PQ.
     """
     return max(1, min(GRID_CELLS, size // 5))
 
 
 def nearest_cells(code: Tensor, encoding: Encoding, cells: int) -> tuple[Tensor, Tensor]:
-    """The grid's cell that each code is nearest to.
+    """The cell of a grid that each code (K, P) is nearest to.
 
-    Args:
-        code: (channels, P).
-        encoding: Of the codes.
-        cells: Of the grid, an axis.
+    The cost is a sum over the axes, so `cells` + `cells` costs find the best of cells x cells.
 
     Returns:
         (2, P) int64 column and row; (P,) bool, void is nearer than every cell.
@@ -126,12 +134,7 @@ def nearest_cells(code: Tensor, encoding: Encoding, cells: int) -> tuple[Tensor,
 
 
 def nearest_centroids(code: Tensor, encoding: Encoding, cells: int) -> NDArray[np.float32]:
-    """The grid's nearest centroid at each pixel, to look at.
-
-    Args:
-        code: (channels, h, w).
-        encoding: Of the codes.
-        cells: Of the grid, an axis.
+    """The nearest centroid of a grid at each pixel of codes (K, h, w), for pictures.
 
     Returns:
         (2, h, w) float32, (u, v) in [-1, 1]; nan where void is nearer than every cell.
@@ -157,7 +160,7 @@ class PositionalCode:
     def encode(self, centroids: Tensor, present: Tensor) -> Tensor:
         """See `Encoding.encode`: (..., 4L) codes."""
         code = gamma(torch.where(present[..., None], centroids, 0.0), self.harmonics)
-        return code.flatten(-2) * present[..., None]
+        return code.flatten(-2) * present[..., None]  # (..., 2, 2L) -> (..., 4L)
 
     def axis_costs(self, code: Tensor, cells: int) -> AxisCosts:
         """See `Encoding.axis_costs`.
@@ -173,6 +176,16 @@ class PositionalCode:
             v=(v_norm + self.harmonics)[..., None] - 2 * (v.transpose(-1, -2) @ grid.T),
             void=u_norm + v_norm,
         )
+
+    def mirrored(self, code: Tensor) -> Tensor:
+        """See `Encoding.mirrored`: the sines of u change their sign."""
+        turned = code.clone()
+        turned[: len(code) // 2 : 2] *= -1  # the first half holds sine and cosine of u in turn
+        return turned
+
+    def to_positional(self, code: Tensor) -> Tensor:
+        """See `Encoding.to_positional`: as they are."""
+        return code
 
 
 @dataclass(frozen=True)
@@ -200,6 +213,15 @@ class DirectCode:
             void=code.square().sum(-2),
         )
 
+    def mirrored(self, code: Tensor) -> Tensor:
+        """See `Encoding.mirrored`: (u, v, 1) becomes (1 - u, v, 1), and (0, 0, 0) stays."""
+        return torch.stack([code[2] - code[0], code[1], code[2]])
+
+    def to_positional(self, code: Tensor) -> Tensor:
+        """See `Encoding.to_positional`: gamma of the coordinates, times the blue channel."""
+        position = gamma(code[:2] * 2 - 1, PositionalCode().harmonics)  # (2, P, 2L)
+        return (position * code[2].clamp(0, 1)[:, None]).transpose(1, 2).flatten(0, 1)  # (4L, P)
+
 
 @dataclass(frozen=True)
 class ClassificationCode:
@@ -224,25 +246,30 @@ class ClassificationCode:
 
         A grid other than the trained one reads the classes at its own cell centres.
         """
-        logits = torch.unflatten(code, -2, (2, self.cells + 1)).transpose(
-            -1, -2
-        )  # (..., 2, P, cells + 1)
-        costs = -F.log_softmax(logits, dim=-1)
+        logits = torch.unflatten(code, -2, (2, self.cells + 1))  # (..., 2, cells + 1, P)
+        costs = -F.log_softmax(logits.transpose(-1, -2), dim=-1)
+        u, v = costs.unbind(-3)  # (..., P, cells + 1) each
         columns = nearest_cell(cell_centres(cells, device=code.device), self.cells)
-        u, v = costs.unbind(-3)
-        return AxisCosts(
-            u=u[..., columns], v=v[..., columns], void=u[..., self.cells] + v[..., self.cells]
-        )
+        void = u[..., self.cells] + v[..., self.cells]
+        return AxisCosts(u=u[..., columns], v=v[..., columns], void=void)
+
+    def mirrored(self, code: Tensor) -> Tensor:
+        """See `Encoding.mirrored`: the classes of u but void come in the opposite order."""
+        return torch.cat([code[: self.cells].flip(0), code[self.cells :]])
+
+    def to_positional(self, code: Tensor) -> Tensor:
+        """See `Encoding.to_positional`: the expectation of gamma, where void counts as zero."""
+        costs = self.axis_costs(code, self.cells)
+        grid = gamma(cell_centres(self.cells, device=code.device), PositionalCode().harmonics)
+        axes = [(-cost).exp() @ grid for cost in (costs.u, costs.v)]  # (P, cells) @ (cells, 2L)
+        return torch.cat(axes, dim=1).T  # (4L, P)
 
 
 def make_encoding(name: str, harmonics: int) -> Encoding:
     """The encoding a configuration names: `positional`, `direct` or `classification`."""
-    match name:
-        case "positional":
-            return PositionalCode(harmonics)
-        case "direct":
-            return DirectCode()
-        case "classification":
-            return ClassificationCode()
-        case _:
-            raise ValueError(f"no such encoding: {name}")
+    kinds: dict[str, Encoding] = {
+        "positional": PositionalCode(harmonics),
+        "direct": DirectCode(),
+        "classification": ClassificationCode(),
+    }
+    return kinds[name]

@@ -13,14 +13,7 @@ from torch import Tensor
 
 from panoptic_cache.evaluate.decoder.cells import chunks, packed_argmax, room_for
 from panoptic_cache.evaluate.decoder.parallel import in_parallel
-from panoptic_cache.train.encoding import (
-    ClassificationCode,
-    DirectCode,
-    Encoding,
-    PositionalCode,
-    cell_centres,
-    gamma,
-)
+from panoptic_cache.train.encoding import Encoding
 
 
 class NotFiniteError(Exception):
@@ -153,26 +146,5 @@ def spans_of(pixels: Tensor, images: int, area: int) -> tuple[slice, ...]:
 
 
 def to_positional(code: Tensor, encoding: Encoding) -> Tensor:
-    """Codes of any encoding as positional ones, so that one geometry serves all.
-
-    Direct: gamma of the coordinates, times the instance channel. Classification: the expectation
-    of gamma under the predicted probabilities, void counting as zero.
-
-    Args:
-        code: (channels, P) float32.
-        encoding: What they are.
-
-    Returns:
-        (4L, P), NaN where a code is NaN.
-    """
-    harmonics = PositionalCode().harmonics
-    match encoding:
-        case DirectCode():
-            position = gamma(code[:2] * 2 - 1, harmonics)  # (2, P, 2L)
-            return (position * code[2].clamp(0, 1)[:, None]).transpose(1, 2).flatten(0, 1)
-        case ClassificationCode():
-            costs = encoding.axis_costs(code, encoding.cells)
-            grid = gamma(cell_centres(encoding.cells, device=code.device), harmonics)
-            return torch.cat([(-axis).exp() @ grid for axis in (costs.u, costs.v)], dim=1).T
-        case _:
-            return code
+    """See `Encoding.to_positional`."""
+    return encoding.to_positional(code)
