@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from panoptic_cache.train import class_losses as strips
+from panoptic_cache.train import class_losses as module
 from panoptic_cache.train.class_losses import PixelTerms, class_losses
 
 
@@ -55,7 +55,7 @@ def test_strips_are_the_whole(
     budget: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(strips.STRIP_BYTES, "cpu", budget)
+    monkeypatch.setitem(module.STRIP_BYTES, "cpu", budget)
     torch.manual_seed(0)
     logits = (3 * torch.randn(maps, classes, *coarse)).requires_grad_()
     terms = make_terms(maps, classes, *full)

@@ -1,10 +1,11 @@
-"""Losses of distributions at full size, without ever holding a map of them.
+"""Cross-entropy and total variation of class logits at full size, without a full-size map of them.
 
-A head of 133 classes predicts on the decoder's grid, and its losses count pixels of the input: the
-resized logits, their softmax and the gradients of both are by far the largest tensors of a step.
-Yet the loss is a sum over pixels and pairs of neighbours. So it is taken strip by strip: some rows
-are resized, and their part of the loss and of the gradient is computed at once, in closed form and
-while they are in the cache; only the gradient on the decoder's grid is kept.
+A head of 133 classes predicts on the decoder's grid, and its losses count pixels of the input. The
+resized logits, their softmax and the gradients of both would be by far the largest tensors of a
+step: 133 x 518 x 518 float32 values are 143 MB an image, each. But the loss is a sum over pixels
+and pairs of neighbours, so it is computed in strips of rows: a strip's logits are resized, its part
+of the loss and the gradient follow in closed form, and only the gradient on the decoder's grid is
+kept.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 STRIP_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
-"""Of resized logits in a strip: what the processor's cache holds; many kernels' worth of a GPU."""
+"""Resized logits of a strip: what a processor's cache holds, or enough to keep a GPU busy."""
+
+Count = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ def class_losses(
 
 
 class _ClassLosses(torch.autograd.Function):
+    """Computes the gradient in the forward pass, strip by strip; the backward pass scales it."""
+
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, terms: PixelTerms, differentiate: bool, compiled: bool
@@ -71,6 +76,7 @@ class _ClassLosses(torch.autograd.Function):
         sums = logits.new_zeros(2, dtype=torch.float32)
         count = _compiled() if compiled else _count
         (maps, classes), (height, width) = logits.shape[:2], terms.target.shape[1:]
+        # Small maps are taken several at a time, large ones some rows at a time.
         rows = STRIP_BYTES.get(logits.device.type, STRIP_BYTES["cuda"]) // (4 * classes * width)
         together, rows = max(1, rows // height), max(1, rows)
         for first in range(0, maps, together):
@@ -97,18 +103,18 @@ def _strip(
     strip: slice,
     *,
     gradient: Tensor | None,
-    count: Callable[..., tuple[Tensor, Tensor]],
+    count: Count,
 ) -> Tensor:
-    """(2,) pixel and variation terms of some rows of some maps; adds to the gradient of the maps.
-
-    The row below the strip takes part in the pairs of its last row.
-    """
+    """(2,) pixel and variation terms of some rows of some maps; adds to the maps' gradient."""
     height, width = terms.target.shape[1:]
+    # The row below the strip takes part in the pairs of its last row, and in nothing else.
     shown = slice(strip.start, min(strip.stop + 1, height))
     inner = slice(0, strip.stop - strip.start)
     source, upper, lower, part = _rows_between(
         shown.start, shown.stop, logits.shape[2], height, logits.device
     )
+    # Bilinear resizing is separable: columns by `interpolate`, rows by hand, as it cannot resize
+    # a part of a map. Autograd knows how to go back.
     with torch.enable_grad():
         coarse = logits[:, :, source].float().detach().requires_grad_()
         size = (coarse.shape[2], width)
@@ -129,7 +135,7 @@ def _strip(
 
 
 @cache
-def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+def _compiled() -> Count:
     return torch.compile(_count, dynamic=True)  # strips differ in height
 
 
@@ -137,14 +143,14 @@ def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
 def _rows_between(
     start: int, stop: int, coarse: int, full: int, device: torch.device
 ) -> tuple[slice, Tensor, Tensor, Tensor]:
-    """The coarse rows that full-size rows lie between, as `F.interpolate` has it.
+    """Which coarse rows the full-size rows `start` to `stop` lie between, as `interpolate` has it.
 
     Returns:
-        The coarse rows needed; the row above and the one below each full-size row, counted from
-        the first of them; (rows, 1, 1) float32, how far towards the one below.
+        The coarse rows needed; of these, the row above and the one below each full-size row;
+        (rows, 1, 1) float32, how far towards the one below.
     """
     place = torch.arange(start, stop, dtype=torch.float64)
-    place = ((place + 0.5) * (coarse / full) - 0.5).clamp_min(0)
+    place = ((place + 0.5) * (coarse / full) - 0.5).clamp_min(0)  # of pixel centres
     upper = place.long().clamp_max(coarse - 1)
     lower = (upper + 1).clamp_max(coarse - 1)
     source = slice(int(upper[0]), int(lower[-1]) + 1)
@@ -158,9 +164,11 @@ def _count(
 ) -> tuple[Tensor, Tensor]:
     """Both terms and their gradient.
 
-    With P the softmax and H the cross-entropies, the gradient at a pixel is that of its own
-    cross-entropy, weight (P - onehot); as the second of a pair, which the first one predicts,
-    down (P - P_first); and as the first, -down P (log P_second + H).
+    With P the softmax of a pixel and H a cross-entropy, the gradient at a pixel sums up
+
+        weight (P - onehot)             its own cross-entropy,
+        down (P - P_first)              as the second of a pair, which the first one predicts,
+        -down P (log P_second + H)      as the first of a pair; likewise for `right`.
 
     Args:
         logits: (n, h, W, K) float32.
@@ -172,19 +180,19 @@ def _count(
     Returns:
         (2,) sums; (n, h, W, K) gradient of their sum.
     """
-    log_p = logits.log_softmax(-1)
+    log_p = logits.log_softmax(-1)  # (n, h, W, K)
     p = log_p.exp()
-    own = -log_p.gather(-1, target[..., None])[..., 0]
-    below = -torch.linalg.vecdot(p[:, :-1], log_p[:, 1:])
-    beside = -torch.linalg.vecdot(p[:, :, :-1], log_p[:, :, 1:])
+    own = -log_p.gather(-1, target[..., None])[..., 0]  # (n, h, W)
+    below = -torch.linalg.vecdot(p[:, :-1], log_p[:, 1:])  # (n, h - 1, W), H of vertical pairs
+    beside = -torch.linalg.vecdot(p[:, :, :-1], log_p[:, :, 1:])  # (n, h, W - 1)
     sums = torch.stack([(weight * own).sum(), (down * below).sum() + (right * beside).sum()])
-    share = weight.clone()  # what multiplies P alone
+    share = weight.clone()  # (n, h, W), what multiplies P alone
     share[:, 1:] += down
     share[:, :-1] -= down * below
     share[:, :, 1:] += right
     share[:, :, :-1] -= right * beside
     down, right = down[..., None], right[..., None]
-    slope = share[..., None].expand_as(p).clone()
+    slope = share[..., None].expand_as(p).clone()  # becomes P (share - down log P_second - ...)
     slope[:, :-1].addcmul_(log_p[:, 1:], down, value=-1)
     slope[:, :, :-1].addcmul_(log_p[:, :, 1:], right, value=-1)
     slope *= p

@@ -1,8 +1,8 @@
 """The losses: edge distance sampling, total variation, DICE (sections 3.2 and 3.3, appendix A).
 
-All take what a head says at the decoder's size, and count pixels of the input's size in float32.
-Every term is computed for each image and then averaged over images, so a batch has the same loss
-however it is split into micro-batches and ranks.
+A head's output has the decoder's size (h, w); losses count pixels of the input's size (H, W), in
+float32. Every term is computed for each image and then averaged over images, so a batch has the
+same loss however it is split into micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -26,15 +26,12 @@ from panoptic_cache.train.model import resize_maps
 Distance = Literal["norm", "squared"]
 
 DICE_VALUES = 1 << 24
-"""Values that DICE computes at once."""
+"""Values, images x table rows x pixels, that DICE computes at once: 64 MiB of float32."""
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The terms of one micro-batch, scalars, before their weights.
-
-    `total` is weighted, and the one to differentiate; the others are to be looked at.
-    """
+    """Scalars of a micro-batch: the weighted total, to differentiate, and its terms as they are."""
 
     total: Tensor
     pixel: Tensor
@@ -62,26 +59,20 @@ def instance_loss(
         compiled: Use `torch.compile` where it pays.
     """
     target = gather_rows(encoding.encode(batch.centroid, batch.instance), batch.segment_map)
-    weight = pixel_weight(instance_weight(batch, config), config.reduction)
+    weight = pixel_weight(instance_weight(batch, config), config.reduction)  # (B, H, W)
+    inside = batch.void != PADDING
     if isinstance(encoding, ClassificationCode):
-        # Two distributions a pixel, of the column and of the row, averaged.
-        axes = prediction.reshape(-1, encoding.cells + 1, *prediction.shape[2:])
-        return _class_losses(
-            axes,
-            target.flatten(0, 1),
-            weight.repeat_interleave(2, 0) / 2,
-            (batch.void != PADDING).repeat_interleave(2, 0),
-            config,
-            compiled=compiled,
-        )
-    code = resize_maps(prediction.float(), target.shape[2:])
+        # Two distributions a pixel, of the column and of the row, averaged: as 2 B images.
+        logits = prediction.reshape(-1, encoding.cells + 1, *prediction.shape[2:])
+        target, weight = target.flatten(0, 1), weight.repeat_interleave(2, 0) / 2
+        inside = inside.repeat_interleave(2, 0)
+        return _class_losses(logits, target, weight, inside, config, compiled=compiled)
+    code = resize_maps(prediction.float(), target.shape[2:])  # (B, channels, H, W)
     pixel = (code_distance(code - target, encoding, distance) * weight).sum()
-    smoothness = code_variation(code, encoding, (batch.void != PADDING).float())
-    overlap = (
-        dice(code, batch, encoding)
-        if isinstance(encoding, PositionalCode) and config.dice
-        else code.new_zeros(())
-    )
+    smoothness = code_variation(code, encoding, inside.float())
+    overlap = code.new_zeros(())
+    if isinstance(encoding, PositionalCode) and config.dice:
+        overlap = dice(code, batch, encoding)
     total = pixel + config.tv * smoothness + config.dice * overlap
     return Losses(total, pixel, smoothness, overlap)
 
@@ -97,7 +88,7 @@ def semantic_loss(
         config: Weights and switches.
         compiled: Use `torch.compile` where it pays.
     """
-    label = batch.label.gather(1, batch.segment_map.flatten(1).long()).view(batch.segment_map.shape)
+    label = gather_rows(batch.label[..., None], batch.segment_map)[:, 0]  # (B, H, W)
     weight = pixel_weight(eds_weight(batch, config) * (label >= 0), config.reduction)
     inside = batch.void != PADDING
     return _class_losses(prediction, label.clamp_min(0), weight, inside, config, compiled=compiled)
@@ -116,6 +107,7 @@ def _class_losses(
 
     1/2 (H(P_ij, P_i+1,j) + H(P_ij, P_i,j+1)), H(a, b) = -sum a log b; mean over an image's pixels.
     """
+    # (N, 1, 1): the weight of a pair, so that the sum over pairs is the term of the total.
     scale = config.tv / 2 / len(inside) / inside.sum((1, 2)).clamp_min(1)[:, None, None]
     terms = PixelTerms(
         target,
@@ -128,12 +120,10 @@ def _class_losses(
     return Losses(total, pixel, smoothness, total.new_zeros(()))
 
 
-def gather_rows(table: Tensor, index: Tensor) -> Tensor:
+def gather_rows(table: Tensor, segment_map: Tensor) -> Tensor:
     """Looks up a segment map in each image's table: (B, R, K), (B, H, W) -> (B, K, H, W)."""
-    flat = index.flatten(1).long()  # (B, HW)
-    values = table.transpose(1, 2)  # (B, K, R)
-    rows = flat[:, None].expand(-1, values.shape[1], -1)  # (B, K, HW)
-    return torch.unflatten(values.gather(2, rows), 2, index.shape[1:])
+    rows = segment_map.flatten(1).long()[:, None].expand(-1, table.shape[2], -1)  # (B, K, H W)
+    return torch.unflatten(table.transpose(1, 2).gather(2, rows), 2, segment_map.shape[1:])
 
 
 def eds_weight(batch: Batch, config: LossConfig) -> Tensor:
@@ -143,6 +133,7 @@ def eds_weight(batch: Batch, config: LossConfig) -> Tensor:
     """
     if not config.eds:
         return torch.ones_like(batch.eds, dtype=torch.float32)
+    # The 256 codes of each image mean as many weights: looked up, not computed at every pixel.
     codes = torch.arange(256, device=batch.eds.device, dtype=torch.float32)
     distance = codes * (batch.eds_scale[:, None] * EDS_STEP)  # (B, 256)
     table = config.w_min + (1 - config.w_min) * torch.exp(-(distance / config.d).square())
@@ -174,49 +165,40 @@ def pixel_weight(weight: Tensor, reduction: str) -> Tensor:
     return weight / len(weight)
 
 
-def axis_norms(difference: Tensor, encoding: Encoding) -> Tensor:
-    """Squared length of each axis' part of a code difference.
+def code_distance(difference: Tensor, encoding: Encoding, distance: Distance) -> Tensor:
+    """L_inst (section 3.3): the mean over u and v of the Euclidean distance, or of its square.
 
     Args:
-        difference: (B, channels, ...).
-        encoding: The positional code has two parts, u and v; the direct code is one.
+        difference: (B, channels, ...) of two codes. A direct code is one vector, not two.
+        encoding: Of the codes.
+        distance: Which power.
 
     Returns:
-        (B, parts, ...).
+        (B, ...).
     """
     parts = 2 if isinstance(encoding, PositionalCode) else 1
-    return torch.unflatten(difference, 1, (parts, -1)).square().sum(2)
-
-
-def code_distance(difference: Tensor, encoding: Encoding, distance: Distance) -> Tensor:
-    """L_inst (section 3.3): the mean over u and v of the Euclidean distance, or its square."""
-    squared = axis_norms(difference, encoding)
+    squared = torch.unflatten(difference, 1, (parts, -1)).square().sum(2)  # (B, parts, ...)
     return (squared if distance == "squared" else safe_sqrt(squared)).mean(1)
 
 
 def safe_sqrt(squared: Tensor) -> Tensor:
-    """Square root with gradient 0 at 0, as the norm's subgradient has it."""
+    """Square root with gradient 0 at 0, a subgradient of the norm; autograd's is infinite."""
     positive = squared > 0
     return torch.where(positive, squared, 1.0).sqrt() * positive
 
 
-def code_variation(prediction: Tensor, encoding: Encoding, inside: Tensor) -> Tensor:
-    """Total variation of codes: distance to the pixel above plus to the one on the left.
+def code_variation(code: Tensor, encoding: Encoding, inside: Tensor) -> Tensor:
+    """Total variation of codes (appendix A): distances to the pixels below and on the right.
 
-    Void counts (appendix A); padding does not. Mean over pixels.
+    Void counts; padding does not. Mean over each image's pixels, then over images.
 
     Args:
-        prediction: (B, channels, H, W).
-        encoding: See `axis_norms`.
-        inside: (B, H, W) 1 inside the picture.
+        code: (B, channels, H, W).
+        encoding: Of the codes.
+        inside: (B, H, W) float, 1 inside the image.
     """
-    down = code_distance(prediction[:, :, 1:] - prediction[:, :, :-1], encoding, "norm")
-    right = code_distance(prediction[..., 1:] - prediction[..., :-1], encoding, "norm")
-    return _mean_pairs(down, right, inside)
-
-
-def _mean_pairs(down: Tensor, right: Tensor, inside: Tensor) -> Tensor:
-    """Sums a term on vertical and one on horizontal pairs; each image's mean over its pixels."""
+    down = code_distance(code[:, :, 1:] - code[:, :, :-1], encoding, "norm")  # (B, H - 1, W)
+    right = code_distance(code[..., 1:] - code[..., :-1], encoding, "norm")  # (B, H, W - 1)
     down = (down * (inside[:, 1:] * inside[:, :-1])).sum((1, 2))
     right = (right * (inside[..., 1:] * inside[..., :-1])).sum((1, 2))
     return ((down + right) / inside.sum((1, 2)).clamp_min(1)).mean()
@@ -237,24 +219,26 @@ def dice(prediction: Tensor, batch: Batch, encoding: PositionalCode) -> Tensor:
     """
     counted = ((batch.void != PADDING) & (batch.void != CROWD)).flatten(1)  # (B, P)
     code = encoding.encode(batch.centroid, batch.instance)  # (B, R, 4L)
-    index = batch.segment_map.flatten(1).long()  # (B, P)
+    row = batch.segment_map.flatten(1).long()  # (B, P)
     area = torch.zeros_like(batch.label, dtype=torch.float32)
-    area.scatter_add_(1, index, counted.float())
-    weight = batch.instance / area.clamp_min(1)  # (B, R)
+    area.scatter_add_(1, row, counted.float())  # (B, R)
+    weight = batch.instance / area.clamp_min(1)  # (B, R), w_l, and 0 for what is no instance
 
-    def sums(codes: Tensor, index: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-        # |x - c|^2 over both halves: |x|^2 + 2L - 2 x . c, as |gamma|^2 = L.
-        norm = codes.square().sum(1)[:, None] + 2 * encoding.harmonics
-        squared = torch.baddbmm(norm, code, codes, alpha=-2)
-        p = torch.exp(-squared.clamp_min(0)) * counted[:, None]  # (B, R, pixels)
-        own = p.gather(1, index[:, None]).squeeze(1)  # p of the pixel's own segment
-        return (own * weight.gather(1, index)).sum(1), (p.sum(2) * weight).sum(1)
+    def sums(codes: Tensor, row: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) sums of w r p and of w p over some pixels."""
+        # |x - c|^2 over both halves is |x|^2 + 2 L - 2 x . c, as |gamma|^2 = L.
+        norm = codes.square().sum(1)[:, None] + 2 * encoding.harmonics  # (B, 1, pixels)
+        squared = torch.baddbmm(norm, code, codes, alpha=-2)  # (B, R, pixels)
+        p = torch.exp(-squared.clamp_min(0)) * counted[:, None]
+        own = p.gather(1, row[:, None]).squeeze(1)  # (B, pixels), where r is 1
+        return (own * weight.gather(1, row)).sum(1), (p.sum(2) * weight).sum(1)
 
-    # A value for each pixel and row would be the largest tensor of the step: some at a time.
+    # (B, R, P) would be the largest tensor of the step, so p is computed for some pixels at a
+    # time, and once more in the backward pass instead of being kept.
     size = max(1, DICE_VALUES // weight.numel())
     pixels = zip(
         prediction.flatten(2).split(size, 2),
-        index.split(size, 1),
+        row.split(size, 1),
         counted.split(size, 1),
         strict=True,
     )
@@ -262,7 +246,7 @@ def dice(prediction: Tensor, batch: Batch, encoding: PositionalCode) -> Tensor:
         checkpoint(sums, *part, use_reentrant=False, preserve_rng_state=False) for part in pixels
     ]
     overlap, spread = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
-    extent = (weight * area).sum(1) + spread
+    extent = (weight * area).sum(1) + spread  # (B,) sum of w (r + p)
     present = batch.instance.any(1)
     loss = 1 - 2 * overlap / torch.where(present, extent, 1.0)
     return (loss * present).mean()
