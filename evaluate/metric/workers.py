@@ -58,6 +58,7 @@ def map_pairs(
         InputError: The first image, in order, with an unreadable PNG or a bad prediction.
     """
     if workers <= 1 or len(pairs) <= 1:
+        keep_heap()  # 5.5 instead of 7.5 ms an image, at 640 x 480
         with _one_thread():
             yield from (_read_and(work, pair) for pair in pairs)
     else:
