@@ -1,4 +1,4 @@
-"""Where made-up things stand: pure geometry, decided before anything is painted."""
+"""Where the things of a synthetic scene are: pure geometry, decided before painting."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from panoptic_cache.pipeline.scenes.looks import THINGS, Look, Shape
 
 _COUNTS = {2: 0.2, 3: 0.28, 4: 0.24, 5: 0.14, 6: 0.08, 7: 0.06}
-"""How often a scene has so many things."""
+"""Probability of each number of things in a scene."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """The shapes of one segment: one, or many for a crowd."""
+    """The shapes of one segment: one, or several for a crowd."""
 
     look: Look
     shapes: tuple[Shape, ...]
@@ -24,7 +24,7 @@ class Group:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Size of the picture in pixels, and where its choices come from."""
+    """Size of the image in pixels, and the generator of all choices."""
 
     rng: np.random.Generator
     height: int
@@ -35,18 +35,18 @@ class _Frame:
         return min(self.height, self.width)
 
     def spot(self, margin: float) -> tuple[float, float]:
-        """A point at least `margin` pixels inside the border."""
+        """A point (x, y) at least `margin` pixels from the border."""
         x = self.rng.uniform(margin, self.width - margin)
         return x, self.rng.uniform(margin, self.height - margin)
 
     def thing(self, look: Look, spot: tuple[float, float], radius: float) -> Shape:
-        """A shape as such things lie: tents stand, more or less; the rest lies as it fell."""
+        """A shape in a typical pose: tents stand about upright, other things are turned freely."""
         tent = look is Look.TENT
         turn = self.rng.normal(0, 0.3) if tent else self.rng.uniform(0, 2 * np.pi)
         return Shape(*spot, radius, float(turn))
 
     def look(self, *looks: Look) -> Look:
-        """One of the looks, or of all things."""
+        """One of the given looks, or of all things."""
         choice = looks or THINGS
         return choice[int(self.rng.integers(len(choice)))]
 
@@ -54,16 +54,16 @@ class _Frame:
 def lay_out(
     rng: np.random.Generator, special: str, height: int, width: int
 ) -> tuple[list[Group], list[Shape]]:
-    """Places the things of a scene.
+    """Places the things of a scene of `height` x `width` pixels.
 
     Args:
         rng: Source of all choices.
-        special: One of `SPECIAL_KINDS`, or anything else for a plain scene.
+        special: One of `SPECIAL_KINDS`, `patch`, or anything else for a plain scene.
         height: Pixels.
         width: Pixels.
 
     Returns:
-        The things back to front, the special ones last so that nothing hides them, and the
+        The things back to front, with the special ones last so that nothing hides them, and the
         patches of stuff to leave unlabelled.
     """
     frame = _Frame(rng, height, width)
@@ -83,16 +83,16 @@ def lay_out(
             shape = Shape(shape.x, shape.y, shape.r, shape.angle, rng.uniform(1, 2))
         taken.append(shape)
         things.append(Group(look, (shape,)))
-    things.sort(key=lambda group: group.shapes[0].y)  # lower in the picture = nearer
+    things.sort(key=lambda group: group.shapes[0].y)  # lower in the image is nearer
     return things + front, patches
 
 
 def _free_spot(frame: _Frame, radius: float, taken: list[Shape]) -> tuple[float, float] | None:
-    """A centre that leaves well over half of a smaller neighbour visible, or None."""
+    """A centre (x, y) that leaves more than half of a smaller neighbour visible, or None."""
     rng, margin = frame.rng, 0.8 * radius
     peers = [other for other in taken if other.r > radius / 3]
     for _ in range(24):
-        if peers and rng.random() < 0.4:  # seek company: overlaps are what makes it panoptic
+        if peers and rng.random() < 0.4:  # often next to another thing, so that segments overlap
             other = peers[int(rng.integers(len(peers)))]
             reach, turn = 0.85 * (other.r + radius), rng.uniform(0, 2 * np.pi)
             x, y = other.x + reach * np.cos(turn), other.y + reach * np.sin(turn)
@@ -117,13 +117,13 @@ def _unknown(frame: _Frame) -> list[Group]:
 
 
 def _patch(frame: _Frame) -> Shape:
-    """Stuff that an annotator left out."""
+    """A patch of stuff that is left unlabelled."""
     radius = frame.side * frame.rng.uniform(0.16, 0.24)
     return Shape(*frame.spot(radius), radius, frame.rng.uniform(0, 2 * np.pi))
 
 
 def _crowd(frame: _Frame) -> list[Group]:
-    """A dozen or two of one small thing, in lines, as one segment."""
+    """Ten to twenty small things of one look, in lines, as one segment."""
     rng, look, radius = frame.rng, frame.look(), max(2.0, 0.042 * frame.side)
     columns, lines = int(rng.integers(5, 8)), int(rng.integers(2, 4))
     x, y = rng.uniform(0.35, 0.65) * frame.width, rng.uniform(0.45, 0.75) * frame.height
@@ -137,7 +137,7 @@ def _crowd(frame: _Frame) -> list[Group]:
 
 
 def _concentric(frame: _Frame) -> list[Group]:
-    """Two things about one centre: no centroid tells them apart."""
+    """Two things with the same centre: their centroids do not tell them apart."""
     radius = frame.side * frame.rng.uniform(0.2, 0.28)
     spot = frame.spot(radius)
     back, front, part = (
@@ -153,7 +153,7 @@ def _concentric(frame: _Frame) -> list[Group]:
 
 
 def _tiny(frame: _Frame) -> list[Group]:
-    """Two things a few pixels across, on a pixel's centre so that the thinnest covers one."""
+    """Two things a few pixels wide, centred on a pixel so that even the thinnest covers one."""
     groups = []
     for _ in range(2):
         look, radius = frame.look(), max(2.0, frame.side * frame.rng.uniform(0.017, 0.023))
@@ -163,7 +163,7 @@ def _tiny(frame: _Frame) -> list[Group]:
 
 
 def _cut(frame: _Frame) -> list[Group]:
-    """A large thing with about half of it out of the picture."""
+    """A large thing, about half of it outside the image."""
     look, radius = frame.look(), frame.side * frame.rng.uniform(0.2, 0.28)
     x, y = frame.spot(radius)
     out = frame.rng.uniform(-0.25, 0.25) * radius
@@ -173,7 +173,7 @@ def _cut(frame: _Frame) -> list[Group]:
 
 
 def _split(frame: _Frame) -> list[Group]:
-    """A thing that a plank before it cuts in two."""
+    """A thing that a plank in front of it cuts in two."""
     look, radius = frame.look(Look.BALL, Look.CRATE), frame.side * frame.rng.uniform(0.2, 0.26)
     x, y = frame.spot(1.3 * radius)
     turn, aspect = frame.rng.uniform(0, np.pi), frame.rng.uniform(4.5, 6)

@@ -1,8 +1,7 @@
-"""How made-up things and stuff look: coordinates in, masks and colours out.
+"""How the things and stuff of synthetic scenes look: coordinates in, masks and colours out.
 
 A thing is a signed distance, which gives its mask, its antialiased edge and its shadow, with a
-blend of two colours and a brightness. A stuff is a texture. Nothing is flat, so that JPEG and a
-network have work to do.
+blend of two colours and a brightness. A stuff is a texture. No surface is flat, as in photos.
 """
 
 from __future__ import annotations
@@ -43,12 +42,12 @@ THINGS = (Look.BALL, Look.CRATE, Look.TENT, Look.RING, Look.STAR)
 
 @dataclass(frozen=True)
 class Shape:
-    """Where a thing stands.
+    """Where a thing is.
 
     Attributes:
-        x: Centre in pixels from the left edge.
-        y: Centre in pixels from the top edge.
-        r: Radius of the circle about it, in pixels.
+        x: Centre, pixels from the left edge.
+        y: Centre, pixels from the top edge.
+        r: Radius of the circle around it, pixels.
         angle: Radians.
         aspect: Length over width, for crates.
     """
@@ -77,7 +76,7 @@ class Canvas:
 
 @dataclass(frozen=True)
 class _Local:
-    """Coordinates about a thing's centre in units of its radius: (x, y) upright, (u, v) turned."""
+    """Coordinates around a thing's centre, in radii: (x, y) upright, (u, v) turned with it."""
 
     x: Plane
     y: Plane
@@ -133,7 +132,7 @@ def _unknown(p: _Local) -> tuple[Plane, Plane, Plane]:
 
 @dataclass(frozen=True)
 class _Thing:
-    """A form and its paint: hues to choose from, then saturation and value of two colours."""
+    """A form and its paint: hues to choose from, saturation and value of two colours."""
 
     form: Callable[[_Local], tuple[Plane, Plane, Plane]]
     """Signed distance in radii, blend of the two colours in [0, 1], brightness."""
@@ -155,14 +154,14 @@ _THINGS = {
 def paint_thing(
     rng: np.random.Generator, canvas: Canvas, look: Look, shape: Shape, *, row: int
 ) -> None:
-    """Paints one thing over the canvas: photo with soft edge and shadow, rows without.
+    """Paints one thing over the canvas: soft edge and shadow in the photo, a hard edge in `rows`.
 
     Args:
         rng: Chooses the colours.
         canvas: Changed in place.
         look: A thing's, or `Look.UNKNOWN`.
-        shape: Where; may reach out of the picture.
-        row: What `canvas.rows` says afterwards wherever half a pixel or more is covered.
+        shape: Where; may reach beyond the image.
+        row: Written to `canvas.rows` wherever the thing covers half a pixel or more.
     """
     height, width = canvas.rows.shape
     reach = 1.2 * shape.r + 1.5  # the shape, its soft edge and its shadow
@@ -203,14 +202,14 @@ def _rgb(hue: float, saturation: float, value: float) -> npt.NDArray[np.float32]
 def _mixed(
     first: npt.NDArray[np.float32], second: npt.NDArray[np.float32], blend: Plane
 ) -> Picture:
-    """(h, w, 3): from the colour `first` to `second` (3,) as `blend` (h, w) goes from 0 to 1."""
+    """(h, w, 3): from colour `first` to `second`, (3,) each, as `blend` (h, w) goes from 0 to 1."""
     return first + (second - first) * blend.astype(np.float32)[..., None]
 
 
 def _smooth(
     rng: np.random.Generator, height: int, width: int, lines: float, columns: float
 ) -> npt.NDArray[np.float32]:
-    """(height, width) noise of about unit deviation, with `lines` x `columns` free values."""
+    """(height, width) noise of about unit deviation, smooth between `lines` x `columns` knots."""
     knots = rng.standard_normal((2 + int(lines), 2 + int(columns)), dtype=np.float32)
     return np.asarray(cv2.resize(knots, (width, height), interpolation=cv2.INTER_CUBIC))
 
@@ -255,7 +254,7 @@ def _grass(rng: np.random.Generator, height: int, width: int, unit: float) -> Pi
 def _water(rng: np.random.Generator, height: int, width: int, unit: float) -> Picture:
     hue = rng.uniform(0.5, 0.58)
     y = np.arange(height, dtype=np.float32)[:, None] / np.float32(unit)
-    # The root draws the waves together towards the horizon.
+    # The square root brings waves closer together towards the horizon.
     phase = 14 * np.sqrt(y + 4) + 2.2 * _smooth(rng, height, width, 4, 5)
     foam = _smooth(rng, height, width, height / (3 * unit), 8)
     waves = 0.32 + 0.25 * np.sin(phase) + 0.12 * foam

@@ -1,8 +1,8 @@
-"""Made-up scenes in COCO panoptic format: for the demo, the tests and the benchmarks.
+"""Synthetic scenes in COCO panoptic format: for the demo, the tests and the benchmarks.
 
-A scene is two or three bands of stuff with a few things before them, painted back to front; the
+A scene is two or three bands of stuff with a few things in front, painted back to front; the
 visible part of a thing is its segment. Six of every eight scenes hold something special (see
-`SPECIALS`), so that what COCO does to a pipeline happens here within sixteen pictures.
+`SPECIALS`), so sixteen images contain the hard cases of COCO.
 """
 
 from __future__ import annotations
@@ -35,25 +35,26 @@ CATEGORIES: list[dict[str, Any]] = [
     {"id": 40, "name": "grass", "supercategory": "ground", "isthing": 0, "color": [90, 160, 70]},
     {"id": 57, "name": "water", "supercategory": "ground", "isthing": 0, "color": [40, 100, 150]},
 ]
-"""The categories as COCO lists them, in the order of `Look`; the ids have gaps, as COCO's have."""
+"""The categories as COCO lists them, in the order of `Look`; the ids have gaps, like COCO's."""
 
 SPECIALS = ("plain", "unlabelled", "crowd", "concentric", "plain", "tiny", "cut", "split")
-"""What a scene holds, by `index % 8`. Unlabelled is an unknown object or a patch, in turn."""
+"""What a scene contains, by `index % 8`. "unlabelled" alternates: an unknown object, a patch."""
 
 FIRST_VAL_INDEX = 900_000_000
-"""Scenes from here on are validation. A multiple of 16, so that the specials fall alike."""
+"""The first validation scene; a multiple of 16, so both splits have the same specials."""
 
 MIN_SIZE = 32
 VERSION = 1
-"""Goes up whenever the same arguments give other bytes."""
+"""Increases whenever the same arguments give other bytes."""
 
-# Short over long side, and whether the picture is upright: five, to meet the eight specials.
+# Short over long side, and whether the image is upright. Five formats, so that each of the eight
+# specials meets each format.
 _FORMATS = ((0.75, False), (0.75, True), (0.667, False), (0.94, False), (0.667, True))
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and its panoptic ground truth.
+    """An image and its panoptic ground truth.
 
     Attributes:
         photo: (H, W, 3) uint8, RGB.
@@ -70,18 +71,15 @@ def make_scene(seed: int, index: int, size: int = 160) -> Scene:
     """Draws one scene, a pure function of its arguments.
 
     Args:
-        seed: Names a family of scenes.
+        seed: Chooses a family of scenes.
         index: The scene in it; `index % 8` chooses its special content, `index % 5` its format.
-        size: Long side in pixels, at least `MIN_SIZE`.
-
-    Returns:
-        The photo and its ground truth.
+        size: Longer side in pixels.
 
     Raises:
-        InputError: `size` is too small to show anything.
+        InputError: `size` is below `MIN_SIZE`.
     """
     if size < MIN_SIZE:
-        raise InputError(f"scenes of {size} px show nothing", remedy=f"{MIN_SIZE} px or more")
+        raise InputError(f"scenes of {size} px show nothing", remedy=f"use {MIN_SIZE} px or more")
     rng = np.random.default_rng([seed, index])
     ratio, upright = _FORMATS[index % len(_FORMATS)]
     height, width = (size, round(size * ratio)) if upright else (round(size * ratio), size)
@@ -116,27 +114,27 @@ def write_dataset(
 ) -> bool:
     """Writes scenes in COCO's layout: `ROOT/{train,val}` and `ROOT/annotations`.
 
-    The same arguments give the same bytes. No file bears its final name before it is whole, and
-    the annotation files come last, so running the call again finishes what a killed one began.
+    The same arguments give the same bytes. Every file is renamed to its final name once it is
+    complete, and the annotation files come last, so a second call finishes what a killed one began.
 
     Args:
-        root: Folder to write: missing, empty, or begun by the same call.
+        root: Folder to write: missing, empty, or begun with the same arguments.
         images: Training images; ids from 1.
         val_images: Validation images; ids from `FIRST_VAL_INDEX` + 1.
-        seed: Names the family of scenes.
-        size: Long side in pixels.
+        seed: Chooses the family of scenes.
+        size: Longer side in pixels.
         progress: Called after every image with the number of images written so far.
 
     Returns:
         True if the dataset was written, False if it was there already, complete.
 
     Raises:
-        InputError: The folder holds something else, or an argument makes no sense.
+        InputError: The folder holds something else, or an argument is out of range.
     """
     if min(images, val_images, seed) < 0 or images > FIRST_VAL_INDEX or size < MIN_SIZE:
         raise InputError(
             f"cannot draw {images} + {val_images} scenes of {size} px with seed {seed}",
-            remedy=f"none may be negative, and scenes have {MIN_SIZE} px or more",
+            remedy=f"no number may be negative, and scenes need at least {MIN_SIZE} px",
         )
     arguments = {
         "images": images, "val_images": val_images, "seed": seed, "size": size, "version": VERSION,
@@ -183,7 +181,7 @@ def write_dataset(
 def _paint_stuff(
     rng: np.random.Generator, height: int, width: int, unit: float
 ) -> tuple[Canvas, list[Look]]:
-    """Paints bands of stuff with wavy borders; returns them with the look of each row from 1."""
+    """Paints bands of stuff with wavy borders; returns them and the look of rows 1, 2, ..."""
     looks = [Look.SKY if rng.random() < 0.7 else Look.WALL]
     looks += [Look.GRASS, Look.WATER] if rng.random() < 0.5 else [Look.WATER, Look.GRASS]
     cuts = [rng.uniform(0.28, 0.4), rng.uniform(0.6, 0.75)]
@@ -210,7 +208,7 @@ def _paint_stuff(
 
 
 def _inside_patch(patch: Shape, height: int, width: int) -> npt.NDArray[np.bool_]:
-    """(H, W) bool: a circle with a wavy outline."""
+    """(H, W) bool: inside a circle with a wavy outline."""
     x = np.arange(width, dtype=np.float32)[None, :] - np.float32(patch.x)
     y = np.arange(height, dtype=np.float32)[:, None] - np.float32(patch.y)
     turn = np.arctan2(y, x) + patch.angle
@@ -219,7 +217,7 @@ def _inside_patch(patch: Shape, height: int, width: int) -> npt.NDArray[np.bool_
 
 
 def _expose(rng: np.random.Generator, canvas: Canvas) -> npt.NDArray[np.uint8]:
-    """(H, W, 3) uint8: the photo with its brightness and the noise of its sensor."""
+    """(H, W, 3) uint8: the photo with a random brightness and sensor noise."""
     photo = canvas.photo * np.float32(255 * rng.uniform(0.85, 1.08))
     photo += canvas.grain[..., None] * np.float32(rng.uniform(1.5, 4))
     return np.clip(photo, 0, 255, out=photo).astype(np.uint8)
@@ -228,7 +226,7 @@ def _expose(rng: np.random.Generator, canvas: Canvas) -> npt.NDArray[np.uint8]:
 def _label(
     rng: np.random.Generator, rows: npt.NDArray[np.uint8], table: list[tuple[Look, bool]]
 ) -> tuple[npt.NDArray[np.int32], tuple[SegmentInfo, ...]]:
-    """Turns rows into ids, colours near the category's as COCO's are, and measures the visible."""
+    """The id map and the visible segments; ids are colours close to the category's, as in COCO."""
     areas = np.bincount(rows.ravel(), minlength=len(table) + 1)
     ids = [0]
     segments = []
@@ -239,7 +237,7 @@ def _label(
             identity = int(red + 256 * green + 65536 * blue)
         ids.append(identity)
         if areas[row] == 0:
-            continue  # hidden altogether: COCO lists visible segments only
+            continue  # COCO lists visible segments only
         x, y, width, height = cv2.boundingRect((rows == row).view(np.uint8))
         bbox = (x, y, width, height)
         segments.append(SegmentInfo(identity, category["id"], iscrowd, int(areas[row]), bbox))
@@ -263,7 +261,7 @@ def _write_scene(
 
 
 def _layout(root: Path, split: str) -> CocoLayout:
-    """COCO's own layout, whether it is there yet or not."""
+    """COCO's own layout of a split, whether it exists or not."""
     annotations = root / "annotations" / f"panoptic_{split}"
     return CocoLayout(root / split, annotations.with_suffix(".json"), annotations)
 
@@ -286,7 +284,7 @@ def _json_bytes(document: object) -> bytes:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Writes a file so that it is whole as soon as it bears its name."""
+    """Writes a file under a temporary name and renames it."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(data)
     temporary.replace(path)
