@@ -1,8 +1,8 @@
-"""Whether a cache is what was rendered: its sizes and sidecars, or every byte and every target.
+"""Checks that a cache is what was rendered: its sizes and sidecars, or every byte and every target.
 
-The index vouches for each tar and sidecar by SHA-256, and for itself by a digest. The plain check
-reads everything but the tars. The deep one reads them too and names the damaged samples. All
-problems are reported, not only the first.
+The index holds the SHA-256 of each tar and sidecar, and a digest of itself. The plain check reads
+everything but the tars. The deep check reads them too and names the damaged samples. All problems
+are reported, not only the first.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from msgspec import structs
+from msgspec import Struct, structs, to_builtins
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
@@ -47,8 +47,7 @@ from panoptic_cache.pipeline.coco import sample_key
 from panoptic_cache.pipeline.photo import decode_photo
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(Struct, frozen=True, omit_defaults=True):
     """One thing that is wrong with a shard, or with a file that belongs to no shard.
 
     Attributes:
@@ -87,19 +86,11 @@ class VerifyReport:
 
     def to_json(self) -> dict[str, Any]:
         """What `verify --json` prints; a problem has a `sample` only where it is one sample's."""
-        return {
-            "ok": self.ok,
-            "shards": self.shards,
-            "samples": self.samples,
-            "problems": [
-                {key: value for key, value in asdict(problem).items() if value is not None}
-                for problem in self.problems
-            ],
-        }
+        return {"ok": self.ok, **to_builtins(self), "problems": to_builtins([*self.problems])}
 
 
 def verify(storage: Storage, *, deep: bool = False) -> VerifyReport:
-    """Checks a cache, with a thread for each core; each holds at most one shard in memory.
+    """Checks a cache with a thread for each core; a thread holds one shard in memory.
 
     Args:
         storage: The cache's folder.
@@ -118,7 +109,7 @@ def verify(storage: Storage, *, deep: bool = False) -> VerifyReport:
         shards = index.shards
     except InputError as error:
         problems = [Problem(INDEX_NAME, error.what)]
-        # Without an index the sidecars vouch for the tars, and by their digests for themselves.
+        # Without an index, check the tars against their sidecars.
         shards = tuple(_self_described(storage, sizes))
     names_by_sha256 = {shard.sha256: shard.name for shard in shards}
 
@@ -172,13 +163,13 @@ def _check_folder(
     known = {INDEX_NAME, PLAN_NAME, QUARANTINE_NAME}
     known |= {f"{shard.name}.{suffix}" for shard in index.shards for suffix in ("tar", "json")}
     for name in sorted(sizes.keys() - known):
-        # A README does no harm; a tar that no index knows is read by whoever reads `*.tar`.
+        # A README does no harm, but a stray tar would be read with `*.tar`.
         if name.endswith((".tar", ".json", ".jsonl")):
             yield Problem(name, "the index knows no such file")
 
 
 def _bytes(storage: Storage, name: str) -> bytes:
-    """The bytes of a file; none where it cannot be read, which no check takes for right."""
+    """The bytes of a file; none if it cannot be read, which fails the check all the same."""
     try:
         return storage.read(name)
     except OSError:
@@ -186,7 +177,7 @@ def _bytes(storage: Storage, name: str) -> bytes:
 
 
 def _self_described(storage: Storage, sizes: Mapping[str, int]) -> Iterator[ShardEntry]:
-    """Shards as their own sidecars describe them."""
+    """Entries for an index that is missing, from the sidecars."""
     for file in sorted(sizes):
         name, _, suffix = file.rpartition(".")
         if suffix != "json" or file in {INDEX_NAME, PLAN_NAME}:
@@ -229,7 +220,7 @@ def _check_tar(
     index: ShardIndex | None,
     names_by_sha256: Mapping[str, str],
 ) -> Iterator[Problem]:
-    """Every byte of a tar against its hash, and every sample against itself."""
+    """Checks every byte of a tar against its hash, and every sample against itself."""
     digest = hashlib.sha256(data).hexdigest()
     if digest != shard.sha256:
         owner = names_by_sha256.get(digest)
@@ -258,7 +249,7 @@ def _check_tar(
 
 
 def _has_headers(data: bytes, sidecar: Sidecar) -> bool:
-    """Whether a stock tar reader finds each member where the sidecar says."""
+    """Whether each member has its tar header where the sidecar says."""
     return all(
         data[offset - BLOCK : offset] == member_header(f"{entry.key}.{suffix}", size)
         for entry in sidecar.samples

@@ -1,6 +1,6 @@
-"""Lettering and layout: names on segments, captions, legends, sheets of captioned pictures.
+"""Text and layout: names on segments, captions, legends, sheets of captioned pictures.
 
-`sample_sheet` puts them together: one picture of one sample of a cache.
+`sample_sheet` combines them into one picture of a cached sample.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def label_segments(
 ) -> Picture:
     """Writes the name of each segment where the segment is widest.
 
-    Large segments come first. A name is left out where it would cover another one, or most of its
-    segment while a larger segment has the same name.
+    Large segments come first. A name is left out if it would overlap another one, or cover most of
+    its segment while a larger segment has the same name.
 
     Args:
         picture: (H, W, 3) uint8.
@@ -60,9 +60,8 @@ def label_segments(
         size: Of the letters, pixels.
     """
     edges = boundary(segment_map)
-    edges[[0, -1]] = True
-    edges[:, [0, -1]] = True
-    room = edge_distance(edges)
+    edges[[0, -1]] = edges[:, [0, -1]] = True
+    room = edge_distance(edges)  # (H, W): pixels to the segment's edge or the image's
     area = np.bincount(segment_map.ravel(), minlength=len(names) + 1)[1:]
     image = Image.fromarray(picture)
     pen = ImageDraw.Draw(image, "RGBA")
@@ -83,9 +82,8 @@ def label_segments(
         taken.append(box)
         written.add(names[row])
         pen.rounded_rectangle(box, size * 0.3, fill=(17, 20, 24, 205))
-        pen.text(
-            (left + width / 2, top + height / 2), names[row], PAPER, font=font(size), anchor="mm"
-        )
+        middle = (left + width / 2, top + height / 2)
+        pen.text(middle, names[row], PAPER, font=font(size), anchor="mm")
     return np.array(image)
 
 
@@ -102,12 +100,12 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def text_width(text: str, size: int) -> float:
-    """Pixels."""
+    """Width in pixels of a line of text."""
     return font(size).getlength(text)
 
 
 def shortened(text: str, width: float, size: int) -> str:
-    """The text, cut with dots where it is wider than `width` pixels."""
+    """The text, cut and ended with dots if it is wider than `width` pixels."""
     if text_width(text, size) <= width:
         return text
     while text and text_width(f"{text}...", size) > width:
@@ -126,11 +124,11 @@ def caption(text: str, width: int, size: int = 15, colour: tuple[int, int, int] 
 def legend(
     rows: Sequence[tuple[tuple[int, ...] | None, str, str]], size: tuple[int, int]
 ) -> Picture:
-    """A table of colours, names and values on white.
+    """A table on white: a coloured square, a name and, at the right, a value in each row.
 
     Args:
-        rows: Colour of the swatch (None without one), name, value at the right.
-        size: (height, width) of the picture; rows that do not fit are counted on the last line.
+        rows: Colour (None for no square), name and value.
+        size: (height, width) of the picture; the last line counts the rows that do not fit.
     """
     height, width = size
     image = Image.new("RGB", (width, height), PAPER)
@@ -153,10 +151,10 @@ def legend(
 
 
 def sheet(rows: Sequence[Sequence[Tile]], *, title: str = "", note: str = "") -> Picture:
-    """Lays captioned pictures of any sizes out on white, in columns that line up.
+    """Captioned pictures of any sizes on white, in rows with aligned columns.
 
     Args:
-        rows: Tiles of each row, left to right; at least one, and rows may differ in length.
+        rows: Tiles of each row, left to right; at least one row, and rows may differ in length.
         title: A line above everything.
         note: A smaller line below the title.
     """
@@ -197,11 +195,11 @@ def sample_sheet(sample: Sample, categories: Sequence[Category] = (), d: float =
 
     Args:
         sample: As cached.
-        categories: For the names; their ids stand in for them where absent.
+        categories: Give the names; a category that is not among them is named by its id.
         d: D of the EDS weight, in cached pixels.
 
     Raises:
-        InputError: The photo cannot be decoded.
+        InputError: The photo is damaged.
     """
     height, width = sample.segment_map.shape
     size = fitted_size(height, width, TILE, "longest")
@@ -252,7 +250,7 @@ def sample_sheet(sample: Sample, categories: Sequence[Category] = (), d: float =
 def _legend(
     sample: Sample, names: Sequence[str], colours: Picture, size: tuple[int, int]
 ) -> Picture:
-    """Categories by area; crowds stand alone."""
+    """Categories by area, crowds apart from their category."""
     area: Counter[str] = Counter()
     count: Counter[str] = Counter(names)
     colour: dict[str, tuple[int, ...]] = {}
