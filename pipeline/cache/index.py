@@ -35,9 +35,9 @@ class SampleEntry(Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         key: The sample's key.
         offset: Of its first tar header, bytes.
-        size: Bytes up to the next sample, headers and padding included.
-        crc32: Of those bytes: names the sample when the shard's hash is wrong.
-        members: Payload (offset, size) of each member, in the order of `MEMBERS`.
+        size: Bytes up to the next sample, including headers and padding.
+        crc32: Of those bytes; identifies the damaged sample when the shard's hash is wrong.
+        members: Payload of each member, in the order of `MEMBERS`.
     """
 
     key: str
@@ -58,7 +58,7 @@ class ShardEntry(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Sidecar(Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything known of one shard; written right after its tar.
+    """Everything known about one shard; written right after its tar.
 
     Attributes:
         name: The shard's name, without `.tar`.
@@ -66,7 +66,7 @@ class Sidecar(Struct, frozen=True, forbid_unknown_fields=True):
         size: Bytes of the tar.
         sha256: Of the tar.
         samples: In the order of the tar.
-        rejections: Images planned into this shard that were left out.
+        rejections: Images planned for this shard that were left out.
         repairs: How often each kind of repair was made, by code.
     """
 
@@ -85,18 +85,18 @@ class Sidecar(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _SidecarFile(Sidecar, frozen=True, forbid_unknown_fields=True):
-    """What a sidecar's file holds."""
+    """What the file of a sidecar holds."""
 
     digest: str
 
 
 class ShardIndex(Struct, frozen=True, forbid_unknown_fields=True):
-    """The contents page of a cache.
+    """The contents of a cache.
 
     Attributes:
         format_version: See `FORMAT_VERSION`.
         split: The rendered split.
-        fingerprint: Of settings and input; shards of another one do not belong here.
+        fingerprint: Of settings and input; every shard has the same.
         settings: The render configuration as plain values.
         categories: By label.
         samples: Samples in all shards.
@@ -184,7 +184,7 @@ def claimed_by(storage: Storage, file: str = PLAN_NAME) -> str | None:
 
 
 def encode_sidecar(sidecar: Sidecar) -> bytes:
-    """Canonical JSON with a digest of its contents and a line for each sample."""
+    """The bytes of a sidecar: JSON with a digest of its contents and a line for each sample."""
     values = to_builtins(sidecar)
     digest = fingerprint(values)
     samples = ",\n  ".join(_compact(row) for row in values.pop("samples"))
@@ -193,7 +193,7 @@ def encode_sidecar(sidecar: Sidecar) -> bytes:
 
 
 def decode_sidecar(data: bytes, where: str) -> Sidecar:
-    """The inverse of `encode_sidecar`; InputError where it is none. Checks no digest."""
+    """The inverse of `encode_sidecar`, digest unchecked; InputError names the field that is wrong."""
     try:
         *values, _ = astuple(decode_json(data, _SidecarFile))
     except ValueError as error:
@@ -211,7 +211,7 @@ def _compact(values: object) -> str:
 
 
 def encode_index(index: ShardIndex) -> bytes:
-    """The bytes of `index.json`: canonical JSON with a digest of its own contents."""
+    """The bytes of `index.json`: JSON with a digest of its contents."""
     values = to_builtins(index)
     values["digest"] = fingerprint(values)
     return json.dumps(values, indent=1).encode() + b"\n"
@@ -221,7 +221,8 @@ def read_index(storage: Storage) -> ShardIndex:
     """Reads and checks `index.json`.
 
     Raises:
-        InputError: No finished cache, edited, damaged, or of another format version.
+        InputError: The cache is not finished, or the index was edited, is damaged, or has another
+            format version.
     """
     where = storage.path(INDEX_NAME)
     try:
@@ -259,7 +260,7 @@ def read_index(storage: Storage) -> ShardIndex:
 
 
 def read_sidecar(storage: Storage, shard: ShardEntry) -> Sidecar:
-    """The sidecar that the index vouches for; InputError where it is missing or another."""
+    """The sidecar that the index names; InputError if it is missing or differs."""
     where = storage.path(f"{shard.name}.json")
     try:
         data = storage.read(f"{shard.name}.json")
@@ -280,7 +281,7 @@ def read_sidecar(storage: Storage, shard: ShardEntry) -> Sidecar:
 
 
 def size_problem(shard: ShardEntry, sizes: Mapping[str, int]) -> str | None:
-    """What the sizes on disk say against a shard, if anything."""
+    """What is wrong with a shard's size on disk, if anything."""
     found = sizes.get(f"{shard.name}.tar")
     if found is None:
         return "shard missing"

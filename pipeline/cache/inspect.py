@@ -1,4 +1,4 @@
-"""A look into a cache: what its index says, what lies in one tar, and one sample of either.
+"""A look into a cache: what its index says, what is in one tar, and one sample of either.
 
 A tar is read without its cache, so a shard that was copied elsewhere can be inspected too.
 """
@@ -31,7 +31,7 @@ COLUMNS = ("key", "height", "width", "bytes", "segments", "things", "stuff", "cr
 
 
 def describe_cache(place: str) -> dict[str, Any]:
-    """What `inspect --json` prints of a cache: its index alone is read.
+    """What `inspect --json` prints about a cache; reads only its index.
 
     Raises:
         InputError: There is no finished cache.
@@ -70,12 +70,12 @@ def cache_rows(cache: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def describe_shard(path: Path) -> dict[str, Any]:
-    """What `inspect --json` prints of a tar: its samples, read from the tar itself.
+    """What `inspect --json` prints about a tar; reads the tar and the sidecar beside it.
 
-    `problem` is what the sidecar beside it says against it; `panoptic verify` says more.
+    `problem` says whether the sidecar is missing or disagrees; `panoptic verify` says more.
 
     Raises:
-        InputError: No readable tar, or a sample without a segment table.
+        InputError: The tar is not readable, or a sample has no segment table.
     """
     samples = [_describe_sample(key, members) for key, members in _read_tar(path)]
     size, problem, rejections = path.stat().st_size, "no sidecar", 0
@@ -128,10 +128,10 @@ def find_sample(place: str, key: str | None = None) -> Sample:
 
     Args:
         place: A cache's folder or URL, or a tar.
-        key: Its key, a number as image id, or a file name; the first sample where None.
+        key: Its key, image id or file name; None for the first sample.
 
     Raises:
-        InputError: No such place, no such key, or the sample is damaged.
+        InputError: There is no such place or key, or the sample is damaged.
     """
     wanted = None if key is None else {key, key.zfill(12), sample_key(key, key)}
     samples = _read_tar(Path(place)) if is_tar(place) else _read_cache(Storage(place), wanted)
@@ -157,7 +157,7 @@ def find_categories(place: str) -> tuple[Category, ...]:
 
 
 def is_tar(place: str) -> bool:
-    """A local file, which can only be meant as a shard."""
+    """Whether a place is a local file, which can only be a shard."""
     return "://" not in place and (Path(place).is_file() or place.endswith(".tar"))
 
 
@@ -175,7 +175,7 @@ def _read_index(storage: Storage) -> ShardIndex:
 def _read_cache(
     storage: Storage, wanted: set[str] | None
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Keys of a cache, with the members of those that are wanted; None wants all."""
+    """Key and members of each sample; no members for keys that are not wanted (None wants all)."""
     sizes = storage.sizes()
     for shard in _read_index(storage).shards:
         for entry in read_sidecar(storage, shard).samples:
@@ -213,7 +213,7 @@ def _read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def readable(count: float) -> str:
-    """Bytes in the largest unit that leaves a number of at least 1."""
+    """Bytes in the largest unit in which the number is at least 1."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -1,7 +1,7 @@
 """A cached training sample and its members: the only place that names members, dtypes and scales.
 
-FORMAT.md describes the same to people; a test holds the two together. Every sample has every
-member, because readers such as `datasets` learn the fields from the first few samples.
+FORMAT.md describes the same for people, and a test compares the two. Every sample has every member,
+because readers such as `datasets` learn the fields from the first few samples.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MAPS = ("segments", "eds", "void")
 EDS_STEP = 0.5
 """Pixels a step of the EDS code."""
 EDS_FAR = 255
-"""The code of 127.5 px or more, taken as infinitely far."""
+"""The code of 127.5 px or more, which counts as infinitely far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Segment:
         iscrowd: A group that is not split into instances.
         area: Pixels in the cached map.
         bbox: x, y, width, height in the cached map.
-        centroid: (u, v) in [-1, 1] of the cached map; none for stuff and crowd.
+        centroid: (u, v) in [-1, 1] of the cached map; None for stuff and crowd.
     """
 
     id: int
@@ -67,7 +67,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class SampleTable:
-    """What the JSON member holds; see `Sample` for the fields."""
+    """What the JSON member holds; the fields are those of `Sample`."""
 
     image_id: int | str
     file_name: str
@@ -81,7 +81,7 @@ class Sample:
     """One image of the cache with its targets.
 
     Attributes:
-        key: 12 digits, or a file stem without dots.
+        key: 12 digits, or a file's stem without dots.
         image_id: As annotated.
         file_name: As annotated.
         original_size: (height, width) of the annotated image.
@@ -118,7 +118,7 @@ class Sample:
 
 
 def encode_distance(distance: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Distances in pixels (float32, inf allowed) -> EDS codes (uint8), within half a step."""
+    """Distances in pixels (float32, may be inf) -> the nearest EDS codes (uint8)."""
     steps = np.minimum(distance / np.float32(EDS_STEP), np.float32(EDS_FAR))
     return np.asarray(np.rint(steps), np.uint8)
 
@@ -196,12 +196,12 @@ def decode_json(data: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.DecodeError:
-        # File names can hold half a surrogate pair, which Python's parser reads and msgspec's not.
+        # A file name can hold half a surrogate pair, which only Python's parser accepts.
         return msgspec.convert(json.loads(data), kind)
 
 
-# Measured on COCO: label maps are long runs, which deflate matches best unfiltered (and decodes
-# fastest); distances change by about one step a row, so "up" leaves runs of equal differences.
+# Measured on COCO. Segment maps are long runs, which compress best and decode fastest unfiltered.
+# Distances change by about one step a row, so the filter "up" leaves runs of equal differences.
 _LABEL_PNG = (
     *(cv2.IMWRITE_PNG_COMPRESSION, 3),
     *(cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_DEFAULT),
@@ -222,7 +222,7 @@ def _encode_png(values: NDArray[np.unsignedinteger[Any]], settings: tuple[int, .
 
 
 def _decode_png(data: bytes, where: str) -> NDArray[np.unsignedinteger[Any]]:
-    """Grayscale PNG bytes -> (H, W) uint8 or uint16; InputError where damaged."""
+    """Grayscale PNG bytes -> (H, W) uint8 or uint16; InputError if damaged."""
     try:
         values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error:  # no bytes, or more pixels than OpenCV reads

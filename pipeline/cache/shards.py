@@ -30,20 +30,20 @@ from panoptic_cache.pipeline.cache.sample import MEMBERS, Sample, decode_sample,
 from panoptic_cache.pipeline.coco import Rejection
 
 BLOCK = 512
-"""Bytes: headers have one, and payloads are padded to whole ones."""
+"""Bytes of a tar's block: a header takes one, and payloads are padded to whole blocks."""
 END_MARKER = 2 * BLOCK
-"""Bytes of zeros that end a tar, at least."""
+"""A tar ends with at least as many zero bytes."""
 
 
 def member_header(name: str, size: int) -> bytes:
-    """The tar header of a member: it tells nothing of who wrote it when."""
+    """The tar header of a member, without owner and time, so that it is always the same."""
     info = tarfile.TarInfo(name)
     info.size, info.mode = size, 0o644
     return info.tobuf(tarfile.USTAR_FORMAT)
 
 
 def lay_out(start: int, sizes: Iterable[int]) -> tuple[tuple[Span, ...], int]:
-    """Where the members of a sample lie that starts at `start`, and where the next one starts."""
+    """Where the members of a sample at `start` lie, given their sizes, and where it ends."""
     spans = []
     for size in sizes:
         spans.append((start + BLOCK, size))
@@ -52,9 +52,9 @@ def lay_out(start: int, sizes: Iterable[int]) -> tuple[tuple[Span, ...], int]:
 
 
 def pack_shard(samples: Iterable[Sample]) -> tuple[bytes, tuple[SampleEntry, ...]]:
-    """A tar of samples, byte for byte the same for the same samples, and where each one lies.
+    """A tar of samples and where each one lies; the same samples give the same bytes.
 
-    Samples are taken one by one: of a generator's, only one is in memory at a time.
+    A generator of samples is consumed one by one, so only one of them is in memory.
     """
     tar = io.BytesIO()
     entries: list[SampleEntry] = []
@@ -81,18 +81,18 @@ def write_shard(
     rejections: Sequence[Rejection],
     repairs: Mapping[str, int],
 ) -> Sidecar:
-    """Writes a tar, then its sidecar; a shard without sidecar is not done.
+    """Writes a tar, then its sidecar; without its sidecar a shard is not finished.
 
     Args:
         storage: The cache's folder.
         name: See `shard_name`.
         samples: In their final order.
         plan: The plan's fingerprint.
-        rejections: What was left out of this shard; read when the samples are exhausted.
-        repairs: Counts by code; read likewise.
+        rejections: Images left out of this shard; read once the samples are exhausted.
+        repairs: Counts by code; also read then.
 
     Raises:
-        InputError: It cannot be written, or the folder belongs to another plan by now.
+        InputError: It cannot be written, or the folder now belongs to another plan.
     """
     data, entries = pack_shard(samples)
     sidecar = Sidecar(
@@ -105,16 +105,16 @@ def write_shard(
         repairs={code: count for code, count in sorted(repairs.items()) if count},
     )
     text = encode_sidecar(sidecar)
-    # A task that a scheduler still runs for a driver that was stopped must not write over what the
-    # next one makes.
+    # A scheduler may still run this job for a driver that was stopped. It must not overwrite the
+    # shards of the next plan.
     if claimed_by(storage) not in {None, plan}:
         raise InputError(
             "the folder belongs to another run by now",
             where=storage.path(f"{name}.tar"),
             code="plan-changed",
         )
-    # Another sidecar must not vouch for the new tar: sizes are multiples of 10 KiB. The same one
-    # may stay: a driver that was killed can have left a worker that writes these bytes, too.
+    # An old sidecar must not vouch for the new tar, which may well have the same size. An equal one
+    # stays: a worker that a killed driver left behind may be writing the same shard.
     try:
         if storage.read(f"{name}.json") != text:
             storage.remove(f"{name}.json")
@@ -128,15 +128,15 @@ def write_shard(
 def finished_shard(
     storage: Storage, name: str, plan: str, sizes: Mapping[str, int]
 ) -> Sidecar | None:
-    """The sidecar of a shard that is done: whole, right plan, right size. Else None."""
+    """The sidecar of a finished shard, undamaged and of this plan; None if it has to be rendered."""
     if f"{name}.json" not in sizes:
         return None
     data = storage.read(f"{name}.json")
     try:
         sidecar = decode_sidecar(data, storage.path(f"{name}.json"))
     except InputError:
-        return None  # rendered again, which replaces it
-    # Else the index, which is made of sidecars, would vouch for a damaged one.
+        return None
+    # The index is made from sidecars, so a damaged one must not get into it.
     if encode_sidecar(sidecar) != data or sidecar.name != name:
         return None
     if sidecar.fingerprint != plan or sizes.get(f"{name}.tar") != sidecar.size:
@@ -145,15 +145,14 @@ def finished_shard(
 
 
 _OPEN_FILES = 256
-"""Tars that a reader holds open; the usual limit of a process is 1024 files."""
+"""Tars that a reader keeps open; the usual limit of a process is 1024 files."""
 
 
 class ShardReader:
     """Reads samples of a local cache by position, without scanning tars.
 
-    Every shard's size is checked against the index before its first read. Files are opened when
-    first needed and a reader pickles without them, so each worker process opens its own; threads
-    must not share a reader.
+    The size of every shard is checked first. Files are opened when needed, and a reader is pickled
+    without them, so each worker process opens its own. Threads must not share a reader.
 
     Attributes:
         index: The cache's index.
@@ -214,7 +213,7 @@ class ShardReader:
 
 
 def members_of(data: bytes, entry: SampleEntry) -> dict[str, bytes]:
-    """The members of a sample of a tar in memory, by suffix."""
+    """The members of a sample by suffix, from the bytes of its tar."""
     return {
         suffix: data[offset : offset + size]
         for suffix, (offset, size) in zip(MEMBERS, entry.members, strict=True)

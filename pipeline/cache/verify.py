@@ -86,7 +86,13 @@ class VerifyReport:
 
     def to_json(self) -> dict[str, Any]:
         """What `verify --json` prints; a problem has a `sample` only where it is one sample's."""
-        return {"ok": self.ok, **to_builtins(self), "problems": to_builtins([*self.problems])}
+        problems = [to_builtins(problem) for problem in self.problems]
+        return {
+            "ok": self.ok,
+            "shards": self.shards,
+            "samples": self.samples,
+            "problems": problems,
+        }
 
 
 def verify(storage: Storage, *, deep: bool = False) -> VerifyReport:
