@@ -193,7 +193,7 @@ def encode_sidecar(sidecar: Sidecar) -> bytes:
 
 
 def decode_sidecar(data: bytes, where: str) -> Sidecar:
-    """The inverse of `encode_sidecar`, digest unchecked; InputError names the field that is wrong."""
+    """The inverse of `encode_sidecar`, digest unchecked; InputError names the wrong field."""
     try:
         *values, _ = astuple(decode_json(data, _SidecarFile))
     except ValueError as error:

@@ -128,7 +128,7 @@ def write_shard(
 def finished_shard(
     storage: Storage, name: str, plan: str, sizes: Mapping[str, int]
 ) -> Sidecar | None:
-    """The sidecar of a finished shard, undamaged and of this plan; None if it has to be rendered."""
+    """The sidecar of a finished, undamaged shard of this plan; None if it has to be rendered."""
     if f"{name}.json" not in sizes:
         return None
     data = storage.read(f"{name}.json")
