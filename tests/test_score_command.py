@@ -109,8 +109,11 @@ def test_it_forks_only_where_no_other_thread_runs() -> None:
         "print(_context().get_start_method())\n"
         "wait.set()\n"
     )
+    # As the command does: else numpy starts threads for linear algebra.
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script]
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["fork", "spawn"]
 
