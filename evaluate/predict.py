@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from panoptic_cache.evaluate.decoder.decode import DecodeConfig, PanopticMap, decode
-from panoptic_cache.evaluate.views import Heads, average, mirrored, network_cost
+from panoptic_cache.evaluate.views import Heads, average, mirrored
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.pipeline.photo import Fit, fitted_size, resize_photo
@@ -72,11 +72,12 @@ class Predictor:
         categories: By label.
         size: Side of the network's square input, pixels.
         model: The network, in evaluation mode.
-        cost: Pixels that go through the network, as a multiple of one trained-size input.
         identity: What its predictions depend on besides the photos, as plain values.
     """
 
     identity: dict[str, Any]
+    _decoding: DecodeConfig
+    _sizes: tuple[int, ...]
 
     def __init__(
         self,
@@ -92,7 +93,11 @@ class Predictor:
         chosen = find_device(device)
         folder = find_checkpoint(Path(checkpoint))  # once: a running training adds newer ones
         model, state = load_model(folder, chosen, weights=weights)
-        self._set_up(model, state, decoding, flip=flip, sizes=sizes, precision=precision)
+        self._set_up(model, state, precision)
+        self._decoding, self._flip = decoding or self._decoding, flip
+        self._sizes = tuple(sizes) or self._sizes
+        for side in sizes:
+            check_size(side, side, model.patch_size, where="--sizes")
         # complete.json holds the SHA-256 of every file of the checkpoint.
         complete = (folder / "complete.json").read_bytes()
         self.identity = {
@@ -110,29 +115,19 @@ class Predictor:
 
         The model must be in evaluation mode.
         """
-        predictor, precision = cls.__new__(cls), state.config.precision
-        predictor._set_up(model, state, None, flip=False, sizes=(), precision=precision)
+        predictor = cls.__new__(cls)
+        predictor._set_up(model, state, state.config.precision)
         return predictor
 
-    def _set_up(
-        self,
-        model: PanopticModel,
-        state: TrainState,
-        decoding: DecodeConfig | None,
-        *,
-        flip: bool,
-        sizes: Sequence[int],
-        precision: Precision,
-    ) -> None:
+    def _set_up(self, model: PanopticModel, state: TrainState, precision: Precision) -> None:
+        """What follows from the model alone."""
         config = state.config
         self.model, self.state, self._device = model, state, model.mean.device
         self.identity = {"step": state.step}
         self.size, self._fit, self._precision = config.data.size, config.data.fit, precision
-        self._decoding = decoding or DecodeConfig(cells=grid_cells(self.size))
-        self._flip, self._sizes = flip, tuple(sizes) or (self.size,)
-        for side in sizes:
-            check_size(side, side, model.patch_size, where="--sizes")
-        self.cost = network_cost(self.size, self._sizes, flip=flip)
+        self._decoding = DecodeConfig(cells=grid_cells(self.size))
+        self._flip = False
+        self._sizes = (self.size,)
         self.categories: tuple[Category, ...] = state.categories
         self.encoding: Encoding = make_encoding(config.loss.encoding, config.loss.harmonics)
         self._isthing = torch.tensor([category.isthing for category in self.categories])
@@ -179,6 +174,12 @@ class Predictor:
         """Waits for the device, so that the network's time can be told from the decoder's."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+    @property
+    def cost(self) -> float:
+        """Pixels that go through the network, as a multiple of one trained-size input."""
+        views = 2 if self._flip else 1
+        return views * sum(side**2 for side in self._sizes) / self.size**2
 
     @property
     def cells(self) -> int:

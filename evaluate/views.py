@@ -52,11 +52,6 @@ def average(views: Sequence[Heads]) -> Heads:
     return Heads(torch.stack(codes).mean(0), chance.log())
 
 
-def network_cost(size: int, sizes: Sequence[int], *, flip: bool) -> float:
-    """Pixels that go through the network, as a multiple of one trained-size input."""
-    return (2 if flip else 1) * sum(side**2 for side in sizes) / size**2
-
-
 def _resized(maps: Tensor, height: int, width: int) -> Tensor:
     if maps.shape[-2:] == (height, width):
         return maps

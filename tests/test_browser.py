@@ -10,11 +10,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_report import CATEGORIES, result_of, view
+from test_report import CATEGORIES, page_of, view
 
 from panoptic_cache.evaluate.metric.breakdown import Breakdown
-from panoptic_cache.evaluate.metric.score import Scores
-from panoptic_cache.evaluate.report.page import write_report
 from panoptic_cache.evaluate.report.pictures import make_figure
 
 BROWSER = next(
@@ -57,14 +55,8 @@ MEASURES = Breakdown(
 )
 
 
-def page_of(folder: Path, measures: Breakdown) -> str:
-    values = Scores(result_of(view()), measures, None, []).to_json()
-    best = [make_figure(view(), CATEGORIES)]
-    return write_report(folder, result_of(view()), CATEGORIES, best=best, values=values).read_text()
-
-
 def test_charts_show_what_was_measured(tmp_path: Path) -> None:
-    text = page_of(tmp_path, MEASURES)
+    text = page_of(tmp_path, MEASURES, best=[make_figure(view(), CATEGORIES)])
     chart = text[text.index("<svg") : text.index("</svg>")]
     assert chart.count("<rect") == 3, "from the first to the last size with instances"
     assert "8-16 px" in chart
@@ -84,7 +76,11 @@ def test_the_page_works_in_a_browser(tmp_path: Path) -> None:
     if BROWSER is None:
         pytest.skip("no chromium is installed")
     page = tmp_path / "page.html"
-    page.write_text(page_of(tmp_path, MEASURES).replace("<title>", f"{PROBE}<title>", 1))
+    page.write_text(
+        page_of(tmp_path, MEASURES, best=[make_figure(view(), CATEGORIES)]).replace(
+            "<title>", f"{PROBE}<title>", 1
+        )
+    )
     command = [BROWSER, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     found = re.search(r"<output>(.*?)</output>", done.stdout, re.DOTALL)

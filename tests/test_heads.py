@@ -11,7 +11,7 @@ import torch
 from conftest import Run
 
 from panoptic_cache.evaluate.predict import Predictor
-from panoptic_cache.evaluate.views import Heads, average, network_cost
+from panoptic_cache.evaluate.views import Heads, average
 from panoptic_cache.pipeline.base.errors import InputError
 
 
@@ -44,7 +44,7 @@ def test_average_is_of_codes_and_probabilities() -> None:
 def test_sizes_average_and_cost(trained: Path) -> None:
     predictor = Predictor(trained, "cpu", sizes=(56, 84))
     assert predictor.cost == 1 + 2.25
-    assert network_cost(420, (420,), flip=True) == 2
+    assert Predictor(trained, "cpu", flip=True).cost == 2
     photo = np.zeros((30, 50, 3), np.uint8)
     (heads,) = predictor.heads([photo])
     assert max(heads.instance.shape[-2:]) == 84

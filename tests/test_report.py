@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import base64
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -12,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from panoptic_cache.evaluate.decoder.decode import DecodedSegment, PanopticMap
+from panoptic_cache.evaluate.metric.breakdown import Breakdown
 from panoptic_cache.evaluate.metric.pq import PQResult, PQStat, match_image, summarize
+from panoptic_cache.evaluate.metric.score import Scores
 from panoptic_cache.evaluate.report.compare import compare, matched_numbers
 from panoptic_cache.evaluate.report.page import write_report
 from panoptic_cache.evaluate.report.pictures import (
@@ -57,7 +61,7 @@ def view(title: str = "a.jpg", pq: float | None = 0.5) -> ImageView:
     head = np.zeros((20, 40, 3), np.uint8)
     photo = np.full((*IDS.shape, 3), 99, np.uint8)
     truth = true_map(IDS, SEGMENTS, CATEGORIES)
-    return ImageView(title, photo, predicted_map(result), truth, head, head, pq)
+    return ImageView(title, photo, truth, predicted_map(result), head, head, pq)
 
 
 def result_of(one: ImageView) -> PQResult:
@@ -65,6 +69,15 @@ def result_of(one: ImageView) -> PQResult:
     return summarize(
         match_image(1, IDS, SEGMENTS, one.prediction.segment_map, found).stat, CATEGORIES
     )
+
+
+def page_of(
+    folder: Path, breakdown: Breakdown, result: PQResult | None = None, **settings: Any
+) -> str:
+    result = result or result_of(view())
+    values = Scores(result, breakdown, None, []).to_json()
+    settings = {"best": (), "worst": (), "title": "Quality", "facts": {}} | settings
+    return write_report(folder, result, CATEGORIES, values, **settings).read_text()
 
 
 @settings(max_examples=30, deadline=None)
@@ -95,7 +108,6 @@ def test_comparison_counts_as_the_metric_does(data: st.DataObject) -> None:
 
 def test_a_match_has_its_true_segments_colour() -> None:
     one = view()
-    assert one.truth is not None
     found = compare(one.truth, one.prediction)
     assert found.matches == {2: 0, 1: 2}
     numbers = matched_numbers(one.truth, one.prediction, found)
@@ -115,7 +127,6 @@ def test_false_instances_take_unused_numbers() -> None:
 
 def test_errors_are_marked() -> None:
     one = view()
-    assert one.truth is not None
     found = compare(one.truth, one.prediction)
     picture = error_picture(one.photo, one.truth, one.prediction, found).astype(int)
     wrong = (IDS == 20) & (one.prediction.segment_map == 1)
@@ -157,8 +168,8 @@ def test_panels_follow_what_there_is() -> None:
     names = [name for name, _ in panels(view(), CATEGORIES)]
     assert names == ["photo", "truth", "result", "semantic head", "instance head", "errors"]
     one = view()
-    bare = ImageView(one.title, one.photo, one.prediction)
-    assert [name for name, _ in panels(bare, CATEGORIES)] == ["photo", "result"]
+    bare = replace(one, instance=None, semantic=None)
+    assert [name for name, _ in panels(bare, CATEGORIES)] == ["photo", "truth", "result", "errors"]
     assert {picture.shape for _, picture in panels(one, CATEGORIES, 100)} == {(50, 100, 3)}
 
 
@@ -238,12 +249,8 @@ def test_page_is_one_file_without_any_other(tmp_path: Path) -> None:
         [make_figure(view(f'<i>{n}</i>" onload="x.jpg', pq), CATEGORIES)]
         for n, pq in enumerate((0.2, 0.9))
     )
-    facts = {"images": "2 < 3"}
-    path = write_report(
-        tmp_path / "new", result_of(view()), CATEGORIES, best=best, worst=worst, facts=facts
-    )
-    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
-    text = path.read_text()
+    text = page_of(tmp_path / "new", Breakdown(), best=best, worst=worst, facts={"images": "2 < 3"})
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["report.html"]
     page = Page(text)
     assert page.open == []
     assert page.rows == 1 + len(CATEGORIES)
@@ -262,6 +269,6 @@ def test_page_is_one_file_without_any_other(tmp_path: Path) -> None:
 
 
 def test_page_without_images_or_scores(tmp_path: Path) -> None:
-    text = write_report(tmp_path, summarize(PQStat(), CATEGORIES), CATEGORIES).read_text()
+    text = page_of(tmp_path, Breakdown(), summarize(PQStat(), CATEGORIES))
     assert "undefined" in text
     assert "<article>" not in text

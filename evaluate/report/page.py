@@ -38,12 +38,12 @@ def write_report(
     folder: Path,
     result: PQResult,
     categories: Sequence[Category],
+    values: Mapping[str, Any],
     *,
-    best: Sequence[Figure] = (),
-    worst: Sequence[Figure] = (),
-    title: str = "Panoptic quality",
-    facts: Mapping[str, str] | None = None,
-    values: Mapping[str, Any] | None = None,
+    best: Sequence[Figure],
+    worst: Sequence[Figure],
+    title: str,
+    facts: Mapping[str, str],
 ) -> Path:
     """Writes `report.html` whole or not at all; makes the folder.
 
@@ -51,11 +51,11 @@ def write_report(
         folder: Where to write.
         result: The metric.
         categories: By label.
+        values: All measures, see `Scores.to_json`.
         best: Figures of the best images.
         worst: Figures of the worst images.
         title: Headline of the page.
         facts: Shown below the title, such as the number of images.
-        values: The other measures, see `Scores.to_json`; none of them are shown without it.
 
     Returns:
         The page's path.
@@ -74,15 +74,15 @@ def write_report(
     colours = segment_colours([c.label for c in categories], [c.isthing for c in categories])[1:]
     text = environment.get_template("template.html").render(
         title=title,
-        facts=facts or {},
+        facts=facts,
         groups={"all categories": result.all, "things": result.things, "stuff": result.stuff},
         categories=[
             (category, colour, result.per_class[category.id])
             for category, colour in zip(categories, colours.tolist(), strict=True)
         ],
-        measures=measures(values) if values else (),
-        sizes=filled_sizes(values["sizes"]) if values else (),
-        confusions=confusions(values["confusion"], categories) if values else (),
+        measures=measures(values),
+        sizes=filled_sizes(values["sizes"]),
+        confusions=confusions(values["confusion"], categories),
         best=best,
         worst=worst,
         errors={"missed": MISSED, "false": FALSE, "both": BOTH},

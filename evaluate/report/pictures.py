@@ -49,8 +49,8 @@ class ImageView:
     Attributes:
         title: Such as the file name.
         photo: (H, W, 3) uint8 RGB.
+        truth: See `true_map`.
         prediction: See `predicted_map`.
-        truth: See `true_map`; None if unknown.
         instance: Instance head, (h, w, 3) uint8; see `colours.centroid_colours`.
         semantic: Semantic head, (h, w, 3) uint8; see `colours.semantic_colours`.
         pq: PQ of this image, see `PQStat.mean_pq`.
@@ -58,8 +58,8 @@ class ImageView:
 
     title: str
     photo: NDArray[np.uint8]
+    truth: LabelledMap
     prediction: LabelledMap
-    truth: LabelledMap | None = None
     instance: Picture | None = None
     semantic: Picture | None = None
     pq: float | None = None
@@ -136,18 +136,15 @@ def extremes(scores: Sequence[float | None], limit: int) -> tuple[list[int], lis
 
 def make_figure(view: ImageView, categories: Sequence[Category]) -> Figure:
     """Draws the pictures of an image that has a PQ."""
-    summary = ""
-    if view.truth is not None:
-        found = compare(view.truth, view.prediction)
-        total = len(found.matches) + len(found.missed)
-        parts = [f"{len(found.matches)} of {total} segments found"]
-        for name, rows, labels in (
-            ("missed", found.missed, view.truth.labels),
-            ("false", found.false, view.prediction.labels),
-        ):
-            if rows:
-                parts.append(f"{name}: {_counted(categories[labels[row]].name for row in rows)}")
-        summary = "; ".join(parts)
+    found = compare(view.truth, view.prediction)
+    total = len(found.matches) + len(found.missed)
+    summary = f"{len(found.matches)} of {total} segments found"
+    for name, rows, labels in (
+        ("missed", found.missed, view.truth.labels),
+        ("false", found.false, view.prediction.labels),
+    ):
+        if rows:
+            summary += f"; {name}: {_counted(categories[labels[row]].name for row in rows)}"
     pictures = tuple(
         (name, encode_picture(tile, ".jpg")) for name, tile in panels(view, categories)
     )
@@ -169,28 +166,22 @@ def panels(view: ImageView, categories: Sequence[Category], longest: int = PANEL
         longest: Longer side of each picture, pixels.
 
     Returns:
-        Photo, truth, result, semantic head, instance head, errors; those that the view has.
+        Photo, truth, result, semantic head and instance head where the view has them, errors.
     """
     size = fitted_size(view.photo.shape[0], view.photo.shape[1], longest, "longest")
-    photo = resized(view.photo, size)
+    photo, truth = resized(view.photo, size), view.truth.resized(size)
     prediction = view.prediction.resized(size)
-    tiles = [("photo", photo)]
-    if view.truth is None:
-        tiles.append(("result", named_overlay(photo, prediction, categories)))
-    else:
-        truth = view.truth.resized(size)
-        comparison = compare(view.truth, view.prediction)
-        numbers = matched_numbers(truth, prediction, comparison)
-        tiles += [
-            ("truth", named_overlay(photo, truth, categories)),
-            ("result", named_overlay(photo, prediction, categories, numbers)),
-        ]
+    comparison = compare(view.truth, view.prediction)
+    numbers = matched_numbers(truth, prediction, comparison)
+    tiles = [
+        ("photo", photo),
+        ("truth", named_overlay(photo, truth, categories)),
+        ("result", named_overlay(photo, prediction, categories, numbers)),
+    ]
     for name, head in (("semantic head", view.semantic), ("instance head", view.instance)):
         if head is not None:
             tiles.append((name, resized(head, size, smooth=False)))
-    if view.truth is not None:
-        tiles.append(("errors", error_picture(photo, truth, prediction, comparison)))
-    return tiles
+    return [*tiles, ("errors", error_picture(photo, truth, prediction, comparison))]
 
 
 def error_picture(
@@ -209,7 +200,7 @@ def comparison_sheet(views: Sequence[ImageView], categories: Sequence[Category])
         shown = dict(panels(view, categories, SHEET_PANEL))
         score = "" if view.pq is None else f", PQ {view.pq:.1%}"
         captions = {"photo": view.title, "truth": "truth", "result": f"result{score}"}
-        rows.append([(text, shown[name]) for name, text in captions.items() if name in shown])
+        rows.append([(text, shown[name]) for name, text in captions.items()])
     return sheet(rows)
 
 

@@ -158,15 +158,9 @@ def write_pictures(
         "network runs": f"{predictor.cost:.3g} an image",
         "seconds an image": f"{sum(outcome.seconds_per_image.values()):.3f}",
     }
+    values = outcome.to_json()
     write_report(
-        out,
-        outcome.pq,
-        categories,
-        best=best,
-        worst=worst,
-        title=title,
-        facts=facts,
-        values=outcome.to_json(),
+        out, outcome.pq, categories, values, best=best, worst=worst, title=title, facts=facts
     )
 
 
