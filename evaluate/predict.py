@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
 
 from panoptic_cache.evaluate.decoder.decode import DecodeConfig, PanopticMap, decode
-from panoptic_cache.evaluate.views import Heads, average, mirrored
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.pipeline.photo import Fit, fitted_size, resize_photo
@@ -47,6 +48,23 @@ TURNS: dict[Any, Image.Transpose] = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes a photo upright, by the value of that tag."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The network's output for one photo, before decoding.
+
+    Attributes:
+        instance: (channels, h, w) codes, at the network's input size without padding.
+        semantic: (C, h, w) logits.
+    """
+
+    instance: Tensor
+    semantic: Tensor
+
+    def mirrored(self, encoding: Encoding) -> Heads:
+        """What the mirrored photo would give."""
+        return Heads(encoding.mirrored(self.instance.flip(-1)), self.semantic.flip(-1))
 
 
 class Predictor:
@@ -144,7 +162,7 @@ class Predictor:
             turned = [np.ascontiguousarray(photo[:, ::-1]) for photo in photos]
             for side in self._sizes:
                 run = self._run(turned, side)
-                views.append([mirrored(heads, self.encoding) for heads in run])
+                views.append([heads.mirrored(self.encoding) for heads in run])
         return [average(of_one) for of_one in zip(*views, strict=True)]
 
     def _run(self, photos: Sequence[Pixels], side: int) -> list[Heads]:
@@ -206,6 +224,29 @@ class Predictor:
         labels = heads.semantic.argmax(0).cpu().numpy()
         isthing = [category.isthing for category in self.categories]
         return centroid_colours(uv), semantic_colours(labels, isthing)
+
+
+def average(views: Sequence[Heads]) -> Heads:
+    """Mean of codes and of probabilities over views of one photo, at the size of the largest.
+
+    Args:
+        views: All turned the same way; a single view is returned as it is.
+
+    Returns:
+        Mean codes, and the logarithms of the mean probabilities.
+    """
+    if len(views) == 1:
+        return views[0]
+    size = max((view.instance.shape[-2:] for view in views), key=lambda each: each.numel())
+
+    def mean(maps: Sequence[Tensor]) -> Tensor:
+        resized = [F.interpolate(one[None], size, mode="bilinear")[0] for one in maps]
+        return torch.stack(resized).mean(0)
+
+    chance = mean([view.semantic.softmax(0) for view in views])
+    # A probability of zero would become -inf.
+    logits = chance.clamp_min(torch.finfo(torch.float32).tiny).log()
+    return Heads(mean([view.instance for view in views]), logits)
 
 
 def read_picture(path: Path | str, *, upright: bool = True) -> Pixels:

@@ -21,12 +21,11 @@ from handmade import hashes
 
 from panoptic_cache.evaluate.metric.score import score_image
 from panoptic_cache.evaluate.photos import predict_photos
-from panoptic_cache.evaluate.predict import Predictor
+from panoptic_cache.evaluate.predict import Heads, Predictor
 from panoptic_cache.evaluate.prediction_files import PredictionRow, SegmentRow
 from panoptic_cache.evaluate.split import evaluation
 from panoptic_cache.evaluate.split.evaluation import evaluate, identity_of
 from panoptic_cache.evaluate.split.folder import Journal, read_journals
-from panoptic_cache.evaluate.views import Heads
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
 

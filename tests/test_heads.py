@@ -10,8 +10,7 @@ import pytest
 import torch
 from conftest import Run
 
-from panoptic_cache.evaluate.predict import Predictor
-from panoptic_cache.evaluate.views import Heads, average
+from panoptic_cache.evaluate.predict import Heads, Predictor, average
 from panoptic_cache.pipeline.base.errors import InputError
 
 

@@ -16,8 +16,7 @@ from conftest import Run
 from PIL import Image, ImageOps
 
 from panoptic_cache.evaluate.photos import predict_photos, unique_names
-from panoptic_cache.evaluate.predict import Pixels, Predictor, read_picture
-from panoptic_cache.evaluate.views import Heads
+from panoptic_cache.evaluate.predict import Heads, Pixels, Predictor, read_picture
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.png import read_ids
 

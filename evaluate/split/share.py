@@ -17,10 +17,9 @@ from panoptic_cache.evaluate.decoder.decode import PanopticMap
 from panoptic_cache.evaluate.metric.breakdown import thing_ids
 from panoptic_cache.evaluate.metric.score import ImageScore, score_image
 from panoptic_cache.evaluate.photos import ahead
-from panoptic_cache.evaluate.predict import Pixels, Predictor, read_picture
+from panoptic_cache.evaluate.predict import Heads, Pixels, Predictor, read_picture
 from panoptic_cache.evaluate.prediction_files import PNG_FOLDER, PredictionRow, write_png
 from panoptic_cache.evaluate.split.folder import Journal, supersede
-from panoptic_cache.evaluate.views import Heads
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.progress import progress
 from panoptic_cache.pipeline.coco import CocoPanoptic, ImageId, PanopticRecord
