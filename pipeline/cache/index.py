@@ -2,7 +2,8 @@
 
 A tar alone proves nothing: cut at a sample boundary it reads back without error and with fewer
 samples. A sidecar knows every byte of its tar. The index, written last, knows every tar and
-sidecar. The plan, written first, keeps a folder from mixing two plans. See FORMAT.md.
+sidecar. The plan, written first, keeps a folder from mixing two plans. FORMAT.md describes every
+field.
 """
 
 from __future__ import annotations
@@ -30,14 +31,9 @@ Span = tuple[int, Annotated[int, Meta(ge=0)]]
 
 
 class SampleEntry(Struct, frozen=True, forbid_unknown_fields=True):
-    """Where a sample lies in its shard.
+    """Where a sample and the payloads of its members, in the order of `MEMBERS`, lie in its tar.
 
-    Attributes:
-        key: The sample's key.
-        offset: Of its first tar header, bytes.
-        size: Bytes up to the next sample, including headers and padding.
-        crc32: Of those bytes; identifies the damaged sample when the shard's hash is wrong.
-        members: Payload of each member, in the order of `MEMBERS`.
+    The CRC-32 identifies the damaged sample when the shard's hash is wrong.
     """
 
     key: str
@@ -58,17 +54,7 @@ class ShardEntry(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Sidecar(Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything known about one shard; written right after its tar.
-
-    Attributes:
-        name: The shard's name, without `.tar`.
-        fingerprint: Of the plan it belongs to.
-        size: Bytes of the tar.
-        sha256: Of the tar.
-        samples: In the order of the tar.
-        rejections: Images planned for this shard that were left out.
-        repairs: How often each kind of repair was made, by code.
-    """
+    """Everything known about one shard; written right after its tar."""
 
     name: str
     fingerprint: str
@@ -91,19 +77,7 @@ class _SidecarFile(Sidecar, frozen=True, forbid_unknown_fields=True):
 
 
 class ShardIndex(Struct, frozen=True, forbid_unknown_fields=True):
-    """The contents of a cache.
-
-    Attributes:
-        format_version: See `FORMAT_VERSION`.
-        split: The rendered split.
-        fingerprint: Of settings and input; every shard has the same.
-        settings: The render configuration as plain values.
-        categories: By label.
-        samples: Samples in all shards.
-        quarantined: Images left out.
-        quarantine_sha256: Of `quarantine.jsonl`, which lists them.
-        shards: By name.
-    """
+    """The contents of a cache; written last."""
 
     format_version: int
     split: str

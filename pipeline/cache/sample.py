@@ -42,18 +42,7 @@ EDS_FAR = 255
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A row of the segment table.
-
-    Attributes:
-        id: 24-bit id in the annotation's PNG.
-        category_id: As annotated.
-        label: Contiguous category, 0..C-1.
-        isthing: Its category has instances.
-        iscrowd: A group that is not split into instances.
-        area: Pixels in the cached map.
-        bbox: x, y, width, height in the cached map.
-        centroid: (u, v) in [-1, 1] of the cached map; None for stuff and crowd.
-    """
+    """A row of the segment table, as measured on the cached map; FORMAT.md describes the fields."""
 
     id: int
     category_id: int
