@@ -1,3 +1,5 @@
+"""Pictures: colours, names on segments, sheets and the files they are written to."""
+
 from __future__ import annotations
 
 from itertools import combinations
@@ -8,7 +10,16 @@ import numpy as np
 import pytest
 
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.pictures import colours as draw
+from panoptic_cache.pipeline.pictures.colours import (
+    centroid_colours,
+    heat,
+    instance_numbers,
+    overlay,
+    save_picture,
+    segment_colours,
+    semantic_colours,
+    stained,
+)
 from panoptic_cache.pipeline.pictures.sheets import (
     label_segments,
     legend,
@@ -29,27 +40,25 @@ def disc_and_band() -> np.ndarray:
 
 def test_colours_tell_instances_apart_and_keep_a_category() -> None:
     labels, things = [3] * 12 + [4, 90], [True] * 12 + [True, False]
-    colours = draw.segment_colours(labels, things)
+    colours = segment_colours(labels, things)
     assert colours.shape == (15, 3)
     assert not colours[0].any()
     apart = [np.abs(a.astype(int) - b).sum() for a, b in combinations(colours[1:].astype(int), 2)]
     assert min(apart) > 12
-    alone = draw.segment_colours([90, 4, 3], [False, True, True])
+    alone = segment_colours([90, 4, 3], [False, True, True])
     assert np.array_equal(alone[1:], colours[[14, 13, 1]]), "depends on category and number only"
-    assert (
-        len(np.unique(draw.segment_colours(range(133), [True] * 80 + [False] * 53), axis=0)) > 130
-    )
+    assert len(np.unique(segment_colours(range(133), [True] * 80 + [False] * 53), axis=0)) > 130
 
 
 def test_stuff_has_one_colour() -> None:
-    colours = draw.segment_colours([7, 7], [False, False])
+    colours = segment_colours([7, 7], [False, False])
     assert np.array_equal(colours[1], colours[2])
 
 
 def test_matched_numbers_are_free_to_choose() -> None:
-    assert draw.instance_numbers([5, 2, 5, 5, 2]) == (0, 0, 1, 2, 1)
-    ours = draw.segment_colours([5, 5], [True, True], numbers=[1, 0])
-    default = draw.segment_colours([5, 5], [True, True])
+    assert instance_numbers([5, 2, 5, 5, 2]) == (0, 0, 1, 2, 1)
+    ours = segment_colours([5, 5], [True, True], numbers=[1, 0])
+    default = segment_colours([5, 5], [True, True])
     assert np.array_equal(ours[[2, 1]], default[[1, 2]])
 
 
@@ -57,7 +66,7 @@ def test_overlay_blends_inside_and_whitens_the_boundary() -> None:
     index = disc_and_band()
     photo = np.full((60, 80, 3), 100, np.uint8)
     colours = np.array([[0, 0, 0], [200, 0, 0], [0, 200, 0]], np.uint8)
-    picture = draw.overlay(photo, index, colours, alpha=0.5)
+    picture = overlay(photo, index, colours, alpha=0.5)
     edges = boundary(index)
     assert np.array_equal(picture[(index == 1) & ~edges][0], [150, 50, 50])
     assert (picture[edges] > 190).all()
@@ -66,19 +75,19 @@ def test_overlay_blends_inside_and_whitens_the_boundary() -> None:
 
 def test_centroid_colours_are_those_of_the_paper() -> None:
     uv = np.array([[[-1.0, 1.0, 0.0, np.nan]], [[-1.0, 1.0, 1.0, np.nan]]])
-    picture = draw.centroid_colours(uv)
+    picture = centroid_colours(uv)
     assert picture.tolist() == [[[0, 0, 140], [255, 255, 140], [128, 255, 140], [0, 0, 0]]]
 
 
 def test_semantic_colours_are_the_categories_own() -> None:
     things = [True, False, True]
-    picture = draw.semantic_colours(np.array([[0, 1], [2, -1]]), things)
-    expected = draw.segment_colours([0, 1, 2], things)
+    picture = semantic_colours(np.array([[0, 1], [2, -1]]), things)
+    expected = segment_colours([0, 1, 2], things)
     assert np.array_equal(picture.reshape(4, 3), expected[[1, 2, 3, 0]])
 
 
 def test_heat_grows_brighter_with_weight() -> None:
-    scale = draw.heat(np.linspace(0, 1, 256)[None])
+    scale = heat(np.linspace(0, 1, 256)[None])
     lightness = cv2.cvtColor(scale.astype(np.float32) / 255, cv2.COLOR_RGB2Lab)[0, :, 0]
     assert lightness[0] < 2
     assert lightness[-1] > 95
@@ -88,7 +97,7 @@ def test_heat_grows_brighter_with_weight() -> None:
 def test_stained_pixels_are_coloured_and_the_rest_is_pale() -> None:
     masks = (np.array([[False, True, False]]), np.array([[False, False, True]]))
     marks = ((masks[0], (0, 0, 200)), (masks[1], (244, 140, 6)))
-    picture = draw.stained(np.full((1, 3, 3), 80, np.uint8), marks)
+    picture = stained(np.full((1, 3, 3), 80, np.uint8), marks)
     pale, blue, orange = picture[0].astype(int)
     assert pale.min() == pale.max() > 180
     assert blue[2] > blue[0] + 40
@@ -150,9 +159,9 @@ def test_legend_counts_what_does_not_fit() -> None:
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
 def test_picture_is_saved_whole(tmp_path: Path, suffix: str) -> None:
-    picture = draw.heat(np.linspace(0, 1, 64 * 48).reshape(48, 64))
+    picture = heat(np.linspace(0, 1, 64 * 48).reshape(48, 64))
     path = tmp_path / "new" / f"heat{suffix}"
-    draw.save_picture(path, picture)
+    save_picture(path, picture)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     found = np.asarray(cv2.imread(str(path)))[..., ::-1].astype(int)
     assert np.abs(found - picture).mean() < (0.01 if suffix == ".png" else 5)
@@ -160,5 +169,5 @@ def test_picture_is_saved_whole(tmp_path: Path, suffix: str) -> None:
 
 def test_other_formats_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"\.png or \.jpg"):
-        draw.save_picture(tmp_path / "picture.gif", np.zeros((2, 2, 3), np.uint8))
+        save_picture(tmp_path / "picture.gif", np.zeros((2, 2, 3), np.uint8))
     assert not list(tmp_path.iterdir())

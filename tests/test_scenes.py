@@ -1,8 +1,7 @@
-"""Made-up scenes: what they promise, measured on the maps and the files."""
+"""Synthetic scenes: what they promise, measured on the maps and the files."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from functools import cache
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import simplejpeg
+from handmade import hashes
 from numpy.typing import NDArray
 from skimage.measure import label as components
 
@@ -48,14 +48,6 @@ def centroid(scene: Scene, row: SegmentInfo) -> NDArray[np.float64]:
     y, x = np.nonzero(scene.ids == row.id)
     height, width = scene.ids.shape
     return np.array([(x.mean() + 0.5) / width, (y.mean() + 0.5) / height]) * 2 - 1
-
-
-def hashes(root: Path) -> dict[str, str]:
-    return {
-        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(root.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.mark.parametrize("first", [0, 5, FIRST_VAL_INDEX])

@@ -1,3 +1,5 @@
+"""Inspection of caches, tars and samples, and the sheet of a sample."""
+
 from __future__ import annotations
 
 import json
@@ -25,7 +27,7 @@ from panoptic_cache.pipeline.cache.inspect import (
 from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
 from panoptic_cache.pipeline.photo import decode_photo, fitted_size
-from panoptic_cache.pipeline.pictures import colours as draw
+from panoptic_cache.pipeline.pictures.colours import resized
 from panoptic_cache.pipeline.pictures.sheets import (
     TILE,
     labelled_map,
@@ -136,7 +138,7 @@ def test_sheet_shows_the_sample(tiny_cache: Path) -> None:
         assert picture.shape[1] > 2 * TILE
         rows, columns = sample.segment_map.shape
         height, width = fitted_size(rows, columns, TILE, "longest")
-        photo = draw.resized(decode_photo(sample.photo, sample.key), (height, width))
+        photo = resized(decode_photo(sample.photo, sample.key), (height, width))
         corners = np.argwhere((picture[: -height + 1, : -width + 1] == photo[0, 0]).all(-1))
         assert any(
             np.array_equal(picture[y : y + height, x : x + width], photo) for y, x in corners
