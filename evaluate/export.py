@@ -96,7 +96,7 @@ def export_onnx(model: PanopticModel, state: TrainState, out: Path, cells: int) 
     """Writes `model.onnx`, for any batch at the trained size, and `model.json`.
 
     Args:
-        model: In evaluation mode; it is moved to the CPU.
+        model: The network; it is moved to the CPU and into evaluation mode.
         state: Of its training.
         out: The folder.
         cells: Cells per axis of the decoding grid.
@@ -115,7 +115,7 @@ def export_onnx(model: PanopticModel, state: TrainState, out: Path, cells: int) 
     size = state.config.data.size
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            ModelAndDecoder(model.cpu().eval(), state, cells),
+            ModelAndDecoder(model.cpu(), state, cells).eval(),
             # Two photos: the exporter would take a batch of one for a constant.
             (torch.zeros(2, 3, size, size, dtype=torch.uint8),),
             input_names=["photo"],
@@ -162,7 +162,7 @@ def onnx_difference(
     session: Any = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     found = session.run(list(OUTPUTS), {"photo": photo.numpy()})
     with torch.no_grad():
-        expected = ModelAndDecoder(model.cpu().eval(), state, cells)(photo)
+        expected = ModelAndDecoder(model.cpu(), state, cells).eval()(photo)
     return {
         name: _difference(one, other.numpy())
         for name, one, other in zip(OUTPUTS, found, expected, strict=True)
@@ -194,18 +194,14 @@ def _save(program: torch.onnx.ONNXProgram, path: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the exporter's warnings off standard error."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
-    levels = [logger.level for logger in loggers]
+    """Keeps the exporter's warnings, such as those about torchvision, off standard error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
 def _json(values: dict[str, Any]) -> bytes:

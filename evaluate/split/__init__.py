@@ -1,5 +1,5 @@
-"""A whole split: predict every image, note it, score it, and go on after a kill.
+"""The evaluation of a whole split, which resumes after a kill at any moment.
 
-In: a `Predictor` and a dataset. Out: a folder of predictions, scores and the report. Read first:
-`evaluation.py`.
+In: a `Predictor` and a dataset. Out: a folder of predictions, scores, pictures and the report. Read
+first: `evaluation.py`, then `share.py` and `folder.py`.
 """

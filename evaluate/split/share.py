@@ -30,15 +30,18 @@ from panoptic_cache.train.stopping import memory_advice
 STEPS = ("read", "network", "decode", "write", "score")
 """What is timed; `write` and `score` run beside the other steps."""
 
-Outcomes = dict[int, tuple[PredictionRow, ImageScore]]
-"""Row of `panoptic.json` and score, by position in the split."""
-
 
 @dataclass(slots=True)
 class Share:
-    """What one process did: results, images that went through the network, seconds by step."""
+    """What one process did.
 
-    outcomes: Outcomes = field(default_factory=dict)
+    Attributes:
+        outcomes: Row of `panoptic.json` and score of its images, by position in the split.
+        predicted: Number of images that went through the network.
+        seconds: Wall time of each step, summed over those images.
+    """
+
+    outcomes: dict[int, tuple[PredictionRow, ImageScore]] = field(default_factory=dict)
     predicted: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STEPS, 0.0))
 
@@ -79,18 +82,17 @@ def predict_share(
     batch = min(batch, len(dataset.records))
     photos = ahead(read_annotated, [dataset.records[at] for at in rest], 2 * batch)
 
-    def keep(places: Sequence[int], results: Sequence[PanopticMap]) -> Outcomes:
+    def keep(places: Sequence[int], results: Sequence[PanopticMap]) -> None:
         """Writes, notes and scores a batch."""
         supersede(out)
-        found: Outcomes = {}
         for at, result in zip(places, results, strict=True):
             record = dataset.records[at]
             with share.timed("write"):
                 row = write_png(out, record.image_id, record.key, result, predictor.categories)
                 journal.note(row)
             with share.timed("score"):
-                found[at] = row, score_row(record, row, result.ids, things)
-        return found
+                share.outcomes[at] = row, score_row(record, row, result.ids, things)
+            advance()
 
     with (
         Journal(out, identity, ranks.rank) as journal,
@@ -98,7 +100,7 @@ def predict_share(
         ThreadPoolExecutor(1, "keep") as behind,
     ):
         # While the network runs on one batch, the batch before it is written and scored.
-        kept: Future[Outcomes] = behind.submit(dict)
+        kept: Future[None] | None = None
         for start in range(0, len(rest), batch):
             places = rest[start : start + batch]
             records = [dataset.records[at] for at in places]
@@ -112,11 +114,11 @@ def predict_share(
                     predictor.wait()
                 with share.timed("decode"):
                     results = decoded(predictor, heads, records)
-            share.outcomes |= kept.result()
-            advance(len(kept.result()))
+            if kept is not None:
+                kept.result()
             kept = behind.submit(keep, places, results)
-        share.outcomes |= kept.result()
-        advance(len(kept.result()))
+        if kept is not None:
+            kept.result()
     return share
 
 
