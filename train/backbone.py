@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.train.config import ModelConfig, RandomBackbone
+from panoptic_cache.train.config import ModelConfig
 from panoptic_cache.train.encoding import cell_centres
 
 try:
@@ -62,13 +62,10 @@ def make_backbone(
         InputError: No such backbone, one of another family, no weights, or taps beyond its last
             block.
     """
-    random = config.backbone == "random"
     if architecture is not None:
         design = _read_design(architecture.parent, architecture.name)
-    elif random:
-        design = _random_config(config.random)
     else:
-        design = _named_config(config.backbone)
+        design = _design(config)
     blocks, last = design.num_hidden_layers, max(config.taps)
     if last > blocks:
         raise InputError(
@@ -85,12 +82,12 @@ def make_backbone(
             setattr(design, jitter, None)
     design.stage_names = ["stem", *(f"stage{block}" for block in range(1, last + 1))]
     design.set_output_features_output_indices(out_features=None, out_indices=list(config.taps))
-    if load_weights and not random:
+    if load_weights and config.backbone != "random":
         backbone = _load_weights(config.backbone, design)
     else:
         backbone = backbone_classes(design.model_type, config.backbone)[1](design)
-    if load_weights and random:
-        start_from_sincos(backbone)
+        if load_weights:  # else a checkpoint follows
+            start_from_sincos(backbone)
     backbone.embeddings.mask_token.requires_grad_(False)  # never used: it would stop DDP
     if config.gradient_checkpointing:
         enable = getattr(  # the older name warns where the newer one is known
@@ -98,21 +95,6 @@ def make_backbone(
         )
         enable({"use_reentrant": False})
     return backbone
-
-
-def _random_config(random: RandomBackbone) -> Any:
-    if random.hidden_size % random.heads or random.hidden_size % 4:
-        raise InputError(
-            f"hidden_size {random.hidden_size} must be a multiple of 4 and of heads {random.heads}",
-            where="model.random",
-        )
-    return Dinov2Config(
-        hidden_size=random.hidden_size,
-        num_hidden_layers=random.layers,
-        num_attention_heads=random.heads,
-        patch_size=random.patch_size,
-        image_size=random.grid * random.patch_size,
-    )
 
 
 _PUBLISHED = {
@@ -123,17 +105,28 @@ _PUBLISHED = {
 """(hidden size, blocks, heads) of published DINOv2s: enough to build one without a network."""
 
 
-def _named_config(name: str) -> Any:
-    if name in _PUBLISHED:
-        hidden, blocks, heads = _PUBLISHED[name]
-        return Dinov2Config(
-            hidden_size=hidden,
-            num_hidden_layers=blocks,
-            num_attention_heads=heads,
-            patch_size=14,
-            image_size=518,
-        )
-    return _read_design(name, "config.json")
+def _design(config: ModelConfig) -> Any:
+    """The architecture that a configuration names, as transformers' configuration."""
+    random = config.random
+    if config.backbone == "random":
+        hidden, blocks, heads = random.hidden_size, random.layers, random.heads
+        patch, side = random.patch_size, random.grid * random.patch_size
+        if hidden % heads or hidden % 4:
+            raise InputError(
+                f"hidden_size {hidden} must be a multiple of 4 and of heads {heads}",
+                where="model.random",
+            )
+    elif config.backbone in _PUBLISHED:
+        (hidden, blocks, heads), patch, side = _PUBLISHED[config.backbone], 14, 518
+    else:
+        return _read_design(config.backbone, "config.json")
+    return Dinov2Config(
+        hidden_size=hidden,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        patch_size=patch,
+        image_size=side,
+    )
 
 
 def _read_design(name: str | Path, file: str) -> Any:
@@ -183,13 +176,8 @@ def start_from_sincos(backbone: Any, scale: float = 0.5) -> None:
     frequencies = math.pi / 2 * 2 ** torch.linspace(0, finest, quarter)
     angles = cell_centres(side)[:, None] * frequencies  # (n, hidden / 4)
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (n, hidden / 2)
-    grid = torch.cat(
-        [
-            axis[:, None].expand(side, side, -1),  # rows
-            axis[None].expand(side, side, -1),  # columns
-        ],
-        dim=-1,
-    )
+    rows, columns = axis[:, None].expand(side, side, -1), axis[None].expand(side, side, -1)
+    grid = torch.cat([rows, columns], dim=-1)  # (n, n, hidden)
     with torch.no_grad():
         positions.zero_()
         positions[0, 1:] = scale * grid.reshape(side * side, -1)

@@ -25,8 +25,8 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 class Prediction:
     """The heads' outputs at the decoder's size; a head that was not asked for is None.
 
-    They are not resized to the input's size here: what follows needs it for some rows or some
-    images at a time, and it is the largest tensor there is.
+    Maps at the input's size would be the largest tensors there are, and what follows needs them for
+    some rows or some images at a time only: who uses a prediction resizes it.
 
     Attributes:
         instance: (B, channels, h, w) codes.
@@ -105,7 +105,7 @@ class PanopticModel(nn.Module):
         """The shared decoder's output, (B, channels, h, w)."""
         check_size(photo.shape[-2], photo.shape[-1], self.patch_size)
         scaled = photo.float() / 255 if photo.dtype == torch.uint8 else photo
-        taps = self.encoder((scaled - self.mean) / self.std).feature_maps
+        taps = self.encoder((scaled - self.mean) / self.std).feature_maps  # (B, e, S / p, T / p)
         # Channels last is what the encoder makes, what a norm over channels wants, and what
         # convolutions on tensor cores take.
         joined = torch.cat(taps, dim=1).contiguous(memory_format=torch.channels_last)
@@ -121,22 +121,17 @@ class Decoder(nn.Module):
 
     def __init__(self, inputs: int, channels: int, strides: tuple[int, ...]) -> None:
         super().__init__()
-        first, *rest = strides
-        layers: list[nn.Module] = [
-            nn.ConvTranspose2d(inputs, channels, first, stride=first),
-            ChannelNorm(channels),
-            nn.GELU(),
-        ]
-        for stride in rest:
-            kernel = max(3, stride)
+        layers: list[nn.Module] = []
+        for number, stride in enumerate(strides):
+            kernel = max(3, stride) if number else stride
             layers += [
                 nn.ConvTranspose2d(
-                    channels,
+                    channels if number else inputs,
                     channels,
                     kernel,
                     stride=stride,
                     padding=(kernel - stride + 1) // 2,
-                    output_padding=(kernel - stride) % 2,
+                    output_padding=(kernel - stride) % 2,  # the output is `stride` times as large
                 ),
                 ChannelNorm(channels),
                 nn.GELU(),
@@ -150,7 +145,7 @@ class Decoder(nn.Module):
 
 
 class ChannelNorm(nn.Module):
-    """LayerNorm over the channels of a picture, which knows no batch and no size."""
+    """LayerNorm over the channels of each pixel: independent of batch and size."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

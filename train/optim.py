@@ -1,4 +1,4 @@
-"""Parameter groups with layer decay; the learning rate as a function of the step."""
+"""Parameter groups with layer decay, the learning rate of a step, the average of the weights."""
 
 from __future__ import annotations
 
@@ -15,14 +15,8 @@ from panoptic_cache.train.config import OptimConfig
 from panoptic_cache.train.model import PanopticModel
 
 _BLOCK = re.compile(r"encoder\.(?:.*\.)?layers?\.(\d+)\.")
-_UNDECAYED = (
-    "bias",
-    "lambda1",
-    "position_embeddings",
-    "cls_token",
-    "mask_token",
-    "register_tokens",
-)
+_UNDECAYED = ("bias", "lambda1", "position_embeddings", "_token", "register_tokens")
+"""How the names of parameters end that no weight decay may pull towards zero."""
 
 
 def layer_id(name: str, blocks: int) -> int:
@@ -79,7 +73,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 class Ema:
-    """The average of a model's weights over its steps.
+    """An exponential moving average of the weights, which often predicts better than the last ones.
 
     Every rank keeps its own: weights are the same on all of them, so averages are too, bit for bit.
 
@@ -97,10 +91,8 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: PanopticModel, step: int) -> None:
-        """Takes the weights after 0-based `step` into the average.
-
-        Early averages are short, (step + 1) / (step + 10) at most: they forget where it began.
-        """
+        """Takes the weights after 0-based `step` into the average."""
+        # Early averages look back over few steps, so that they forget the weights at the start.
         decay = min(self._decay, (step + 1) / (step + 10))
         average = [value.data for value in self.model.parameters()]
         current = [value.data for value in model.parameters()]

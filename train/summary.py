@@ -75,58 +75,57 @@ def summarize_model(config: TrainConfig, classes: int) -> ModelSummary:
     Raises:
         InputError: The size does not fit the patches, or the backbone is not known.
     """
-    encoding = make_encoding(config.loss.encoding, config.loss.harmonics)
+    size = config.data.size
+    channels = make_encoding(config.loss.encoding, config.loss.harmonics).channels
     with torch.device("meta"):
-        model = PanopticModel(config.model, encoding.channels, classes, load_weights=False)
-        photo = torch.empty(1, 3, config.data.size, config.data.size)
-    check_size(config.data.size, config.data.size, model.patch_size)
-    parts = {
-        "encoder": count(model.encoder),
-        "decoder": count(model.decoder),
-        "heads": count(model.instance_head) + count(model.semantic_head),
-    }
-    with torch.no_grad(), FlopCounterMode(display=False) as forward:
-        model(photo, "both")
-    kept: dict[int, int] = {}
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        model = PanopticModel(config.model, channels, classes, load_weights=False)
+        photo = torch.empty(1, 3, size, size)
+    check_size(size, size, model.patch_size)
     encoder = model.encoder.config
-    tokens = (config.data.size // model.patch_size) ** 2
+    tokens = (size // model.patch_size) ** 2
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as forward:
+            model(photo, "both")
+        features = model.features(photo).shape[-1]
+
+    # What autograd keeps of an instance step, by storage: views of one tensor count once.
+    kept: dict[int, Tensor] = {}
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     rows = tokens + 1 + getattr(encoder, "num_register_tokens", 0)
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
         # A GPU's attention keeps no matrix of all tokens by all tokens; the meta device's does.
         attention = tensor.shape[-3:] == (encoder.num_attention_heads, rows, rows)
-        if storage._cdata not in own and not attention:
-            kept[storage._cdata] = storage.nbytes()
-            held.append(tensor)
+        if tensor.untyped_storage()._cdata not in own and not attention:
+            kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    held: list[Tensor] = []  # so that no id is given twice
     with FlopCounterMode(display=False) as instance:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = model(photo, "instance").instance
         output.sum().backward()
     with FlopCounterMode(display=False) as semantic:
         model(photo, "semantic").semantic.sum().backward()
-    bytes_each = 2 if config.precision == "bf16" else 4
-    with torch.no_grad():
-        features = model.features(photo).shape[-1]
-    total = count(model)
+    training = 2 * instance.get_total_flops() + semantic.get_total_flops()
+    bytes_kept = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())  # as float32
+    parts = {
+        "total": count(model),
+        "encoder": count(model.encoder),
+        "decoder": count(model.decoder),
+        "heads": count(model.instance_head) + count(model.semantic_head),
+    }
     return ModelSummary(
-        parameters={"total": total, **parts},
-        size=config.data.size,
+        parameters=parts,
+        size=size,
         patch_size=model.patch_size,
         tokens=tokens,
         taps=config.model.taps,
         blocks=encoder.num_hidden_layers,
         features=features,
         flops_per_image=forward.get_total_flops(),
-        train_flops_per_image=round(
-            (2 * instance.get_total_flops() + semantic.get_total_flops()) / 3
-        ),
-        state_bytes=16 * total,
-        activation_bytes_per_image=sum(kept.values()) * bytes_each // 4,
+        train_flops_per_image=round(training / 3),
+        state_bytes=16 * parts["total"],
+        activation_bytes_per_image=bytes_kept // (2 if config.precision == "bf16" else 1),
     )
 
 
