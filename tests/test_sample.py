@@ -47,7 +47,7 @@ def test_far_is_the_last_code() -> None:
     assert np.isinf(eds_distances()[codes][1:]).all()
 
 
-def test_codes_do_not_hang_on_the_last_bit_of_a_distance() -> None:
+def test_codes_do_not_depend_on_the_last_bit_of_a_distance() -> None:
     # Another build of OpenCV rounds differently, by about 1e-5; codes must be the same.
     distance = np.sqrt(np.arange(128 * 128))
     lower, upper = ((distance + e).clip(min=0).astype(np.float32) for e in (-1e-4, 1e-4))

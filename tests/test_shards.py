@@ -73,7 +73,7 @@ def test_packing_gives_the_same_bytes() -> None:
     assert done.stdout.decode().strip() == hashlib.sha256(pack_shard(SAMPLES)[0]).hexdigest()
 
 
-def test_a_tar_tells_nothing_of_who_made_it_when(tmp_path: Path) -> None:
+def test_a_tar_holds_no_owner_and_no_time(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(pack_shard(SAMPLES)[0])
     with tarfile.open(tmp_path / "a.tar") as tar:
         for info in tar:
@@ -275,8 +275,8 @@ def test_a_shard_is_finished_only_with_a_true_sidecar(tmp_path: Path) -> None:
     assert finished() is None
 
 
-def test_a_task_left_behind_writes_over_no_other_plan(tmp_path: Path) -> None:
-    """Dask cannot stop a running task: it ends after its driver, and after the next one began."""
+def test_a_job_left_behind_does_not_overwrite_another_plan(tmp_path: Path) -> None:
+    """Dask cannot stop a running job: it may end after its driver, and after the next one began."""
     storage, name = Storage(str(tmp_path)), "x-00000"
     storage.write(PLAN_NAME, encode_plan("new", {}))
     write_shard(storage, name, SAMPLES, plan="new", rejections=(), repairs={})

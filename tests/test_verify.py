@@ -258,7 +258,7 @@ def test_every_problem_is_reported(cache: Path) -> None:
     ]
 
 
-def test_a_folder_that_is_no_cache_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_cache_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere: no such folder"):
         check(tmp_path / "nowhere")
     report = check(tmp_path)
@@ -436,10 +436,10 @@ def test_headers_that_tell_another_story_are_found(tmp_path: Path) -> None:
     other, _ = pack_shard([replace(GOOD, key="000000000002")])
     assert [data[a : a + n] for a, n in entries[0].members] == list(encode_sample(GOOD).values())
 
-    def recalled(sidecar: Sidecar) -> Sidecar:
+    def with_new_crc(sidecar: Sidecar) -> Sidecar:
         return structs.replace(sidecar, samples=entries_with_crc(entries, other))
 
-    report = write_cache(tmp_path, [GOOD], recalled, tar=lambda _: other)
+    report = write_cache(tmp_path, [GOOD], with_new_crc, tar=lambda _: other)
     assert [p.problem for p in report.problems] == ["tar headers and sidecar disagree"]
 
 

@@ -109,7 +109,7 @@ def write_shard(
     # shards of the next plan.
     if claimed_by(storage) not in {None, plan}:
         raise InputError(
-            "the folder belongs to another run by now",
+            "the folder belongs to another run now",
             where=storage.path(f"{name}.tar"),
             code="plan-changed",
         )

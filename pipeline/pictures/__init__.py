@@ -1,4 +1,4 @@
-"""What pictures of samples and results are made of: colours, lettering, sheets.
+"""Building blocks for pictures of samples and results: colours, text, sheets.
 
 In: maps of segments, centroids and weights. Out: (H, W, 3) uint8 RGB arrays. Read first:
 `colours.py`.

@@ -137,8 +137,12 @@ def write_dataset(
             remedy=f"no number may be negative, and scenes need at least {MIN_SIZE} px",
         )
     arguments = {
-        "images": images, "val_images": val_images, "seed": seed, "size": size, "version": VERSION,
-    }  # fmt: skip
+        "images": images,
+        "val_images": val_images,
+        "seed": seed,
+        "size": size,
+        "version": VERSION,
+    }
     indexes = {
         "train": range(images),
         "val": range(FIRST_VAL_INDEX, FIRST_VAL_INDEX + val_images),
