@@ -433,7 +433,8 @@ def test_colour_jitter_equals_a_literal_one_and_padding_has_no_part_in_it() -> N
 
 def test_factors_of_one_change_nothing() -> None:
     photo = torch.from_numpy(noise((5, 6)).transpose(2, 0, 1)[None].copy())
-    torch.testing.assert_close(jitter_colour(photo, torch.ones(1, 3)), photo.float() / 255)
+    void = torch.zeros(1, 5, 6, dtype=torch.uint8)
+    torch.testing.assert_close(jitter_colour(photo, torch.ones(1, 3), void), photo.float() / 255)
 
 
 # The loader

@@ -1,4 +1,4 @@
-"""One cached sample -> one augmented item at the network's size, with targets that stay exact."""
+"""One cached sample -> one augmented item at the network's input size, with exact targets."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from panoptic_cache.pipeline.targets import (
 from panoptic_cache.train.config import DataConfig
 
 PADDING = 3
-"""Void mask of pixels outside the picture; the cache itself holds 0, 1 and 2."""
+"""Value of the void mask outside the image; the cache itself holds 0, 1 and 2."""
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 Place = tuple[int, int]
-"""(epoch, position in the cache): all that augmentation depends on besides the seed."""
+"""(epoch, position in the cache): augmentation depends on these and the seed alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +47,12 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
-    """What is drawn for one sample.
+    """The random choices for one sample.
 
     Attributes:
         flip: Mirror left and right.
         scale: Isotropic factor on top of the fit.
-        place: (x, y) in [0, 1]: where the crop or the padding goes.
+        place: (x, y) in [0, 1]: where the crop lies, or how the padding is shared out.
         colour: Factors of brightness, contrast and saturation.
     """
 
@@ -129,13 +129,14 @@ def make_item(sample: Sample, config: DataConfig, augmentation: Augmentation) ->
 def cut_square(
     values: NDArray[Scalar], side: int, place: tuple[float, float], fill: int
 ) -> NDArray[Scalar]:
-    """Crops or pads an image's values (H, W, ...) to (side, side, ...), an axis at a time.
+    """Crops or pads each axis of (H, W, ...) values, so that they become (side, side, ...).
 
     Args:
-        values: Of an image.
+        values: A photo or a map.
         side: Pixels.
-        place: (x, y) in [0, 1], the part of what is cut off or padded that lies left of or above.
-        fill: What the padding holds.
+        place: (x, y) in [0, 1]: which part of the pixels to cut off or to pad lies to the left, and
+            which part above.
+        fill: Value of the padding.
     """
     height, width = values.shape[:2]
     top, left = round((height - side) * place[1]), round((width - side) * place[0])  # < 0: padding
@@ -148,27 +149,27 @@ def cut_square(
     return result
 
 
-def jitter_colour(photo: Tensor, factors: Tensor, void: Tensor | None = None) -> Tensor:
+def jitter_colour(photo: Tensor, factors: Tensor, void: Tensor) -> Tensor:
     """Brightness, contrast and saturation, on the device.
 
-    Contrast is about the mean of the picture. Padding has no part in it, else a picture that fills
-    less of the input would fade to black, and stays black, as at prediction.
+    Contrast is taken about the mean of the image without its padding: else an image that fills less
+    of the input would fade to black. Padding stays black, as it is at prediction.
 
     Args:
         photo: (B, 3, S, S) uint8 RGB, 0 in the padding.
         factors: (B, 3) float32, 1 = unchanged.
-        void: (B, S, S) uint8 that says where padding is; None where there is none.
+        void: (B, S, S) uint8, the void mask.
 
     Returns:
         (B, 3, S, S) float32 in [0, 1].
     """
     brightness, contrast, saturation = factors.T[..., None, None, None]  # (B, 1, 1, 1) each
-    inside = torch.ones_like(photo[:, 0]).bool() if void is None else void != PADDING
+    inside = void != PADDING
     pixels = inside.sum((1, 2)).clamp(min=1).view(-1, 1, 1, 1)
-    # A sum of whole numbers is the same in any order: on any device, however it is split.
+    # The sum is of integers, so it is exact: the same on any device and in any order.
     mean = photo.sum((1, 2, 3), keepdim=True) / (3 * pixels) * (brightness / 255)
     scaled = photo.float() * (brightness * contrast / 255)
-    grey = scaled.mean(1, keepdim=True)
+    grey = scaled.mean(1, keepdim=True)  # (B, 1, S, S)
     jittered = torch.lerp(grey, scaled, saturation) + mean * (1 - contrast)
     result: Tensor = jittered.clamp(0, 1) * inside[:, None]
     return result

@@ -55,7 +55,7 @@ def bench_load(layout: CocoLayout | None = None, images: int = 32, size: int = 4
 
     Args:
         layout: A real dataset; made-up scenes where None.
-        images: How many.
+        images: Number of samples.
         size: Side of the network's input, and of the cache.
     """
     cv2.setNumThreads(1)
@@ -212,10 +212,10 @@ def bench_step(
     """Times training steps with and without gradient checkpointing and `torch.compile`.
 
     Args:
-        config: Model, losses and sizes; its micro-batch is what a step takes. Without one, the
-            paper's on a GPU, a small one elsewhere.
+        config: The run; a step takes one micro-batch. Without one, the paper's models on a GPU, a
+            small one elsewhere.
         classes: Categories of the semantic head.
-        rounds: Of three steps; the best counts, after one to warm up.
+        rounds: Rounds of three steps after one to warm up; the best counts.
         compiled: Try `torch.compile` too; on a GPU by default, as it takes minutes elsewhere.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -53,7 +53,7 @@ def class_losses(
 
     Args:
         logits: (N, K, h, w), any floating-point type; resized bilinearly to (H, W).
-        terms: What counts how much.
+        terms: Targets and weights.
         compiled: Let `torch.compile` fuse what a strip computes, some twenty passes over memory.
 
     Returns:
@@ -167,8 +167,8 @@ def _count(
     With P the softmax of a pixel and H a cross-entropy, the gradient at a pixel sums up
 
         weight (P - onehot)             its own cross-entropy,
-        down (P - P_first)              as the second of a pair, which the first one predicts,
-        -down P (log P_second + H)      as the first of a pair; likewise for `right`.
+        down (P - P_first)              as the second pixel of a vertical pair,
+        -down P (log P_second + H)      as the first one; and the same for horizontal pairs.
 
     Args:
         logits: (n, h, W, K) float32.

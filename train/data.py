@@ -1,13 +1,14 @@
 """Shards -> batches: who reads which sample when.
 
-The order is stateless. Position p of the whole run belongs to epoch p // N and is sample
-permutation(epoch)[p % N]; optimizer step s takes positions [s B, (s + 1) B), rank r of them every
-world-th. So each sample comes exactly once an epoch for any number of ranks and loader processes,
-every batch is full, and resuming is starting at another step.
+The order is stateless. With N samples and a batch of B, position p of the whole run belongs to
+epoch p // N and is sample permutation(epoch)[p % N]. Optimizer step s takes the positions
+[s B, (s + 1) B), and rank r takes [r::world] of them. So each sample comes exactly once in an epoch
+for any number of ranks and loader processes, every batch is full, and resuming means starting at a
+later step.
 
 A batch ships indices, not maps: the photo, the segment map, the EDS codes and the void mask as
-bytes, and one table row for each segment. Centroid codes, labels and weights are lookups on the
-device. That is about 1.3 MB a sample at 518 px; as float maps it would be 19 MB.
+bytes, and one table row for each segment. Centroid codes, labels and weights are looked up on the
+device. A sample of 518 px takes about 1.3 MB; as float maps it would take 19 MB.
 """
 
 from __future__ import annotations
@@ -177,7 +178,9 @@ class MicroBatches(Sampler[list[Place]]):
 
 
 def micro_batch_sizes(config: DataConfig, world: int) -> tuple[int, ...]:
-    """Samples in each micro-batch of a rank's step: few micro-batches, of sizes as equal as can be.
+    """Sizes of the micro-batches that a rank's part of a batch is cut into: as few as possible.
+
+    Their sizes differ by one at most.
 
     Raises:
         InputError: The batch does not divide among the ranks.
@@ -196,7 +199,7 @@ def micro_batch_sizes(config: DataConfig, world: int) -> tuple[int, ...]:
 
 
 def repeats(config: DataConfig, samples: int, step: int) -> bool:
-    """Whether a sample may come twice in a step: at the end of an epoch, or from the stream."""
+    """Whether a step may hold a sample twice: where it spans two epochs, or from the stream."""
     return config.reader == "stream" or step * config.batch % samples + config.batch > samples
 
 
@@ -219,9 +222,9 @@ def check_rendered_size(config: DataConfig, settings: Mapping[str, Any], cache: 
     """Raises InputError where training would enlarge a cache that was rendered smaller.
 
     Args:
-        config: Of the training.
-        settings: The cache's render settings.
-        cache: Its folder or URL, for the message.
+        config: The training's data settings.
+        settings: What the cache was rendered with.
+        cache: The cache's folder or URL, for the message.
     """
     fit, size = settings.get("fit"), settings.get("size")
     if size is not None and size < config.size and not config.upscale:
@@ -280,16 +283,15 @@ def prepare_worker(_: int) -> None:
 
 
 def iterate(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
-    """The loader's batches; close it, so that its processes end.
+    """The loader's batches. Close the generator, so that the loader's processes end.
 
     Raises:
-        InputError: One of a loader process, which reads like one of this process; or that process
-            died.
+        InputError: A loader process raised one, or died.
     """
     try:
         yield from loader
     except (InputError, RuntimeError, OSError, EOFError) as error:
-        # Across processes the message has become a traceback, whose last line is the message.
+        # From another process comes a traceback as the message; its last line is what was said.
         last = str(error).splitlines()[-1:]
         if isinstance(error, InputError):
             name = f"{InputError.__module__}.{InputError.__name__}: "

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 GRID_CELLS = 80
-"""Cells an axis of the paper's decoding grid (section 5.1)."""
+"""Cells along each axis of the paper's decoding grid (section 5.1)."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def nearest_cell(p: Tensor, cells: int) -> Tensor:
 
 
 def grid_cells(size: int) -> int:
-    """Cells an axis of the decoding grid for an input of `size` pixels.
+    """Cells along each axis of the decoding grid for an input of `size` pixels.
 
     The paper's 80 at 420 px are 5 px each, about as exact as a network's centroids are. A finer
     grid splits instances: at 64 px, 80 cells lose a sixth of the PQ.
@@ -165,8 +165,8 @@ class PositionalCode:
     def axis_costs(self, code: Tensor, cells: int) -> AxisCosts:
         """See `Encoding.axis_costs`.
 
-        |x - gamma(a)|^2 = |x|^2 + L - 2 x . gamma(a): one matrix product an axis, since |gamma|
-        is constant.
+        |x - gamma(a)|^2 = |x|^2 + L - 2 x . gamma(a), as |gamma|^2 = L: one matrix product for each
+        axis.
         """
         grid = gamma(cell_centres(cells, device=code.device), self.harmonics).to(code.dtype)
         u, v = torch.unflatten(code, -2, (2, 2 * self.harmonics)).unbind(-3)  # (..., 2L, P) each
@@ -227,7 +227,7 @@ class DirectCode:
 class ClassificationCode:
     """The cell of u and the cell of v, classified independently (appendix B).
 
-    The paper leaves open how a pixel says "no instance": one more class an axis does.
+    The paper leaves open how a pixel says "no instance"; here each axis has one more class for it.
     """
 
     cells: int = GRID_CELLS

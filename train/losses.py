@@ -55,7 +55,7 @@ def instance_loss(
         batch: The samples.
         encoding: How centroids are coded.
         config: Weights and switches.
-        distance: Which power of the Euclidean distance counts.
+        distance: The Euclidean distance or its square.
         compiled: Use `torch.compile` where it pays.
     """
     target = gather_rows(encoding.encode(batch.centroid, batch.instance), batch.segment_map)
@@ -105,7 +105,8 @@ def _class_losses(
 ) -> Losses:
     """Cross-entropy and the total variation of distributions (appendix A).
 
-    1/2 (H(P_ij, P_i+1,j) + H(P_ij, P_i,j+1)), H(a, b) = -sum a log b; mean over an image's pixels.
+    1/2 (H(P_ij, P_i+1,j) + H(P_ij, P_i,j+1)), H(a, b) = -sum a log b; a mean over the image's
+    pixels.
     """
     # (N, 1, 1): the weight of a pair, so that the sum over pairs is the term of the total.
     scale = config.tv / 2 / len(inside) / inside.sum((1, 2)).clamp_min(1)[:, None, None]
@@ -170,8 +171,8 @@ def code_distance(difference: Tensor, encoding: Encoding, distance: Distance) ->
 
     Args:
         difference: (B, channels, ...) of two codes. A direct code is one vector, not two.
-        encoding: Of the codes.
-        distance: Which power.
+        encoding: The kind of code.
+        distance: The distance itself or its square.
 
     Returns:
         (B, ...).
@@ -194,7 +195,7 @@ def code_variation(code: Tensor, encoding: Encoding, inside: Tensor) -> Tensor:
 
     Args:
         code: (B, channels, H, W).
-        encoding: Of the codes.
+        encoding: The kind of code.
         inside: (B, H, W) float, 1 inside the image.
     """
     down = code_distance(code[:, :, 1:] - code[:, :, :-1], encoding, "norm")  # (B, H - 1, W)
@@ -215,7 +216,7 @@ def dice(prediction: Tensor, batch: Batch, encoding: PositionalCode) -> Tensor:
     Args:
         prediction: (B, 4L, H, W).
         batch: The samples.
-        encoding: Of the centroids.
+        encoding: Codes the instances' centroids.
     """
     counted = ((batch.void != PADDING) & (batch.void != CROWD)).flatten(1)  # (B, P)
     code = encoding.encode(batch.centroid, batch.instance)  # (B, R, 4L)

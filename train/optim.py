@@ -57,7 +57,7 @@ def learning_rate(config: OptimConfig, step: int, steps: int, warmup: int) -> fl
     Args:
         config: Peak and end.
         step: 0-based optimizer step.
-        steps: Of the run.
+        steps: Steps of the whole run.
         warmup: Steps of the warm-up.
     """
     if step < warmup:
@@ -79,7 +79,7 @@ class Ema:
 
     Args:
         model: On its device, before it is wrapped; the average begins as its weights.
-        decay: Of the average a step, below 1; 0.9999 looks back over some 10,000 steps.
+        decay: What is left of the average after a step; 0.9999 looks back over 10,000 steps.
 
     Attributes:
         model: Holds the average; in evaluation mode, without gradients.

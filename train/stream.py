@@ -1,9 +1,9 @@
 """The `stream` reader: whole shards in sequence from any fsspec URL, as a webdataset pipeline.
 
-For caches that no local disk holds. Batches have the format of the `indexed` reader, and every rank
-gets the same number of them, which follows from the index, so no rank waits for another. A loader
-process reads its shards of a round once, then goes on with those of another round. What the stream
-cannot promise: that all processes are in the same round, and resuming at the very sample.
+For caches that fit on no local disk. Batches have the format of the `indexed` reader. Each loader
+process reads its part of the shards once, shuffles again, and goes on without end, so no rank waits
+for another, and all of them get the batches of the same steps. Two things only the `indexed` reader
+promises: that all processes are in the same epoch, and that a run resumes at the very sample.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def stream_loader(
     world: int = 1,
     pin: bool = False,
 ) -> Iterable[Batch]:
-    """Micro-batches of the given optimizer steps for this rank, which webdataset knows.
+    """Micro-batches of the given optimizer steps; webdataset finds this rank in the environment.
 
-    Another first step draws another order.
+    A run that begins at another step reads in another order.
 
     Raises:
         InputError: Not every loader process gets a shard of its own.
@@ -127,7 +127,7 @@ def decode_members(members: dict[str, Any]) -> Sample:
 def make_items(
     samples: Iterable[Sample], config: DataConfig, seed: int, first: int
 ) -> Iterator[Item]:
-    """Augments each sample by its number among those that all readers read from step `first` on."""
+    """Augments each sample; the draw depends on its number among the samples of all readers."""
     rank, world, worker, workers = wds.utils.pytorch_worker_info()
     numbers = count(rank * workers + worker, world * workers)
     for number, sample in zip(numbers, samples, strict=False):
@@ -136,7 +136,7 @@ def make_items(
 
 
 def make_batches(items: Iterator[Item], sizes: tuple[int, ...]) -> Iterator[Batch]:
-    """Micro-batches in the sizes of a step; the loader takes one of each process in turn."""
+    """Micro-batches in the sizes of a step; the loader takes one from each process in turn."""
     _, _, worker, workers = wds.utils.pytorch_worker_info()
     for turn in count(worker, workers):
         yield collate(list(islice(items, sizes[turn % len(sizes)])))
