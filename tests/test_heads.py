@@ -1,4 +1,4 @@
-"""Several views of one picture: mirrored codes, averages, and their cost."""
+"""Several views of one photo: their average and their cost."""
 
 from __future__ import annotations
 

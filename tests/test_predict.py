@@ -1,4 +1,4 @@
-"""Pictures of any size, and predictions that are empty, missing or of something else."""
+"""Photos of any size and kind, and predictions that are empty, missing or wrong."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def predictor(trained: Path) -> Predictor:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 3000), (3000, 1), (2400, 1800)])
-def test_pictures_of_any_size(predictor: Predictor, shape: tuple[int, int]) -> None:
+def test_photos_of_any_size(predictor: Predictor, shape: tuple[int, int]) -> None:
     small = np.random.default_rng(0).integers(0, 256, (2, 2, 3), np.uint8)
     photo = np.asarray(cv2.resize(small, shape[::-1])).reshape(*shape, 3)
     result = predictor([photo])[0]
@@ -38,7 +38,7 @@ def test_pictures_of_any_size(predictor: Predictor, shape: tuple[int, int]) -> N
         assert segment.area == np.count_nonzero(result.ids == segment.id)
 
 
-def test_a_picture_of_48_megapixels(predictor: Predictor) -> None:
+def test_a_photo_of_48_megapixels(predictor: Predictor) -> None:
     size = (6000, 8000)
     labels = torch.full((56, 56), next(c.label for c in predictor.categories if not c.isthing))
     label = next(c.label for c in predictor.categories if c.isthing)
@@ -58,13 +58,13 @@ GRAY = np.linspace(0, 255, 64, dtype=np.uint8)[None].repeat(48, 0)
 """Dark on the left."""
 
 
-def saved(path: Path, picture: Image.Image, **settings: Any) -> Path:
-    picture.save(path, **settings)
+def saved(path: Path, image: Image.Image, **settings: Any) -> Path:
+    image.save(path, **settings)
     return path
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "CMYK", "P", "I;16", "animated"])
-def test_pictures_of_any_kind_become_rgb(tmp_path: Path, mode: str) -> None:
+def test_photos_of_any_kind_become_rgb(tmp_path: Path, mode: str) -> None:
     gray = Image.fromarray(GRAY)
     if mode == "I;16":
         path = saved(tmp_path / "a.png", Image.fromarray(GRAY.astype(np.uint16) * 257))
@@ -78,7 +78,7 @@ def test_pictures_of_any_kind_become_rgb(tmp_path: Path, mode: str) -> None:
     found = read_picture(path)
     assert found.shape == (48, 64, 3)
     assert found.dtype == np.uint8
-    tolerance = 40 if mode == "P" else 6  # of a palette that is not this picture's own
+    tolerance = 40 if mode == "P" else 6  # of a palette that is not the photo's own
     assert np.abs(found.astype(int) - GRAY[..., None]).mean() < tolerance
 
 
@@ -111,7 +111,7 @@ def test_an_odd_exif_tag_is_no_damage(tmp_path: Path) -> None:
     assert read_picture(path).shape == (64, 48, 3)
 
 
-def test_unreadable_pictures_are_said(tmp_path: Path) -> None:
+def test_unreadable_photos_are_reported(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("hello")
     (tmp_path / "empty.jpg").touch()
     saved(tmp_path / "cut.jpg", Image.fromarray(GRAY))
@@ -125,7 +125,7 @@ def test_unreadable_pictures_are_said(tmp_path: Path) -> None:
         read_picture(tmp_path / "none.jpg")
 
 
-def test_a_bad_picture_costs_only_itself(run: Run, trained: Path, tmp_path: Path) -> None:
+def test_a_bad_photo_costs_only_itself(run: Run, trained: Path, tmp_path: Path) -> None:
     folder, out = tmp_path / "photos", tmp_path / "out"
     (folder / "more").mkdir(parents=True)
     for path in (folder / "a.jpg", folder / "a.png", folder / "more" / "a.jpg"):
@@ -146,7 +146,7 @@ def test_a_bad_picture_costs_only_itself(run: Run, trained: Path, tmp_path: Path
     assert len([line for line in err.splitlines() if "b.jpg" in line]) == 1
 
 
-def test_a_network_that_says_nan_names_the_picture(
+def test_a_nan_from_the_network_names_the_photo(
     predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photo = tmp_path / "photo.png"
@@ -164,7 +164,7 @@ def test_names_are_unique() -> None:
     assert all(len(name.encode()) < 220 for name in long)  # whole characters
 
 
-def test_a_picture_with_a_long_name_costs_nothing(run: Run, trained: Path, tmp_path: Path) -> None:
+def test_photos_with_long_names_are_predicted(run: Run, trained: Path, tmp_path: Path) -> None:
     for name in ("a" * 250, "b"):
         saved(tmp_path / f"{name}.png", Image.fromarray(GRAY))
     code, out, _ = run(

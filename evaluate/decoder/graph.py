@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from panoptic_cache.evaluate.decoder.pixels import to_positional
 from panoptic_cache.train.encoding import Encoding, cell_centres, gamma
 
 MOST = 100
@@ -38,7 +37,7 @@ class GridDecoder(nn.Module):
         super().__init__()
         self.encoding, self.cells, self.least = encoding, cells, least
         self.most = min(MOST, cells * cells)
-        probe = to_positional(torch.zeros(encoding.channels, 1), encoding)
+        probe = encoding.to_positional(torch.zeros(encoding.channels, 1))
         self.harmonics = probe.shape[0] // 4  # L: sine and cosine of u and v
         binomial = torch.tensor([0.5, 1.0, 0.5])
         self.register_buffer("isthing", isthing, persistent=False)
@@ -62,7 +61,7 @@ class GridDecoder(nn.Module):
         labels = logits.flatten(2).argmax(1)  # (B, P), P = h w
         thing = self.isthing[labels]  # (B, P)
         flat = codes.flatten(2).transpose(0, 1).flatten(1)  # (channels, B P)
-        code = to_positional(flat, self.encoding).view(4 * self.harmonics, batch, -1)
+        code = self.encoding.to_positional(flat).view(4 * self.harmonics, batch, -1)
         code = code.transpose(0, 1)  # (B, 4L, P)
         prototypes, present = self.find(code, thing)  # (B, K, 4L), (B, K)
         # A clean code has squared length 2L, so its product with its own prototype is 1.
