@@ -135,6 +135,13 @@ def start_ranks(world: int, target: Any, *arguments: Any) -> list[Any]:
     return ranks
 
 
+def finish(ranks: list[Any]) -> list[Any]:
+    """Waits for ranks; their exit codes."""
+    for rank in ranks:
+        rank.join(100)
+    return [rank.exitcode for rank in ranks]
+
+
 def _as_rank(rank: int, world: int, port: int, target: Any, *arguments: Any) -> None:
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of loader processes, as below a launcher

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import signal
-import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,17 +21,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from short_runs import (
     PROCESSES,
-    ROOT,
     STEPS,
     TIMES,
-    TORCHRUN,
+    finish,
     lines_of,
     make_config,
     same_run,
     saved_steps,
-    start,
+    start_ranks,
     untimed,
-    wait_for_lines,
     weights_of,
     write_config,
 )
@@ -197,62 +192,24 @@ def die_at(config: TrainConfig, module: str, name: str, call: int) -> None:
     train_run(config, resume=True)
 
 
-DEATHS = {
-    "before the first checkpoint": ("panoptic_cache.train.loop", "set_learning_rate", 2, []),
-    "in a step": ("panoptic_cache.train.loop", "set_learning_rate", 6, [2, 4]),
-    "between weights and optimizer": ("torch", "save", 3, [2]),
-    "before files are vouched for": (
-        "panoptic_cache.train.checkpoint",
-        "_finish",
-        3,
-        [2, 4],
-    ),
-    "before the rename": ("panoptic_cache.train.checkpoint", "_sync", 15, [2]),
-    "while pruning": ("os", "unlink", 2, [4, 6]),
-}
-
-
-@pytest.mark.parametrize("when", DEATHS)
-def test_a_killed_run_goes_on_bit_for_bit(
-    whole: Path, tiny_cache: Path, tmp_path: Path, when: str
-) -> None:
-    module, name, call, saved = DEATHS[when]
-    config = make_config(tiny_cache, tmp_path)
+def kill_in(config: TrainConfig, module: str, name: str, call: int) -> list[int]:
+    """Runs `die_at` in a process of its own; the steps that it has saved."""
     child = PROCESSES.Process(target=die_at, args=(config, module, name, call))
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
-    assert saved_steps(tmp_path) == saved
+    return saved_steps(Path(config.out))
+
+
+def test_a_run_killed_while_it_saves_goes_on_bit_for_bit(
+    whole: Path, tiny_cache: Path, tmp_path: Path
+) -> None:
+    """`test_checkpoint` has all moments of saving, `test_two_ranks` random ones."""
+    config = make_config(tiny_cache, tmp_path)
+    assert kill_in(config, "panoptic_cache.train.checkpoint", "_sync", 15) == [2]
     train_run(config, resume=True)
     assert same_run(whole, tmp_path)
     assert saved_steps(tmp_path) == [6, 7]
-
-
-def test_a_run_killed_at_any_moment_again_and_again(
-    whole: Path, tiny_cache: Path, tmp_path: Path
-) -> None:
-    """Half of the kills come at once when a checkpoint begins, the others whenever."""
-    config = make_config(tiny_cache, tmp_path)
-    delays = random.Random(0)
-    kills = 0
-    while True:
-        child = PROCESSES.Process(target=train_run, args=(config,), kwargs={"resume": True})
-        child.start()
-        deadline = time.monotonic() + (delays.uniform(0.05, 0.5) if kills < 6 else 60)
-        waits_for_save = kills < 6 and kills % 2 == 0
-        while child.is_alive() and time.monotonic() < deadline:
-            if waits_for_save and any(tmp_path.glob("checkpoints/.tmp-*/optimizer.pt")):
-                break
-            child.join(0.002)
-        if child.is_alive():
-            os.kill(child.pid or 0, signal.SIGKILL)
-            kills += 1
-        child.join()
-        if child.exitcode == 0:
-            break
-        assert child.exitcode == -signal.SIGKILL
-    assert kills > 0
-    assert same_run(whole, tmp_path)
 
 
 # What is refused
@@ -299,12 +256,7 @@ def test_what_does_not_change_the_run_may_change(
     whole: Path, tiny_cache: Path, tmp_path: Path
 ) -> None:
     config = make_config(tiny_cache, tmp_path)
-    child = PROCESSES.Process(
-        target=die_at, args=(config, "panoptic_cache.train.loop", "set_learning_rate", 6)
-    )
-    child.start()
-    child.join(60)
-    assert saved_steps(tmp_path) == [2, 4]
+    assert kill_in(config, "panoptic_cache.train.loop", "set_learning_rate", 6) == [2, 4]
     data = replace(config.data, workers=1)
     train_run(replace(config, data=data, keep=1, checkpoint_every=3), resume=True)
     assert same_run(whole, tmp_path)
@@ -382,16 +334,7 @@ def test_two_ranks_train_as_one_that_accumulates(tiny_cache: Path, tmp_path: Pat
     config = replace(config, model=replace(config.model, drop_path=0.0))
     train_run(config)
     two = replace(config, out=str(tmp_path / "two"))
-    file = write_config(two, tmp_path / "run.toml")
-    done = subprocess.run(
-        [sys.executable, *TORCHRUN, "2", "-m", "train", str(file)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    assert finish(start_ranks(2, train_run, two)) == [0, 0]
     ones, twos = untimed(tmp_path / "one"), untimed(tmp_path / "two")
     assert [line["step"] for line in twos] == [1, 2, 3, 4]
     for one, other in zip(ones, twos, strict=True):
@@ -427,53 +370,22 @@ def test_micro_batches_of_unequal_size_train_as_one(tiny_cache: Path, tmp_path: 
 # Asked to stop
 
 
-def long_config(cache: Path, out: Path) -> TrainConfig:
-    config = make_config(cache, out, steps=120, checkpoint_every=1000, keep=1, ema=0.99)
-    return replace(config, data=replace(config.data, workers=1))
-
-
-@pytest.fixture(scope="module")
-def long(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a longer run that nothing interrupted. Read only."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    out = tmp_path_factory.mktemp("run") / "long"
-    train_run(long_config(tiny_cache, out))
-    return out
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_asked_to_stop_saves_and_goes_on_bit_for_bit(
-    long: Path, tiny_cache: Path, tmp_path: Path, number: signal.Signals
-) -> None:
-    run = tmp_path / "run"
-    config = long_config(tiny_cache, run)
-    child = start(config, tmp_path)
-    wait_for_lines(run, 3, child)
-    os.killpg(child.pid, number)  # loader processes get it too, as of a scheduler or a terminal
-    _, said = child.communicate(timeout=60)
-    assert child.returncode == 128 + number, said
-    (step,) = saved_steps(run)
-    assert 3 <= step < 120
-    assert [line["step"] for line in lines_of(run)] == list(range(1, step + 1))
-    folder = run / f"checkpoints/step_{step:07d}"
-    assert f"stopped by {number.name}: {folder} is complete, --resume goes on" in said
-    assert "Traceback" not in said
-    train_run(config, resume=True)
-    assert same_run(long, run)
-    ones, others = (load_model(path, weights="ema")[0].state_dict() for path in (long, run))
-    assert all(torch.equal(value, others[name]) for name, value in ones.items())
-
-
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_before_the_first_step_there_is_nothing_to_finish(
-    run: Run, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run,
+    tiny_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    code: int,
 ) -> None:
     file = write_config(make_config(tiny_cache, tmp_path / "run"), tmp_path / "run.toml")
 
     def opened(_: DataConfig) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     monkeypatch.setattr("panoptic_cache.train.loop.open_index", opened)
-    assert run("train", file)[0] == 143
+    assert run("train", file)[0] == code
     assert not (tmp_path / "run").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -16,7 +17,7 @@ from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.train.config import DataConfig
 from panoptic_cache.train.data import repeats
 from panoptic_cache.train.ranks import Ranks, Verdict
-from panoptic_cache.train.stopping import ignore_signals, stop_request
+from panoptic_cache.train.stopping import ignore_signals, not_finite, stop_request
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["panoptic_cache.train.loop"])
@@ -28,6 +29,12 @@ def said(call: Any) -> str:
         return repr(call())
     except InputError as error:
         return str(error)
+
+
+def fail_on_rank_1(rank: int) -> int:
+    if rank == 1:
+        raise InputError("a photo is damaged")
+    return rank
 
 
 def two_ranks(rank: int, store: str, answers: Any) -> None:
@@ -44,6 +51,13 @@ def two_ranks(rank: int, store: str, answers: Any) -> None:
         said(lambda: ranks.agree(3, 0, signal=15 * rank, finite=rank == 1)),
         said(lambda: ranks.agree(3, rank, signal=0, finite=True)),
         said(lambda: ranks.agree(3 + rank, 0, signal=0, finite=True)),
+        str(
+            not_finite(
+                ranks, 3, [1.0, math.nan if rank else 1.0], [(f"{rank}a",), (f"{rank}b",)], 0
+            )
+        ),
+        said(lambda: ranks.gather(lambda: fail_on_rank_1(rank))),
+        said(lambda: ranks.gather(lambda: rank)),
     ]
     answers.put((rank, found))
     dist.barrier()
@@ -72,13 +86,15 @@ def test_two_ranks_hear_the_same(tmp_path: Path) -> None:
         assert one[7] == repr(Verdict(15, False))
         assert "ranks disagree: steps 3 to 3, tasks 0 to 1" in one[8]
         assert "ranks disagree: steps 3 to 4, tasks 0 to 0" in one[9]
+        assert one[10].startswith("batch of 1b: the loss is nan at step 3")
+        assert one[11:] == ["a photo is damaged", "[0, 1]"]
 
 
 def test_a_folder_that_a_rank_does_not_see_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranks, file = Ranks(), tmp_path / "run" / "config.toml"
-    monkeypatch.setattr("panoptic_cache.train.ranks.PATIENCE", 1.5)
+    monkeypatch.setattr("panoptic_cache.train.ranks.PATIENCE", 0.0)
     monkeypatch.setattr(ranks, "first", lambda _: b"what rank 0 has written")
     with pytest.raises(InputError, match=r"rank 0 does not see config\.toml"):
         ranks.check_shared(file)
@@ -86,6 +102,7 @@ def test_a_folder_that_a_rank_does_not_see_is_said(
     file.write_text("of an earlier run on this machine's own disk")
     with pytest.raises(InputError, match=r"rank 0 does not see config\.toml"):
         ranks.check_shared(file)
+    monkeypatch.setattr("panoptic_cache.train.ranks.PATIENCE", 60.0)
     late = threading.Timer(0.5, file.write_bytes, [b"what rank 0 has written"])
     late.start()
     ranks.check_shared(file)

@@ -55,8 +55,9 @@ class StopRequest:
         """The first signal's number, 0 until there is one.
 
         A rank whose launcher has gone stops as if by SIGTERM. `accelerate launch` (1.15) dies of a
-        SIGTERM without passing it on, and any launcher can be killed: of a run of 2,000 steps whose
-        launcher was stopped at step 4, the rank made all 2,000, beside the run that was resumed.
+        SIGTERM without passing it on, and any launcher can be killed. Without this, in a run of 150
+        steps whose launcher was asked to stop at step 4, the rank made all 150, and a resumed run
+        would have written into the same folder; with it, the rank stopped after step 5.
         """
         if not self._signal and _LAUNCHED and os.getppid() != _PARENT:
             self._signal = signal.SIGTERM
