@@ -29,7 +29,7 @@ from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.pipeline.photo import Fit, fitted_size, resize_photo
 from panoptic_cache.pipeline.pictures.colours import Picture, centroid_colours, semantic_colours
 from panoptic_cache.train.config import Precision
-from panoptic_cache.train.encoding import Encoding, grid_cells, make_encoding, nearest_centroids
+from panoptic_cache.train.encoding import GRID_CELLS, Encoding, make_encoding, nearest_centroids
 from panoptic_cache.train.model import PanopticModel, check_size
 from panoptic_cache.train.restore import TrainState, Weights, find_checkpoint, load_model
 
@@ -143,7 +143,7 @@ class Predictor:
         self.model, self.state, self._device = model, state, model.mean.device
         self.identity = {"step": state.step}
         self.size, self._fit, self._precision = config.data.size, config.data.fit, precision
-        self._decoding = DecodeConfig(cells=grid_cells(self.size))
+        self._decoding = DecodeConfig()
         self._flip = False
         self._sizes = (self.size,)
         self.categories: tuple[Category, ...] = state.categories
@@ -202,7 +202,7 @@ class Predictor:
     @property
     def cells(self) -> int:
         """Cells per axis of the decoding grid."""
-        return self._decoding.cells
+        return GRID_CELLS
 
     def decode(self, heads: Sequence[Heads], sizes: Sequence[tuple[int, int]]) -> list[PanopticMap]:
         """Panoptic maps at sizes (height, width); see `decoder.decode`."""
@@ -220,7 +220,7 @@ class Predictor:
 
         Both (h, w, 3) uint8, as in Figure 8 of the paper.
         """
-        uv = nearest_centroids(heads.instance, self.encoding, self._decoding.cells)
+        uv = nearest_centroids(heads.instance, self.encoding, GRID_CELLS)
         labels = heads.semantic.argmax(0).cpu().numpy()
         isthing = [category.isthing for category in self.categories]
         return centroid_colours(uv), semantic_colours(labels, isthing)

@@ -1,35 +1,37 @@
-"""From a network's output to a panoptic map.
+"""From a network's output to a panoptic map: `decode_images` is the whole way.
 
-    codes -> noise -> votes of the pixels -> instances -> every pixel to an instance or none
-    logits -> stuff where no instance is, and the class of each instance by majority vote
+    logits -> classes of the image -> thing, stuff, chance of each pixel
+    codes -> noise -> means within a class -> votes -> basins -> instances -> segments
 
-Codes are noisy to a degree that no fixed threshold suits: so the noise is measured first, as what
-codes hold beside the nearest grid point, and smoothing and suppression follow from it.
+Nothing depends on the size of the network's input: votes are counted on 80 x 80 cells (section
+5.1), and the width of everything else is measured on the codes themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from panoptic_cache.evaluate.decoder.assign import assign
-from panoptic_cache.evaluate.decoder.confidence import confidences
-from panoptic_cache.evaluate.decoder.instances import DecodeConfig, find_instances, measure_noise
-from panoptic_cache.evaluate.decoder.parallel import both, each_image
-from panoptic_cache.evaluate.decoder.pixels import NotFiniteError, Pixels
-from panoptic_cache.evaluate.decoder.rescue import rescue
+from panoptic_cache.evaluate.decoder.field import (
+    MAX_RADIUS,
+    cast_votes,
+    measure_noise,
+    read_classes,
+    smooth,
+)
+from panoptic_cache.evaluate.decoder.instances import find_basins, find_voters, merge
 from panoptic_cache.evaluate.decoder.segments import (
     DecodedSegment,
     PanopticMap,
+    draw,
     number,
-    paint,
     resize_values,
 )
-from panoptic_cache.evaluate.decoder.smoothing import Smoother
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.heap import keep_heap
 from panoptic_cache.train.encoding import Encoding
@@ -38,6 +40,34 @@ __all__ = ["DecodeConfig", "DecodedSegment", "PanopticMap", "decode"]
 
 TOGETHER = 1 << 22
 """Pixels that a GPU decodes at once: 23 images of 420 x 420."""
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Settings of the decoder; one setting serves all networks and sizes that it was tried on.
+
+    Attributes:
+        least_class: Probability, on average, that a class must have where it wins; below it the
+            image does not hold that class.
+        smoothing: Pixels of the network's output over which codes are averaged to each side, for a
+            noise of 1 (a variance a channel; of trained networks 0.003, of poor ones 0.1).
+        trust: How far the semantic head moves the border between instance and void, in lengths of
+            a typical code: from 1/2 to 1/2 - trust where it is sure of a thing, to 1/2 + trust
+            where it is sure of stuff.
+        blur: Width of the Gaussian over the votes, in distances between the votes of neighbours.
+        bias: Log odds added to those that two basins of votes are one instance: below 0, more
+            instances; above 0, fewer.
+        least_score: An instance with a lower score is dropped, see `segments.draw`.
+        min_stuff_area: Native pixels below which a stuff segment is dropped.
+    """
+
+    least_class: float = 0.55
+    smoothing: float = 58.0
+    trust: float = 0.2
+    blur: float = 1.0
+    bias: float = 0.0
+    least_score: float = 0.4
+    min_stuff_area: int = 64
 
 
 def decode(
@@ -50,8 +80,6 @@ def decode(
     config: DecodeConfig | None = None,
 ) -> list[PanopticMap]:
     """Decodes a batch of predictions, on the device that holds them.
-
-    A GPU works on many images at once, a processor on one with each thread; see `parallel.py`.
 
     Args:
         instance: B times (channels, h, w) predicted codes; h and w may differ.
@@ -67,107 +95,89 @@ def decode(
     Raises:
         InputError: A prediction holds NaN or infinite values; says which.
     """
-    settings = config or DecodeConfig()
-
     device = instance[0].device.type if len(sizes) else "cpu"
-
-    def run(images: list[int]) -> list[PanopticMap]:
-        known = torch.amp.is_autocast_available(device)
-        off = torch.autocast(device, enabled=False) if known else nullcontext()
-        with torch.inference_mode(), off:  # whatever the caller has on
-            return decode_group(images)
-
-    def decode_group(images: list[int]) -> list[PanopticMap]:
-        try:
-            pixels = Pixels.of(
-                [instance[image] for image in images],
-                [semantic[image] for image in images],
-                encoding=encoding,
-                isthing=isthing,
-            )
-        except NotFiniteError as error:
-            place = f"image {images[error.image] + 1} of {len(sizes)}"
-            raise InputError(
-                "the network's output holds NaN or infinite values",
-                where=place if len(sizes) > 1 else "",
-                remedy="check the checkpoint, or run the network in float32",
-                code="prediction-not-finite",
-            ) from None
-        return decode_pixels(pixels, [sizes[image] for image in images], settings)
-
-    shapes = [(code.shape[-2], code.shape[-1]) for code in instance]
-    groups = list(together(shapes, on_gpu=device != "cpu"))
     if device == "cpu":
         keep_heap()
-        found = each_image(run, groups)
-    else:
-        found = [run(images) for images in groups]
-    maps = {
-        image: one
-        for images, some in zip(groups, found, strict=True)
-        for image, one in zip(images, some, strict=True)
-    }
-    return [maps[image] for image in range(len(sizes))]
+    known = torch.amp.is_autocast_available(device)
+    shapes = [(code.shape[-2], code.shape[-1]) for code in instance]
+    found: dict[int, PanopticMap] = {}
+    with (
+        torch.inference_mode(),  # whatever the caller has on
+        torch.autocast(device, enabled=False) if known else nullcontext(),
+    ):
+        for images in together(shapes, on_gpu=device != "cpu"):
+            maps = decode_images(
+                stacked([instance[image] for image in images]),
+                stacked([semantic[image] for image in images]),
+                encoding=encoding,
+                isthing=isthing,
+                sizes=[sizes[image] for image in images],
+                config=config or DecodeConfig(),
+            )
+            for image, map_ in zip(images, maps, strict=True):
+                if map_ is None:
+                    raise InputError(
+                        "the network's output holds NaN or infinite values",
+                        where=f"image {image + 1} of {len(sizes)}" if len(sizes) > 1 else "",
+                        remedy="check the checkpoint, or run the network in float32",
+                        code="prediction-not-finite",
+                    )
+                found[image] = map_
+    return [found[image] for image in range(len(sizes))]
+
+
+def decode_images(
+    instance: Tensor,
+    semantic: Tensor,
+    *,
+    encoding: Encoding,
+    isthing: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    config: DecodeConfig,
+) -> list[PanopticMap | None]:
+    """Decodes images of one size, see `decode`; None where a prediction is not finite.
+
+    Heads are (B, channels, h, w) and (B, C, h, w) float32.
+    """
+    batch, categories, height, width = semantic.shape
+    channels_first = instance.transpose(0, 1).flatten(1)  # (channels, B h w)
+    code = encoding.to_positional(channels_first).unflatten(1, (batch, height, width))
+    code = code.transpose(0, 1)  # (B, 4L, h, w)
+    # A sum is not finite where one of its terms is not.
+    finite = (semantic.flatten(1).sum(1) + code.flatten(1).sum(1)).isfinite()
+
+    classes = read_classes(semantic, isthing.to(semantic.device), config.least_class)
+    noise = measure_noise(code, classes.chance)  # (B,)
+    radius = (config.smoothing * noise).round().clamp(max=MAX_RADIUS).long()
+    kind = torch.where(classes.chance >= 0.5, classes.thing, -1)  # (B, h, w)
+    smoothed = smooth(code, kind, radius)
+    votes = cast_votes(smoothed, classes, noise, radius, finite)
+
+    maps: list[PanopticMap | None] = []
+    for vote, size in zip(votes, sizes, strict=True):
+        if vote is None:
+            maps.append(None)
+            continue
+        voters = find_voters(vote, config.trust)
+        basins = find_basins(voters, vote, config.blur)
+        owner = merge(basins, voters, vote, config.bias)
+        painting = draw(owner, voters, vote, categories, config.least_score)
+        native = resize_values(painting.values, size)
+        maps.append(number(painting, native, min_stuff_area=config.min_stuff_area))
+    return maps
+
+
+def stacked(heads: Sequence[Tensor]) -> Tensor:
+    """(B, channels, h, w) float32; a processor's one image is not copied."""
+    alone = len(heads) == 1 and heads[0].device.type == "cpu"
+    return (heads[0][None] if alone else torch.stack(list(heads))).float()
 
 
 def together(sizes: Sequence[tuple[int, int]], *, on_gpu: bool) -> Iterator[list[int]]:
-    """Which images to decode at once: of one size, and not too many."""
+    """Which images to decode at once: of one size, and not too many; on a processor one by one."""
     order = sorted(range(len(sizes)), key=sizes.__getitem__)
     for (height, width), alike in groupby(order, key=sizes.__getitem__):
         images = list(alike)
         step = max(1, TOGETHER // (height * width)) if on_gpu else 1
         for start in range(0, len(images), step):
             yield images[start : start + step]
-
-
-def decode_pixels(
-    pixels: Pixels, sizes: Sequence[tuple[int, int]], config: DecodeConfig
-) -> list[PanopticMap]:
-    """Decodes images of one size; see `decode`.
-
-    Pixels are worked on for all images at once; what waits for the device does so a few times a
-    batch, not an image. From the instance of each pixel on, the work is the processor's.
-    """
-    noise = measure_noise(pixels, config)
-    kinds: dict[tuple[bool, bool], list[int]] = {}  # clean, or smoothed once or twice
-    for image, each in enumerate(noise):
-        kind = config.is_clean(each), config.smoothing_radius(each) > 1
-        kinds.setdefault(kind, []).append(image)
-    maps: dict[int, PanopticMap] = {}
-    for images in kinds.values():
-        decoded = decode_alike(
-            pixels.take(images),
-            [noise[image] for image in images],
-            [sizes[image] for image in images],
-            config,
-        )
-        maps.update(zip(images, decoded, strict=True))
-    return [maps[image] for image in range(len(sizes))]
-
-
-def decode_alike(
-    pixels: Pixels,
-    noise: Sequence[float],
-    sizes: Sequence[tuple[int, int]],
-    config: DecodeConfig,
-) -> list[PanopticMap]:
-    """The same of images that are smoothed at the same places."""
-    smoother = None if config.is_clean(noise[0]) else Smoother.of(pixels)
-    found = find_instances(pixels, smoother, noise, config)
-    member = assign(pixels, smoother, found, noise, config)
-    members, labels = (map_.view(pixels.shape).cpu().numpy() for map_ in (member, pixels.labels))
-    rescue(pixels, found, members=members, labels=labels, noise=noise, config=config)
-    paintings = [
-        paint(owner, label, pixels.things, min_instance_area=config.min_instance_area)
-        for owner, label in zip(members, labels, strict=True)
-    ]
-    scores, natives = both(
-        lambda: confidences(pixels, paintings),
-        lambda: [
-            resize_values(one.values, size) for one, size in zip(paintings, sizes, strict=True)
-        ],
-    )
-    return [
-        number(*parts, min_stuff_area=config.min_stuff_area)
-        for parts in zip(paintings, natives, scores, strict=True)
-    ]

@@ -1,252 +1,229 @@
-"""The instances of an image: from its pixels to prototypes."""
+"""From votes to instances, on 80 x 80 cells: a histogram, its basins, and which of them are one.
+
+    votes -> histogram -> Gaussian -> watershed -> basins -> merged by evidence -> instances
+
+The votes of an instance do not meet in a point. Noise scatters them; and the centroids of a trained
+network drift: each pixel pulls its own a little towards itself. A basin is what lies around one
+maximum of the votes. Two of them are parts of one instance, or two instances, and three things tell
+which, none of which depends on the size of picture or object; see `log_odds`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+from skimage.segmentation import watershed
 
-from panoptic_cache.evaluate.decoder.cells import nearest_cells, neighbour_distance, off_grid
-from panoptic_cache.evaluate.decoder.faint import add_faint, at_home, split
-from panoptic_cache.evaluate.decoder.parallel import both
-from panoptic_cache.evaluate.decoder.peaks import (
-    Instances,
-    Rules,
-    candidates_of,
-    choose,
-    find_candidates,
-    refine,
-)
-from panoptic_cache.evaluate.decoder.pixels import Pixels, places
-from panoptic_cache.evaluate.decoder.smoothing import Means, Smoother
-from panoptic_cache.evaluate.decoder.votes import Bins, Votes, bin_votes
+from panoptic_cache.evaluate.decoder.field import TYPICAL_POWER, Votes
 from panoptic_cache.train.encoding import GRID_CELLS
 
-SAMPLING = 16
-"""One pixel in so many is enough to measure the noise, and"""
-SAMPLES = 2048
-"""about so many are at most."""
-CLEAN_STEP, NOISY_STEP = 2, (2, 4)
-"""One pixel in so many votes, or where codes are noisy and smoothed, one row and one column: their
-neighbours say much the same."""
-REFINEMENTS = 2
-"""Moves of each prototype to the mean of its votes; a third changes nothing."""
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+CLEAN_GAP, CLEAN_SCATTER = 0.05, 0.1
+"""Cells. Votes that differ less between neighbours, and scatter less within a cell, are exact:
+then each cell is a basin, and instances in neighbouring cells are told apart."""
+LEAST_WIDTH = 0.4
+"""Cells. Of the Gaussian, if votes are not exact."""
+LEAST_HEIGHT = 1e-4
+"""Of the highest maximum: lower ones are no basins."""
+SADDLE, DRIFT, SLOPE, TOUCH, BIAS = 2.6, 2.0, -1.85, 2.1, -3.0
+"""Weights of the evidence that two basins are one, see `log_odds`: fitted to pairs of basins
+of three networks and of corrupted codes, of which the true instances are known."""
 
 
 @dataclass(frozen=True)
-class DecodeConfig:
-    """Settings of the decoder.
+class Voters:
+    """The pixels of an image that belong to instances."""
 
-    Squared distances are in code space. Noise is a variance a channel of the codes, over that of
-    rounding to the grid; a prediction is 0.02 to 0.2 noisy. Amplitude is the length of a code along
-    its grid point's: void 0, a clean code 1.
+    pixels: Integers  # (V,) flat indices
+    place: Floats  # (2, V) column and row of their votes, in cells
+    at: Floats  # (2, V) column and row where they lie themselves, in cells
+    length: Floats  # (V,) of their codes, over the typical one of the image
+    chance: Floats  # (V,) see `field.Classes`
 
-    The defaults were searched, from random values, on made-up scenes and eight photos, corrupted as
-    `corruption.py` does. That noise has no drift, so `vote_amplitude`, `drift`, `gap` and
-    `label_cost` are what a small trained network needs.
 
-    Attributes:
-        cells: Cells an axis of the voting grid (section 5.1).
-        vote_amplitude: Amplitude from which a pixel votes: above one half, since mixtures of an
-            instance and void, at edges, are neither.
-        vote_outlier: Times the noise that a voting code may be off its grid point: mixtures of two
-            instances are off by more.
-        smooth_votes: Pixels of smoothing radius for noise 1; the radius is 1 at least. The window
-            grows as the noise does, so that a clean prediction keeps its smallest objects.
-        max_smooth: Largest radius, in pixels of the network's output.
-        clean: Noise up to which codes are not smoothed, and the instances of neighbouring cells can
-            be told apart.
-        drift: The same of what `measure_drift` tells: where codes sweep over cells, neighbouring
-            cells are one instance.
-        gap: Least mean squared distance by which an instance must explain its pixels better than
-            the others do, over that of neighbouring cells: they are two instances if clean.
-        gap_noise: What noise 1 adds to it: the scatter of one instance must not look like two.
-        saved: Least sum of such squared distances over the pixels of an instance.
-        saved_noise: What noise 1 adds to it.
-        split_gap: `gap` for an instance next to another one, if codes are noisy.
-        split_noise: What noise 1 adds to it.
-        split_saved: Times `saved` that such an instance must explain.
-        home: Pixels of the network's output that a vote may lie from its centroid to count as one
-            at home, on either axis.
-        faint_amplitude: Amplitude from which a pixel at home votes: small objects lose length in a
-            blurred prediction.
-        faint_gap: `gap` for an instance of such votes, over `cap`: what the others leave almost
-            unexplained.
-        label_cost: Squared distance, over that of neighbouring cells, for a differing label: below
-            `gap`, so that a wrong label alone never splits an instance.
-        cap: Squared distance, over |gamma|^2 = L, from which a vote is an outlier.
-        trust: How far the semantic head moves the border between instance and none: a pixel of a
-            thing class needs an amplitude of 1/2 - trust, any other 1/2 + trust.
-        label_amplitude: Amplitude that a differing label counts for in the assignment.
-        rescue_amplitude: A region of a thing class that no instance claims becomes one, if its mean
-            code is that long: small objects lose length in a blurred prediction, crowds have none.
-        rescue_noise: What noise 1 adds to it.
-        rescue_area: Pixels of the network's output such a region must have.
-        min_instance_area: Pixels of the network's output below which an instance is dropped.
-        min_stuff_area: Native pixels below which a stuff segment is dropped: at edges, the semantic
-            head mentions classes that are not there.
+@dataclass(frozen=True)
+class Basins:
+    """Basins 1 to n of the votes; 0 is no basin."""
+
+    cells: Integers  # (80, 80) the basin of each cell
+    height: Floats  # (80, 80) smoothed histogram; all 0 where votes are exact, and cells are basins
+    owner: Integers  # (V,) the basin of each voter
+
+
+def tally(index: Integers, weights: Floats, count: int) -> Floats:
+    """(count,) sums of the weights of each index."""
+    return np.asarray(np.bincount(index, weights, count), np.float64)
+
+
+def find_voters(votes: Votes, trust: float) -> Voters:
+    """The pixels whose codes are long enough to name an instance.
+
+    How long that is depends on the image: codes of an immature network are short everywhere. Half
+    of the typical length is between instance and void; the semantic head moves the bar, by `trust`.
     """
-
-    cells: int = GRID_CELLS
-    vote_amplitude: float = 0.65
-    vote_outlier: float = 0.8
-    smooth_votes: float = 58.0
-    max_smooth: int = 18
-    clean: float = 0.007
-    drift: float = 0.02
-    gap: float = 0.8
-    gap_noise: float = 6.4
-    saved: float = 3.3
-    saved_noise: float = 330.0
-    split_gap: float = 1.05
-    split_noise: float = 2.9
-    split_saved: float = 3.8
-    home: float = 6.5
-    faint_amplitude: float = 0.21
-    faint_gap: float = 0.45
-    label_cost: float = 0.2
-    cap: float = 1.1
-    trust: float = 0.18
-    label_amplitude: float = 0.33
-    rescue_amplitude: float = 0.23
-    rescue_noise: float = 0.21
-    rescue_area: int = 60
-    min_instance_area: int = 4
-    min_stuff_area: int = 64
-
-    def is_clean(self, noise: float) -> bool:
-        """Whether codes need no smoothing."""
-        return noise <= self.clean
-
-    def smoothing_radius(self, noise: float) -> int:
-        """Pixels, before the vote; half of it before the assignment. 0 where codes are clean."""
-        if self.is_clean(noise):
-            return 0
-        return min(max(1, round(self.smooth_votes * noise)), self.max_smooth)
+    length = votes.length.astype(np.float64)
+    inside = length[votes.chance >= 0.5] if (votes.chance >= 0.5).any() else length
+    weight = inside**TYPICAL_POWER
+    typical = min(1.0, float((weight * inside).sum() / max(weight.sum(), 1e-12)))
+    bar = typical * (0.5 + trust * (1 - 2 * votes.chance))
+    pixels = np.flatnonzero(length > np.maximum(bar, 1e-6))
+    (height, width), (y, x) = votes.shape, np.divmod(pixels, votes.shape[1])
+    at = np.stack([(x + 0.5) * (GRID_CELLS / width), (y + 0.5) * (GRID_CELLS / height)]) - 0.5
+    relative = np.minimum(length[pixels] / max(typical, 1e-6), 1)
+    place = votes.place[:, pixels].astype(np.float64)
+    return Voters(pixels, place, at, relative, votes.chance[pixels].astype(np.float64))
 
 
-def measure_noise(pixels: Pixels, config: DecodeConfig) -> list[float]:
-    """Median variance a channel of the codes, less that of rounding to the grid, of each image.
+def find_basins(voters: Voters, votes: Votes, blur: float) -> Basins:
+    """The basins of the histogram of votes, after a Gaussian `blur` times as wide as they scatter.
 
-    Args:
-        pixels: B images; those of thing classes are measured.
-        config: Settings.
-
-    Returns:
-        B variances, 0 where no code is long enough.
+    How exact votes are, tells the distance between those of neighbouring pixels; where codes have
+    been smoothed, of the next pixels whose windows do not overlap.
     """
-    inside = [pixels.inside[span] for span in pixels.spans]
-    samples = [some[:: max(SAMPLING, len(some) // SAMPLES)] for some in inside]
-    code = pixels.codes.index_select(1, torch.cat(samples))
-    nearest = nearest_cells(code, config.cells)
-    clear = torch.where(nearest.amplitude.amin(0) > 0.5, off_grid(code, nearest), torch.nan)
-    parts = clear.split([len(sample) for sample in samples])
-    medians = torch.stack([part.nanmedian() for part in parts]).tolist()
-    # A coordinate is off by up to half a cell, its square by 1/12 on average, on either axis.
-    rounding = neighbour_distance(code.shape[0] // 4, config.cells) / 6 / (code.shape[0] - 2)
-    return [0.0 if math.isnan(median) else max(median - rounding, 0.0) for median in medians]
+    if len(voters.pixels) == 0:
+        none = np.zeros((GRID_CELLS, GRID_CELLS), np.int64)
+        return Basins(none, none.astype(np.float64), np.zeros(0, np.int64))
+    column, row = np.rint(voters.place).astype(np.int64).clip(0, GRID_CELLS - 1)
+    cell, count = row * GRID_CELLS + column, GRID_CELLS**2
+    histogram = tally(cell, voters.length, count)
+    middle = np.stack([tally(cell, voters.length * axis, count) for axis in voters.place])
+    middle /= np.maximum(histogram, 1e-12)
+    off = np.square(voters.place - middle[:, cell]).sum(0)
+    scatter = math.sqrt(np.average(off, weights=voters.length))
+    kind = np.where(votes.chance >= 0.5, votes.thing, -1).reshape(votes.shape)
+    apart = 2 * votes.radius + 1
+    steps = [distance[kind[a] == kind[b]] for a, b, distance in _steps(voters, votes, apart)]
+    differing = np.concatenate(steps)
+    differing = differing[np.isfinite(differing)]
+    gap = float(np.median(differing)) if len(differing) else 0.0
+    histogram = histogram.reshape(GRID_CELLS, GRID_CELLS)
+    if gap <= CLEAN_GAP and scatter <= CLEAN_SCATTER:
+        cells = np.where(histogram > 0, (histogram > 0).cumsum().reshape(histogram.shape), 0)
+        return Basins(cells, np.zeros_like(histogram), cells.ravel()[cell])
+    width = max(blur * gap, LEAST_WIDTH)
+    height = ndimage.gaussian_filter(histogram, width, mode="constant", truncate=3)
+    height = np.where(height > LEAST_HEIGHT * height.max(), height, 0)
+    peaks = (height == ndimage.maximum_filter(height, 3)) & (height > 0)
+    markers, _ = ndimage.label(peaks, np.ones((3, 3)))
+    cells = watershed(-height, markers, mask=height > 0, connectivity=2).astype(np.int64)
+    return Basins(cells, height, cells.ravel()[cell])
 
 
-def find_instances(
-    pixels: Pixels, smoother: Smoother | None, noise: Sequence[float], config: DecodeConfig
-) -> list[Instances]:
-    """The instances of each image.
+def _steps(voters: Voters, votes: Votes, apart: int) -> list[tuple[Slices, Slices, Floats]]:
+    """Distances between votes of pixels so far apart in a row and in a column, and of which."""
+    places = np.full((2, *votes.shape), np.nan)
+    places.reshape(2, -1)[:, voters.pixels] = voters.place
+    every, late, early = slice(None), slice(apart, None), slice(None, -apart)
+    pairs = [((every, late), (every, early)), ((late, every), (early, every))]
+    return [(a, b, np.hypot(*(places[:, *a] - places[:, *b]))) for a, b in pairs]
 
-    Args:
-        pixels: B images, all of them clean or none, see `DecodeConfig.is_clean`.
-        smoother: Theirs; None where codes are clean.
-        noise: Of each, see `measure_noise`.
-        config: Settings.
 
-    Returns:
-        B times K instances, on the processor.
+Slices = tuple[slice, slice]
+
+
+def merge(basins: Basins, voters: Voters, votes: Votes, bias: float) -> Integers:
+    """Makes one of two basins that are more likely one instance than two, until none are left.
+
+    In each round, those become one that are the likeliest partners of each other. Returns (V,) the
+    instance of each voter, any numbers, 0 for none.
     """
-    cells, images = config.cells, pixels.shape[0]
-    votes, faint = find_votes(pixels, smoother, noise, config)
-    bins, faint_bins = both(
-        lambda: bin_votes(votes, images, cells),
-        lambda: [None] * images if faint is None else bin_votes(faint, images, cells),
+    count, pixel = int(basins.cells.max()) + 1, GRID_CELLS / math.sqrt(math.prod(votes.shape))
+    sums = np.stack(  # (count, 5): weight, weighted sums of the places of votes and of pixels
+        [
+            tally(basins.owner, voters.length * one, count)
+            for one in (np.ones_like(voters.length), *voters.place, *voters.at)
+        ],
+        axis=1,
     )
-    return [
-        explain(own, weak, variance, config)
-        for own, weak, variance in zip(bins, faint_bins, noise, strict=True)
-    ]
+    top = np.zeros(count)
+    np.maximum.at(top, basins.cells.ravel(), basins.height.ravel())
+    pairs, root = find_pairs(basins, voters, votes), np.arange(count)
+    while len(pairs.one):
+        odds = bias + log_odds(pairs, sums, top, pixel)
+        best = np.zeros(count)
+        np.maximum.at(best, pairs.one, odds)
+        np.maximum.at(best, pairs.other, odds)
+        mutual = (odds > 0) & (odds == best[pairs.one]) & (odds == best[pairs.other])
+        if not mutual.any():
+            break
+        into = np.arange(count)
+        into[pairs.other[mutual]] = pairs.one[mutual]  # the smaller number: there are no circles
+        while (into[into] != into).any():
+            into = into[into]
+        root = into[root]
+        sums = np.stack([tally(into, column, count) for column in sums.T], axis=1)
+        np.maximum.at(top, into, top.copy())
+        pairs = Pairs.of(into[pairs.one], into[pairs.other], pairs.facts)
+    return root[basins.owner]
 
 
-def find_votes(
-    pixels: Pixels, smoother: Smoother | None, noise: Sequence[float], config: DecodeConfig
-) -> tuple[Votes, Votes | None]:
-    """Pixels with a clear code and the cells nearest to them; arguments as of `find_instances`.
+@dataclass(frozen=True)
+class Pairs:
+    """M pairs of basins that are neighbours among the votes, or in the picture.
 
-    Returns:
-        The votes; and where codes are noisy, those of fainter pixels at home, see `faint.py`.
+    The facts are the height of the saddle between them; the sum of the steps, in cells, that votes
+    take between the pixels on both sides of their border; and how many these are.
     """
-    if smoother is None:
-        some = [pixels.inside[span][::CLEAN_STEP] for span in pixels.spans]
-        means = Means.unsmoothed(pixels, torch.cat(some))
-    else:
-        radii = [config.smoothing_radius(each) for each in noise]
-        means = smoother.means(radii, step=NOISY_STEP)
-    code, voters = means.values, means.pixels
-    image = voters // pixels.area
-    nearest = nearest_cells(code, config.cells)
-    near = neighbour_distance(code.shape[0] // 4, config.cells)
-    limits = [near / 2 / (code.shape[0] - 2) + config.vote_outlier * each for each in noise]
-    limit = torch.tensor(limits, device=code.device).index_select(0, image)
-    amplitude, regular = nearest.amplitude.amin(0), off_grid(code, nearest) < limit
 
-    def chosen(mask: Tensor) -> Votes:
-        some = places(mask)
-        return Votes(
-            codes=code.index_select(1, some),
-            labels=pixels.labels.index_select(0, voters.index_select(0, some)).long(),
-            rows=nearest.row.index_select(0, some).long(),
-            columns=nearest.column.index_select(0, some).long(),
-            image=image.index_select(0, some),
-        )
+    one: Integers  # (M,) the smaller number
+    other: Integers  # (M,) the larger one
+    facts: Floats  # (3, M)
 
-    votes = chosen(regular & (amplitude > config.vote_amplitude))
-    if smoother is None:
-        return votes, None
-    home = at_home(voters % pixels.area, nearest, pixels.shape[1:], config.cells, config.home)
-    return votes, chosen(regular & home & (amplitude > config.faint_amplitude))
+    @classmethod
+    def of(cls, one: Integers, other: Integers, facts: Floats) -> Pairs:
+        """Makes one row of those that are of the same two basins; of one alone, none."""
+        low, high = np.minimum(one, other), np.maximum(one, other)
+        apart = low != high
+        size = int(high.max(initial=0)) + 1
+        keys, row = np.unique((low * size + high)[apart], return_inverse=True)
+        saddle = np.zeros(len(keys))
+        np.maximum.at(saddle, row, facts[0, apart])
+        sums = [tally(row, fact[apart], len(keys)) for fact in facts[1:]]
+        return cls(keys // size, keys % size, np.stack([saddle, *sums]))
 
 
-def explain(bins: Bins, faint: Bins | None, noise: float, config: DecodeConfig) -> Instances:
-    """The few instances that explain the votes of an image.
+def find_pairs(basins: Basins, voters: Voters, votes: Votes) -> Pairs:
+    """All pairs of basins of which cells or voters are neighbours."""
+    owner = np.zeros(votes.shape, np.int64)
+    owner.ravel()[voters.pixels] = basins.owner
+    rows = []
+    for a, b, step in _steps(voters, votes, 1):
+        border = (owner[a] != owner[b]) & (owner[a] > 0) & (owner[b] > 0)
+        ones = np.ones(border.sum())
+        rows.append((owner[a][border], owner[b][border], [0 * ones, step[border], ones]))
+    cells, height = np.pad(basins.cells, 1), np.pad(basins.height, 1)
+    inner = slice(1, -1), slice(1, -1)
+    for dy, dx in ((0, 1), (1, -1), (1, 0), (1, 1)):
+        beside = slice(1 + dy, 1 + dy + GRID_CELLS), slice(1 + dx, 1 + dx + GRID_CELLS)
+        border = (cells[inner] > 0) & (cells[beside] > 0)
+        saddle = np.minimum(height[inner], height[beside])[border]
+        rows.append((cells[inner][border], cells[beside][border], [saddle, 0 * saddle, 0 * saddle]))
+    one, other, facts = (np.concatenate(part, axis=-1) for part in zip(*rows, strict=True))
+    return Pairs.of(one, other, facts)
 
-    Args:
-        bins: The votes.
-        faint: The fainter ones; None where codes are clean. Those need no second look: if they
-            still sweep over cells, as those of a network that has learnt little, it would find
-            instances that are none.
-        noise: See `measure_noise`.
-        config: Settings.
+
+def log_odds(pairs: Pairs, sums: Floats, top: Floats, pixel: float) -> Floats:
+    """(M,) log odds that both basins of a pair are parts of one instance.
+
+    Saddle: between the votes of one there is no valley. Drift: the votes of two instances are as
+    far apart as their pixels are, for a centroid is the mean of its pixels; parts of one vote for
+    nearly the same place from different ones. Slope: within an instance, a step of a pixel moves
+    the vote by less than that pixel (`pixel` cells wide); between two it leaps.
     """
-    cells, channels = config.cells, bins.code.shape[1]
-    near = neighbour_distance(channels // 4, cells)
-    drift = bins.drift - 2 * noise / near  # noise scatters on two axes, too
-    clean = config.is_clean(noise)
-    suppression = 0 if clean and drift <= config.drift else 1
-    of_one_vote = CLEAN_STEP if clean else math.prod(NOISY_STEP)  # pixels
-    peaks = find_candidates(bins, cells, radius=suppression)
-    rules = Rules(
-        cap=config.cap * channels / 4,
-        label_cost=config.label_cost * near,
-        gap=config.gap * near + config.gap_noise * noise,
-        saved=(config.saved + config.saved_noise * noise) / of_one_vote,
-    )
-    found = choose(bins, candidates_of(bins, peaks, radius=suppression), rules)
-    if faint is not None:
-        more = replace(rules, saved=config.split_saved * rules.saved)
-        gap = config.split_gap * near + config.split_noise * noise
-        found = split(bins, refine(bins, found, rules), more, cells=cells, gap=gap)
-    for _ in range(REFINEMENTS):
-        found = refine(bins, found, rules)
-    if faint is not None:
-        more = replace(rules, gap=max(rules.gap, config.faint_gap * rules.cap))
-        found = add_faint(faint, found, more, cells=cells)
-    return found
+    middle = sums[:, 1:] / np.maximum(sums[:, :1], 1e-12)
+    apart = (middle[pairs.one] - middle[pairs.other]).T  # (4, M)
+    unlike = np.hypot(*(apart[:2] - apart[2:])) / np.maximum(np.hypot(*apart[:2]), 1e-3)
+    saddle, steps, touches = pairs.facts
+    lower = np.minimum(top[pairs.one], top[pairs.other])
+    depth = np.divide(saddle, lower, out=np.zeros_like(saddle), where=lower > 0)
+    slope = np.log((steps / np.maximum(touches, 1) / pixel).clip(0.1, 10))
+    drift = np.log1p(np.minimum(unlike, 20))
+    border = np.where(touches > 0, TOUCH + SLOPE * slope, 0)
+    odds: Floats = BIAS + SADDLE * depth + DRIFT * drift + border
+    return odds

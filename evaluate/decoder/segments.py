@@ -1,7 +1,6 @@
-"""From the instance of each pixel to segments: classes, stuff, small areas, native size.
+"""From the instance of each voter to segments: scores, classes, stuff, native size.
 
-All of it is on maps of integers, and on the processor: NumPy is several times faster at that than
-PyTorch, and the result is wanted there.
+All of it is on maps of integers, and on the processor.
 """
 
 from __future__ import annotations
@@ -11,10 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from panoptic_cache.evaluate.decoder.field import Votes
+from panoptic_cache.evaluate.decoder.instances import Floats, Integers, Voters, tally
+
 Values = NDArray[np.int32]
 
 STRIP = 1 << 19
 """Native pixels worked on at once: an upper bound on temporary memory."""
+OFF_CENTRE = 0.2
+"""Exponent of what an instance loses in score if its votes miss its middle by its own spread."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class DecodedSegment:
         id: Positive, unique in its map.
         label: Contiguous category label.
         isthing: Whether it is an instance.
-        score: How sure the network is of an instance, in [0, 1], see `confidence.py`; 1 for stuff.
+        score: How likely an instance is right, in [0, 1], see `draw`; 1 for stuff.
         area: Native pixels.
     """
 
@@ -51,75 +55,50 @@ class PanopticMap:
 
 @dataclass(frozen=True)
 class Painting:
-    """What each pixel shows, before ids are given.
+    """What each pixel shows, before ids are given."""
 
-    Attributes:
-        values: (h, w) int32: 0 = void, v = row v - 1 of the tables below.
-        labels: (R,) contiguous category of each row: all C categories as stuff, then instances.
-        categories: C.
-    """
-
-    values: Values
-    labels: NDArray[np.int64]
-    categories: int
+    values: Values  # (h, w) 0 = void, v = row v - 1 of the tables below
+    labels: Integers  # (R,) category of each row: all C categories as stuff, then instances
+    scores: Floats  # (R,) see `DecodedSegment`
+    categories: int  # C
 
 
-def paint(
-    member: Values, labels: Values, things: NDArray[np.bool_], *, min_instance_area: int
+def draw(
+    owner: Integers, voters: Voters, votes: Votes, categories: int, least_score: float
 ) -> Painting:
-    """Classes of instances by majority vote, stuff where none is.
+    """Scores instances, drops those that are likely wrong, and puts stuff where none is.
 
-    Pixels of a thing class that no instance claims are void.
-
-    Args:
-        member: (h, w) int32, 0 = no instance, k = instance k - 1.
-        labels: (h, w) int32, semantic labels.
-        things: (C,) whether a category is a thing.
-        min_instance_area: Pixels below which an instance is dropped.
+    The score is the mean length of the codes, times the mean chance of a thing, less what the votes
+    miss the middle of the pixels by: a centroid is the mean of its pixels. The class is the one
+    with most chances. Pixels of a thing class that no instance takes are void.
     """
-    categories = len(things)
-    count = int(member.max()) + 1
-    both = member * np.int32(categories) + labels
-    ballots = np.bincount(both.ravel(), minlength=count * categories).reshape(count, categories)
-    votes = ballots * things
-    winning, area = votes.max(1), ballots.sum(1)
-    valid = (area >= min_instance_area) & (winning > 0)
-    valid[0] = False
-    shown = np.where(valid, np.arange(count) + categories, 0)
-    stuff = np.where(things, 0, np.arange(categories) + 1)
-    table = np.where(shown[:, None] > 0, shown[:, None], stuff).astype(np.int32)
-    values = table.ravel().take(both)
+    numbers, owner = np.unique(np.append(0, owner), return_inverse=True)
+    owner, count = owner[1:], len(numbers)  # from here on 0 to K
+    area = np.maximum(np.bincount(owner, minlength=count), 1)
+
+    def mean(values: Floats) -> Floats:
+        return tally(owner, values, count) / area
+
+    length = mean(voters.length)
+    off, spread = np.zeros(count), np.zeros(count)
+    for place, at in zip(voters.place, voters.at, strict=True):
+        middle = mean(at)
+        off += np.square(mean(voters.length * place) / np.maximum(length, 1e-12) - middle)
+        spread += mean(np.square(at - middle[owner]))
+    kinds = owner * categories + votes.thing[voters.pixels]
+    chances = tally(kinds, voters.chance, count * categories).reshape(count, categories)
+    missed = np.sqrt(off) / np.maximum(np.sqrt(spread), 0.5)  # half a cell at least
+    scores = length * mean(voters.chance) * np.exp(-OFF_CENTRE * missed)
+    kept = (scores >= least_score) & (scores > 0)
+    kept[0] = False
+    values = np.where(votes.chance < 0.5, votes.stuff + 1, 0)
+    values[voters.pixels] = np.where(kept[owner], owner + categories, values[voters.pixels])
     return Painting(
-        values=values,
-        labels=np.concatenate([np.arange(categories), votes.argmax(1)[1:]]),
-        categories=categories,
+        values.reshape(votes.shape).astype(np.int32),
+        np.concatenate([np.arange(categories), chances.argmax(1)[1:]]),
+        np.concatenate([np.ones(categories), scores[1:].clip(max=1)]),
+        categories,
     )
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Where the target pixels of one axis lie between source pixels.
-
-    Attributes:
-        near: (n,) the nearest source pixel of each.
-        far: (n,) its neighbour on the other side; itself at the borders.
-        weight: (n,) float32 bilinear weight of the far one, at most 1/2.
-        pair: (n,) the pair they form: p is pixels p - 1 and p.
-    """
-
-    near: NDArray[np.intp]
-    far: NDArray[np.intp]
-    weight: NDArray[np.float32]
-    pair: NDArray[np.intp]
-
-
-def locate(source: int, target: int) -> Axis:
-    """Places `target` pixels over `source` pixels of the same extent."""
-    place = (np.arange(target) + 0.5) * (source / target)
-    near = place.astype(np.intp).clip(max=source - 1)
-    offset = place - 0.5 - near
-    far = (near + np.sign(offset).astype(np.intp)).clip(0, source - 1)
-    return Axis(near, far, np.abs(offset).astype(np.float32), np.maximum(near, far))
 
 
 def resize_values(values: Values, size: tuple[int, int]) -> Values:
@@ -132,63 +111,37 @@ def resize_values(values: Values, size: tuple[int, int]) -> Values:
         values: (h, w) int32.
         size: (H, W).
     """
-    rows, columns = locate(values.shape[0], size[0]), locate(values.shape[1], size[1])
-    # Rows last: that copies whole rows, the quicker half.
-    result = values.take(columns.near, 1).take(rows.near, 0)
+    axes = []
+    for source, target in zip(values.shape, size, strict=True):
+        place = (np.arange(target) + 0.5) * (source / target) - 0.5
+        low = np.floor(place).astype(np.int64)
+        near = np.floor(place + 0.5).astype(np.int64).clip(0, source - 1)
+        axes.append((low, (place - low).astype(np.float32), near))
+    (top, down, row), (left, right, column) = axes
+    result: Values = values.take(column, 1).take(row, 0)  # rows last: that copies whole rows
     if size[0] <= values.shape[0] or size[1] <= values.shape[1]:
         return result
-    doubtful = _corners(values).take(columns.pair, 1)
+    wide = np.pad(values, 1, mode="edge")  # so that top and left may be -1
+    across, along = wide[:, 1:] != wide[:, :-1], wide[1:] != wide[:-1]
+    # A neighbour that equals the nearest pixel decides: only where values differ both across and
+    # down, something else may win.
+    mixed = (across[1:] | across[:-1]) & (along[:, 1:] | along[:, :-1])
+    mixed = mixed.take(left + 1, 1)
     for start in range(0, size[0], step := max(1, STRIP // size[1])):
-        strip = result[start : start + step]
-        mixed = np.flatnonzero(doubtful.take(rows.pair[start : start + step], 0))
-        y, x = np.divmod(mixed, size[1])
-        strip.ravel()[mixed] = _vote(values, rows, columns, y + start, x)
+        y, x = mixed.take(top[start : start + step] + 1, 0).nonzero()
+        y += start
+        fy, fx = down[y], right[x]
+        corners = np.stack(
+            [wide[top[y] + 1 + dy, left[x] + 1 + dx] for dy in (0, 1) for dx in (0, 1)]
+        )
+        weights = np.stack([(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx])
+        shares = [(weights * (corners == corner)).sum(0) for corner in corners]
+        result[y, x] = np.take_along_axis(corners, np.argmax(shares, 0)[None], 0)[0]
     return result
 
 
-def _corners(values: Values) -> NDArray[np.bool_]:
-    """(h + 1, w + 1) bool, blocks of 2 x 2 pixels where the nearest is not always the winner.
-
-    It always is where it equals a neighbour along a row or a column, for their weights sum to one
-    half or more. So only blocks matter that have a border across and one down.
-    """
-    padded = np.pad(values, 1, mode="edge")
-    across = padded[:, 1:] != padded[:, :-1]
-    down = padded[1:] != padded[:-1]
-    corners: NDArray[np.bool_] = (across[1:] | across[:-1]) & (down[:, 1:] | down[:, :-1])
-    return corners
-
-
-def _vote(
-    values: Values, rows: Axis, columns: Axis, y: NDArray[np.intp], x: NDArray[np.intp]
-) -> Values:
-    """The bilinear vote at N target pixels."""
-    flat, width = values.ravel(), values.shape[1]
-    row, below = (rows.near * width).take(y), (rows.far * width).take(y)
-    column, beside = columns.near.take(x), columns.far.take(x)
-    near, side = flat.take(row + column), flat.take(row + beside)
-    under, across = flat.take(below + column), flat.take(below + beside)
-    fx, fy = columns.weight[x], rows.weight[y]
-    pair, diagonal = side == under, fx * fy
-    for_near = (1 - fx) * (1 - fy) + diagonal * (across == near)
-    for_side = fx * (1 - fy) + diagonal * (across == side) + pair * (1 - fx) * fy
-    for_under = (1 - fx) * fy + diagonal * (across == under) + pair * fx * (1 - fy)
-    lost = (near != side) & (near != under) & (np.maximum(for_side, for_under) > for_near)
-    winner: Values = np.where(lost, np.where(for_side >= for_under, side, under), near)
-    return winner
-
-
-def number(
-    painting: Painting, native: Values, scores: NDArray[np.float64], *, min_stuff_area: int
-) -> PanopticMap:
-    """Gives ids 1, 2, ... to what is left at native size.
-
-    Args:
-        painting: See `paint`.
-        native: (H, W) its values, resized; are written into.
-        scores: (R,) of its rows, see `DecodedSegment`.
-        min_stuff_area: Native pixels below which a stuff segment becomes void.
-    """
+def number(painting: Painting, native: Values, *, min_stuff_area: int) -> PanopticMap:
+    """Gives ids 1, 2, ... to what is left at native size; writes into its (H, W) values."""
     rows = len(painting.labels) + 1
     strips = np.array_split(native.ravel(), max(1, native.size // STRIP))
     area = np.sum([np.bincount(strip, minlength=rows) for strip in strips], axis=0)
@@ -198,13 +151,7 @@ def number(
     ids = np.where(kept, kept.cumsum(), 0).astype(np.int32)
     for strip in strips:
         ids.take(strip, out=strip, mode="clip")  # in place, which `raise` would copy for
-    found = np.flatnonzero(kept)
-    table = zip(
-        ids[found].tolist(),
-        painting.labels[found - 1].tolist(),
-        (~stuff[found]).tolist(),
-        scores[found - 1].tolist(),
-        area[found].tolist(),
-        strict=True,
-    )
+    rows_kept = np.flatnonzero(kept)
+    columns = ids, np.append(0, painting.labels), ~stuff, np.append(0, painting.scores), area
+    table = zip(*(column[rows_kept].tolist() for column in columns), strict=True)
     return PanopticMap(ids=native, segments=tuple(DecodedSegment(*row) for row in table))

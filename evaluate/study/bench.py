@@ -13,7 +13,7 @@ import cv2
 import torch
 from torch import Tensor
 
-from panoptic_cache.evaluate.decoder.decode import DecodeConfig, PanopticMap
+from panoptic_cache.evaluate.decoder.decode import PanopticMap
 from panoptic_cache.evaluate.metric.pairs import read_pairs
 from panoptic_cache.evaluate.metric.pq import GroupPQ
 from panoptic_cache.evaluate.metric.score import score_pairs
@@ -113,7 +113,7 @@ def bench_decode(
         size: Side of the network's output.
         semantic_noise: Level of corruption of the logits, see `corruption.corrupt_logits`.
     """
-    whole = ours(DecodeConfig())
+    whole = ours()
 
     def alone(code: Tensor, logits: Tensor, isthing: Tensor, size: tuple[int, int]) -> PanopticMap:
         return whole([code], [logits], isthing, [size])[0]

@@ -19,7 +19,7 @@ from panoptic_cache.evaluate.metric.score import ImageScore, Outcome, score_imag
 from panoptic_cache.evaluate.study.corruption import Corrupted, corrupted_images
 from panoptic_cache.pipeline.base.progress import progress
 from panoptic_cache.pipeline.coco import Category, CocoPanoptic
-from panoptic_cache.train.encoding import PositionalCode, grid_cells
+from panoptic_cache.train.encoding import PositionalCode
 
 BATCH, LARGEST = 8, 1 << 30
 """Images that are decoded at once, and bytes that their heads may have."""
@@ -71,7 +71,7 @@ def ceiling(
         noise: Level of corruption of the codes, see `corruption.corrupt`.
         semantic_noise: The same of the logits, see `corruption.corrupt_logits`.
         seed: Of the corruption; each image draws from its own generator.
-        config: Settings of the decoder; those of a prediction of that size where None.
+        config: Settings of the decoder; defaults where None.
 
     Returns:
         With the seconds of `encode` (reading and corrupting too), `decode` and `score`.
@@ -79,7 +79,7 @@ def ceiling(
     Raises:
         InputError: The split is empty, or one of its images cannot be used.
     """
-    decoders = {"ours": ours(config or DecodeConfig(cells=grid_cells(size)))}
+    decoders = {"ours": ours(config)}
     return compare_decoders(
         dataset, decoders, size=size, noise=noise, semantic_noise=semantic_noise, seed=seed
     )["ours"]

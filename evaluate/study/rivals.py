@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from panoptic_cache.evaluate.decoder.segments import PanopticMap, number, paint, resize_values
+from panoptic_cache.evaluate.decoder.segments import Painting, PanopticMap, number, resize_values
 from panoptic_cache.train.encoding import GRID_CELLS, cell_centres, gamma
 
 CHUNK = 2048
@@ -215,8 +215,16 @@ def _finish(member: Tensor, logits: Tensor, isthing: Tensor, size: tuple[int, in
     """Classes by majority vote, stuff, native size: the same for all."""
     numbers, member = member.unique(return_inverse=True)  # few of many cells
     member += int(numbers[0] > 0)  # 0 stays void, also where there is none
-    owner, labels = (map_.numpy().astype(np.int32) for map_ in (member, logits.argmax(0)))
-    painting = paint(owner, labels, isthing.numpy(), min_instance_area=MIN_AREA)
-    scores = np.ones(len(painting.labels))  # nobody ranks them
-    native = resize_values(painting.values, size)
-    return number(painting, native, scores, min_stuff_area=MIN_STUFF)
+    owner, labels = (map_.numpy().astype(np.int64) for map_ in (member, logits.argmax(0)))
+    things, count = isthing.numpy(), int(owner.max()) + 1
+    classes = len(things)
+    ballots = np.bincount((owner * classes + labels).ravel(), minlength=count * classes)
+    ballots = ballots.reshape(count, classes)
+    votes = ballots * things
+    valid = (ballots.sum(1) >= MIN_AREA) & (votes.max(1) > 0)
+    valid[0] = False
+    stuff = np.where(things, 0, np.arange(classes) + 1)
+    values = np.where(valid[owner], owner + classes, stuff[labels]).astype(np.int32)
+    rows = np.concatenate([np.arange(classes), votes.argmax(1)[1:]])
+    painting = Painting(values, rows, np.ones(len(rows)), classes)  # nobody ranks them
+    return number(painting, resize_values(values, size), min_stuff_area=MIN_STUFF)

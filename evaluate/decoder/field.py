@@ -1,0 +1,208 @@
+"""From the two heads to votes, on the device that holds them: one vote a pixel, in cells.
+
+Batched tensor operations. A processor decodes one image at a time, and can then leave out classes
+and pixels that do not matter; on a GPU, to ask how many there are would wait for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from panoptic_cache.train.encoding import GRID_CELLS, cell_centres, gamma
+
+CLASS_SAMPLES, NOISE_SAMPLES = 1 << 16, 1 << 14
+"""Pixels of an image that tell which classes it holds, and how noisy its codes are."""
+PIXELS_AT_ONCE = 2048
+"""On a processor: the scores of so many pixels for 80 cells stay in its cache."""
+CHANNELS_AT_ONCE = 4
+"""Smoothed at once; bounds the memory."""
+MAX_RADIUS = 9
+"""Pixels. Wider means mix what lies side by side, and gain nothing at any level of noise."""
+TYPICAL_POWER = 6
+"""Of the power mean that tells a typical length: noise in a crowd is short, however much of it."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What the semantic head says of the pixels of B images; each is (B, h, w)."""
+
+    thing: Tensor  # int64, the best thing class
+    stuff: Tensor  # int64, the best stuff class
+    chance: Tensor  # float32, probability of the former against the latter
+
+
+@dataclass(frozen=True)
+class Votes:
+    """One image on the processor; P = h w. Cell 0 has its centre at place 0."""
+
+    place: NDArray[np.float32]  # (2, P) column and row, in cells, of the centroid a code names
+    length: NDArray[np.float32]  # (P,) of the code along the curve: 1 is clean, 0 void
+    chance: NDArray[np.float32]  # (P,) these three as in `Classes`
+    thing: NDArray[np.int64]
+    stuff: NDArray[np.int64]
+    radius: int  # pixels that the codes have been smoothed over
+    shape: tuple[int, int]  # (h, w)
+
+
+def read_classes(logits: Tensor, isthing: Tensor, least: float) -> Classes:
+    """The best thing and the best stuff class of each pixel, among those that the image holds.
+
+    An image holds few classes. One that wins only where the head is unsure is not among them: else
+    a noisy head scatters all of its classes over a picture, and each costs PQ as if it were wrong
+    everywhere.
+
+    Args:
+        logits: (B, C, h, w) float32.
+        isthing: (C,) bool, on the same device.
+        least: Mean probability of a class where it wins, weighted by itself: pixels without any
+            opinion do not count.
+    """
+    batch, classes, height, width = logits.shape
+    step = next(n for n in range(1, 1 << 16) if (height // n) * (width // n) <= CLASS_SAMPLES)
+    sample = logits[:, :, ::step, ::step].flatten(2).transpose(1, 2)  # (B, samples, C)
+    best, winner = sample.softmax(2).max(2)
+    totals = best.new_zeros(2, batch, classes)
+    totals[0].scatter_add_(1, winner, best)
+    totals[1].scatter_add_(1, winner, best.square())
+    seen = totals[0] > 0
+    held = seen & (totals[1] >= least * totals[0])
+    held = torch.where(held.any(1, keepdim=True), held, seen)  # (B, C)
+    things, thing = best_class(logits, held & isthing)
+    stuffs, stuff = best_class(logits, held & ~isthing)
+    return Classes(thing, stuff, torch.sigmoid(things - stuffs))
+
+
+def best_class(logits: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, h, w) largest logit and its class among the (B, C) allowed ones; -inf and 0 if none."""
+    if len(logits) == 1 and logits.device.type == "cpu" and allowed.any():
+        rows = allowed[0].nonzero()[:, 0]  # a fifth of the classes, a fifth of the time
+        score, place = logits[:, rows].max(1)
+        return score, rows[place]
+    score, place = logits.masked_fill(~allowed[..., None, None], -torch.inf).max(1)
+    return score, place
+
+
+def nearest(code: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The place on the curve of codes that each code is nearest to (section 5.1).
+
+    |x - gamma(u)|^2 = |x|^2 + L - 2 x . gamma(u), so the nearest cell is the largest product. Next
+    to a cell, gamma(u + d) is gamma(u) + d gamma'(u), and gamma' is orthogonal to gamma.
+
+    Args:
+        code: (B, 4L, P) float32.
+
+    Returns:
+        (B, 2, P) column and row in cells; (B, P) length along the curve, the shorter one of both
+        axes, over that of gamma; (B, P) variance a channel of what lies beside the curve.
+    """
+    harmonics, cells = code.shape[1] // 4, GRID_CELLS
+    centres = cell_centres(cells, device=code.device)
+    grid = gamma(centres, harmonics)  # (cells, 2L)
+    near = 1e-3 / cells  # of a cell: gamma' by central differences, for one cell to the right
+    turn = (gamma(centres + near, harmonics) - gamma(centres - near, harmonics)) / (near * cells)
+    square = turn[0].square().sum()
+    chunk = PIXELS_AT_ONCE if code.device.type == "cpu" else code.shape[2]
+    places, lengths, besides = [], [], []
+    for part in code.split(max(chunk, 1), dim=2):
+        halves = part.unflatten(1, (2, 2 * harmonics)).transpose(2, 3)  # (B, 2, p, 2L)
+        along, cell = (halves @ grid.T).max(3)  # (B, 2, p)
+        across = (halves * turn[cell]).sum(3)
+        along = along / harmonics
+        places.append(cell + (across / square / along.clamp_min(0.05)).clamp(-0.5, 0.5))
+        lengths.append(along.amin(1).clamp_min(0))
+        explained = (harmonics * along.square() + across.square() / square).sum(1)
+        besides.append((part.square().sum(1) - explained).clamp_min(0) / max(code.shape[1] - 4, 1))
+    return torch.cat(places, 2), torch.cat(lengths, 1), torch.cat(besides, 1)
+
+
+def measure_noise(code: Tensor, chance: Tensor) -> Tensor:
+    """(B,) median variance a channel that (B, 4L, h, w) codes of things have beside the curve."""
+    flat, inside = code.flatten(2), chance.flatten(1) >= 0.5
+    step = max(1, flat.shape[2] // NOISE_SAMPLES)
+    _, length, beside = nearest(flat[:, :, ::step])
+    weight = length.pow(TYPICAL_POWER) * inside[:, ::step]
+    typical = (weight * length).sum(1) / weight.sum(1).clamp_min(1e-12)
+    clear = inside[:, ::step] & (length > typical[:, None] / 2)
+    return torch.where(clear, beside, torch.nan).nanmedian(1).values.nan_to_num(0)
+
+
+def smooth(code: Tensor, region: Tensor, radius: Tensor) -> Tensor:
+    """Means of codes within regions: noise is local, an instance is not.
+
+    First along the rows and then along the columns, each window ends where the region does (the
+    cross of Zhang, Lu and Lafruit 2009), and running sums make its cost the same for any radius.
+
+    Args:
+        code: (B, channels, h, w) float32.
+        region: (B, h, w) integers.
+        radius: (B,) int64 pixels.
+    """
+    if code.device.type == "cpu" and not radius.any():
+        return code
+    for _ in range(2):
+        parts = code.split(CHANNELS_AT_ONCE, dim=1)
+        code = torch.cat([_row_means(part, region, radius) for part in parts], dim=1).mT
+        region = region.mT
+    return code
+
+
+def _row_means(values: Tensor, region: Tensor, radius: Tensor) -> Tensor:
+    """Means over windows of the row, see `smooth`."""
+    batch, channels, height, width = values.shape
+    at = torch.arange(width, device=values.device).expand(batch, height, width)
+    edge = torch.ones(batch, height, width + 1, dtype=torch.bool, device=values.device)
+    torch.ne(region[..., 1:], region[..., :-1], out=edge[..., 1:-1])
+    first = torch.where(edge[..., :-1], at, 0).cummax(2).values
+    end = torch.where(edge[..., 1:], at + 1, width).flip(2).cummin(2).values.flip(2)
+    low = torch.maximum(at - radius[:, None, None], first)
+    high = torch.minimum(at + radius[:, None, None] + 1, end)
+    sums = values.new_zeros(batch, channels, height, width + 1)
+    torch.cumsum(values, 3, out=sums[..., 1:])
+    shape = (batch, channels, height, width)
+    total = sums.gather(3, high[:, None].expand(shape)) - sums.gather(3, low[:, None].expand(shape))
+    return total / (high - low)[:, None]
+
+
+def cast_votes(
+    code: Tensor, classes: Classes, noise: Tensor, radius: Tensor, finite: Tensor
+) -> list[Votes | None]:
+    """The votes of B images, on the processor; None where one is not finite.
+
+    This is where a GPU is waited for, once. `code` (B, 4L, h, w) is smoothed; the last three are
+    (B,) each.
+    """
+    flat, (batch, channels, height, width) = code.flatten(2), code.shape
+    # Where the semantic head sees stuff, only a code of half the length of gamma may object.
+    bar = 0.125 * channels + 0.8 * channels * noise
+    chance = classes.chance.flatten(1)
+    able = (chance >= 0.5) | (flat.square().sum(1) > bar[:, None])  # (B, P)
+    if code.device.type == "cpu" and batch == 1:
+        chosen = able[0].nonzero()[:, 0]
+        some, lengths, _ = nearest(flat.index_select(2, chosen))
+        place = flat.new_zeros(1, 2, height * width).index_copy_(2, chosen, some)
+        length = flat.new_zeros(1, height * width).index_copy_(1, chosen, lengths)
+    else:
+        place, length, _ = nearest(flat)
+        length = length * able
+    rows = [*place.unbind(1), length, chance, classes.thing.flatten(1), classes.stuff.flatten(1)]
+    rows += [each[:, None].expand_as(chance) for each in (radius, finite)]
+    packed = torch.stack([row.float() for row in rows], dim=1).cpu().numpy()  # (B, 8, P)
+    return [
+        Votes(
+            place=one[:2],
+            length=one[2],
+            chance=one[3],
+            thing=one[4].astype(np.int64),
+            stuff=one[5].astype(np.int64),
+            radius=int(one[6, 0]),
+            shape=(height, width),
+        )
+        if one[7, 0]
+        else None
+        for one in packed
+    ]
