@@ -198,11 +198,6 @@ def micro_batch_sizes(config: DataConfig, world: int) -> tuple[int, ...]:
     return (size + 1,) * larger + (size,) * (count - larger)
 
 
-def repeats(config: DataConfig, samples: int, step: int) -> bool:
-    """Whether a step may hold a sample twice: where it spans two epochs, or from the stream."""
-    return config.reader == "stream" or step * config.batch % samples + config.batch > samples
-
-
 def open_index(config: DataConfig) -> ShardIndex:
     """The training cache's index.
 

@@ -22,7 +22,7 @@ from panoptic_cache.pipeline.base.stopping import Interrupted
 from panoptic_cache.train.augment import jitter_colour
 from panoptic_cache.train.checkpoint import save_checkpoint
 from panoptic_cache.train.config import TrainConfig
-from panoptic_cache.train.data import iterate, micro_batch_sizes, open_index, repeats
+from panoptic_cache.train.data import iterate, micro_batch_sizes, open_index
 from panoptic_cache.train.encoding import make_encoding
 from panoptic_cache.train.losses import instance_loss, semantic_loss
 from panoptic_cache.train.model import PanopticModel, Task, check_size
@@ -193,9 +193,6 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
                 batch = next(batches).to(device)  # photo (b, 3, S, S), segment_map (b, S, S), uint8
                 waited += time.perf_counter() - waiting
                 keys.append(batch.keys)
-                if (step, number) == (first, 0):
-                    repeated = repeats(config.data, samples, step)
-                    ranks.check_disjoint(batch.keys, repeats=repeated)
                 # Gradients meet between ranks once a step, in its last backward pass.
                 final, share = number == len(sizes) - 1, size / sum(sizes)
                 with nullcontext() if final else accelerator.no_sync(network):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -134,24 +134,6 @@ class Ranks:
                     remedy="the run's folder must be on a disk that all machines share",
                 )
 
-    def check_disjoint(self, keys: Sequence[str], *, repeats: bool) -> None:
-        """Raises InputError where two ranks hold the same samples.
-
-        Args:
-            keys: Of this rank's first micro-batch.
-            repeats: A sample may come twice in a step; then only ranks with exactly the same keys
-                are refused.
-        """
-        everyone = [frozenset(each) for each in self.gather(lambda: list(keys))]
-        for rank, theirs in enumerate(everyone):
-            for earlier, others in enumerate(everyone[:rank]):
-                if theirs == others if repeats else theirs & others:
-                    raise InputError(
-                        f"ranks {earlier} and {rank} train on the same samples, such as"
-                        f" {min(theirs & others)}",
-                        remedy="every rank needs its own number: use accelerate launch or torchrun",
-                    )
-
     def agree(self, step: int, task: int, *, signal: int, finite: bool) -> Verdict:
         """Exchanges a step's facts before its gradients are applied.
 
@@ -173,7 +155,7 @@ class Ranks:
         if (last, high) != (-first, -low):
             raise InputError(
                 f"ranks disagree: steps {-first} to {last}, tasks {-low} to {high}",
-                where=f"step {step}",
+                where=f"step {-first}",
                 remedy="start every rank with the same command",
             )
         return Verdict(asked, not broken)
