@@ -36,20 +36,22 @@ log = logging.getLogger(__name__)
 Checkpoint = Annotated[Path, typer.Option(help="A run's folder, or one of its checkpoints.")]
 WeightsOption = Annotated[
     Literal["model", "ema"] | None,
-    typer.Option("--weights", help="Last ones or their average; the average where there is one."),
+    typer.Option(
+        "--weights", help="The last ones or their average; by default the average if there is one."
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="Such as cuda; by default a GPU if there is one.")]
 
 SemanticNoise = Annotated[
     float, typer.Option(min=0, help="Level of corruption of the semantic logits, 0 to 3.")
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first N images.")]
 PrecisionOption = Annotated[
     Literal["fp32", "bf16"],
     typer.Option("--precision", help="Of the network; bf16 is several times as fast on a GPU."),
 ]
 Flip = Annotated[
-    bool, typer.Option("--flip", help="Average with the mirrored picture: 2x the network.")
+    bool, typer.Option("--flip", help="Average with the mirrored image; runs the network twice.")
 ]
 Sizes = Annotated[
     str | None,
@@ -66,7 +68,7 @@ def evaluate(
     images: Images = None,
     panoptic_json: Annotations = None,
     panoptic_dir: Pngs = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Images the network takes at once.")] = 8,
     limit: Limit = None,
     overlays: Annotated[int, typer.Option(min=0, help="Images to draw.")] = 16,
     flip: Flip = False,
@@ -78,7 +80,7 @@ def evaluate(
 ) -> None:
     """Predict a split, score it, and write predictions, overlays and a report.
 
-    Stopped, it goes on when run again. Several GPUs: accelerate launch cli.py evaluate ...
+    If it was stopped, run it again to go on. Several GPUs: accelerate launch cli.py evaluate ...
     """
     from panoptic_cache.evaluate.predict import Predictor
     from panoptic_cache.evaluate.split.evaluation import evaluate as run
@@ -153,7 +155,7 @@ def score(
     gt_dir: Annotated[Path | None, typer.Option(help="Its PNGs; by default beside it.")] = None,
     pred_dir: Annotated[Path | None, typer.Option(help="Its PNGs; by default beside it.")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes; by default as many as help.")
+        int | None, typer.Option(min=1, help="Processes; by default as many as save time.")
     ] = None,
     official: Annotated[
         bool, typer.Option("--official", help="Run panopticapi too, if installed, and compare.")
@@ -208,7 +210,7 @@ def ceiling(
     size: Annotated[int, typer.Option(min=1, help="Side of the network's input.")] = 420,
     noise: Annotated[float, typer.Option(min=0, help="Level of corruption, 0 to 3.")] = 0.0,
     semantic_noise: SemanticNoise = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the corruption.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the corruption.")] = 0,
     limit: Limit = None,
     as_json: Json = False,
 ) -> None:
@@ -254,7 +256,7 @@ def bench_decode(
     semantic_noise: SemanticNoise = 0.0,
     as_json: Json = False,
 ) -> None:
-    """Decoding by ours and by other decoders: PQ by level of noise, and time."""
+    """Decoding by this and other decoders: PQ by level of noise, and time."""
     from panoptic_cache.evaluate.study.bench import bench_decode as measure
 
     print_bench(measure(bench_layout(coco, split), count, size, semantic_noise), as_json)

@@ -67,19 +67,20 @@ def preprocess(
     ] = "native",
     size: Annotated[int | None, typer.Option(min=1, help="Pixels; not with native.")] = None,
     samples_per_shard: Annotated[int, typer.Option(min=1)] = 256,
-    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 = in this one.")] = 2,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: only this one.")] = 2,
     scheduler: Annotated[
         str | None, typer.Option(help="Address of a running Dask scheduler, for --workers.")
     ] = None,
     max_bad: Annotated[
-        float, typer.Option(min=0, help="Images that may be left out: a part below 1, or a count.")
+        float,
+        typer.Option(min=0, help="Images that may be left out: a share below 1, or a count."),
     ] = 0.01,
-    strict: Annotated[bool, typer.Option(help="Every warning aborts.")] = False,
+    strict: Annotated[bool, typer.Option(help="Abort at the first warning.")] = False,
     retry: Annotated[bool, typer.Option(help="Try again what was left out before.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Check what can be without decoding.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check without decoding or writing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Render a split into shards with precomputed targets; run again to go on."""
+    """Render a split into shards with precomputed targets; run it again to go on."""
     from panoptic_cache.pipeline.base.files import Storage
     from panoptic_cache.pipeline.coco import read_dataset
     from panoptic_cache.pipeline.render.driver import render
@@ -148,7 +149,7 @@ def verify(
 def inspect(
     place: Annotated[str, typer.Argument(help="A cache's folder or URL, or one tar.")],
     sample: Annotated[str | None, typer.Option(help="Key of the sample to draw.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where to put the sample's picture.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the sample's picture.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show a cache or a shard as a table, a sample as one picture."""

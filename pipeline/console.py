@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
 Root = Annotated[Path | None, typer.Option("--coco", help="Root of a dataset in COCO's layout.")]
-Split = Annotated[str | None, typer.Option(help="Such as val2017.")]
+Split = Annotated[str | None, typer.Option(help="Name of the split, such as val2017.")]
 Images = Annotated[Path | None, typer.Option(help="Folder of photos, instead of --coco.")]
 Annotations = Annotated[Path | None, typer.Option(help="Annotation file, instead of --coco.")]
 Pngs = Annotated[Path | None, typer.Option(help="Folder of panoptic PNGs, instead of --coco.")]

@@ -30,12 +30,12 @@ class DataConfig:
         scale: Range of the isotropic scale, drawn log-uniformly; what grows is cropped, what
             shrinks is padded.
         colour: Strength of the jitter of brightness, contrast and saturation.
-        batch: Samples an optimizer step, over all ranks and accumulated micro-batches.
-        micro_batch: Samples a rank puts through the network at once, at most: its part of the
-            batch is cut into as few micro-batches as that allows, of equal sizes up to one.
-        workers: Loader processes a rank.
-        upscale: Train at a larger `size` than the cache was rendered at; else that is refused, as
-            photos and targets lack the detail.
+        batch: Samples per optimizer step, over all ranks and accumulated micro-batches.
+        micro_batch: The most samples that a rank puts through the network at once. Its part of the
+            batch is cut into as few micro-batches as possible, whose sizes differ by at most one.
+        workers: Loader processes per rank.
+        upscale: Allow a larger `size` than the cache was rendered at. By default that is refused,
+            because photos and targets lack the detail.
     """
 
     cache: str = ""
@@ -58,10 +58,10 @@ class RandomBackbone:
 
     Attributes:
         hidden_size: Width, a multiple of 4 and of `heads`.
-        layers: Blocks.
-        heads: Of attention.
-        patch_size: Pixels.
-        grid: Patches a side for which position embeddings are made; other sizes interpolate them.
+        layers: Transformer blocks.
+        heads: Attention heads.
+        patch_size: Side of a patch, pixels.
+        grid: Patches per side that position embeddings are made for; other sizes interpolate them.
     """
 
     hidden_size: int = 128
@@ -81,8 +81,8 @@ class ModelConfig:
         random: The architecture that `random` builds.
         taps: Encoder blocks, counted from 1, whose outputs the decoder takes.
         channels: Width d of the decoder.
-        strides: Of the four transposed convolutions; their product is the upscaling, and the rest
-            to the image's size is bilinear. Stride 1 comes second, where it is cheap.
+        strides: Of the four transposed convolutions. Their product is the upscaling; the rest, up
+            to the image's size, is bilinear. Stride 1 comes second, where it is cheap.
         drop_path: Stochastic depth, the same for each block.
         gradient_checkpointing: Recompute the encoder in the backward pass to save memory.
     """
@@ -104,16 +104,16 @@ class LossConfig:
         encoding: How a centroid is coded; the others are Table 3's.
         harmonics: L of the positional code.
         instance: `norm` is the paper's; `squared` is what an encoder without pretrained weights
-            needs, as the zero code is the geometric median while most pixels are void;
-            `squared_then_norm` changes at `switch`.
-        switch: Part of the run after which `squared_then_norm` takes the norm.
-        eds: Weight pixels by edge distance sampling; else all alike.
-        d: D, pixels of the network's input.
-        w_min: Weight far away from every boundary.
+            needs, because the zero code is the geometric median while most pixels are void;
+            `squared_then_norm` changes from one to the other at `switch`.
+        switch: Fraction of the run after which `squared_then_norm` takes the norm.
+        eds: Weight pixels by edge distance sampling; otherwise all pixels weigh the same.
+        d: The distance D, in pixels of the network's input.
+        w_min: Weight of pixels far away from every boundary.
         include_void: Unlabelled pixels count in the instance task (Table 2).
-        reduction: Of the pixel loss. `mean` divides an image's weighted sum by its sum of weights;
-            `sum` is the paper's plain sum, some 10^4 times as large: total variation and DICE stay
-            means, so weigh them anew.
+        reduction: Of the pixel loss. `mean` divides an image's weighted sum by its sum of weights.
+            `sum` is the paper's plain sum, about 10^4 times as large; total variation and DICE stay
+            means, so `tv` and `dice` need other values then.
         tv: Weight of the total variation.
         dice: Weight of DICE, in the instance task.
     """
@@ -131,7 +131,7 @@ class LossConfig:
     dice: float = 1.0
 
     def distance_at(self, part: float) -> Literal["norm", "squared"]:
-        """The power of the distance in the instance loss, `part` of the way through the run."""
+        """The power of the distance in the instance loss, at a fraction `part` of the run."""
         if self.instance == "squared_then_norm":
             return "squared" if part < self.switch else "norm"
         return self.instance
@@ -143,10 +143,10 @@ class OptimConfig:
 
     Attributes:
         lr: Peak learning rate of the decoder and the heads.
-        min_lr: The cosine's end.
-        warmup_epochs: Of the linear rise.
-        layer_decay: Factor a block, from the last to the embeddings. The paper names none; 0.6 is
-            its authors' later choice.
+        min_lr: Where the cosine ends.
+        warmup_epochs: Length of the linear warm-up.
+        layer_decay: Factor per block, from the last block down to the embeddings. The paper gives
+            none; 0.6 is its authors' later choice.
         weight_decay: Not on biases, norms, LayerScale and position embeddings.
         betas: Of AdamW.
         clip_norm: Largest norm of the gradient; inf leaves gradients as they are.
@@ -163,15 +163,15 @@ class OptimConfig:
 
 @dataclass(frozen=True, slots=True)
 class ValidationConfig:
-    """A look at held-out samples now and then: losses, accuracies and, with `metric`, more.
+    """Measures held-out samples at intervals: losses, accuracies and, with `metric`, more.
 
     Attributes:
         cache: Folder of a cache of held-out images, on a local disk.
-        every: Optimizer steps between two looks; the last step has one too. 0 = never.
+        every: Optimizer steps between two validations; the last step has one too. 0 = never.
         samples: Taken evenly from the cache; the same each time.
         metric: `module:function` of a further measure, or empty; see `validation.Metric`.
-            `panoptic_cache.evaluate.held_out:panoptic_quality` is PQ. It is found by name, because
-            `train` does not import `evaluate`.
+            `panoptic_cache.evaluate.held_out:panoptic_quality` is PQ. It is imported by name,
+            because `train` does not depend on `evaluate`.
     """
 
     cache: str = ""
@@ -188,15 +188,15 @@ class TrainConfig:
         out: Folder of the run: `config.toml`, `metrics.jsonl`, `checkpoints/`, `pictures/`.
         epochs: Passes over the cache.
         steps: Optimizer steps, instead of epochs.
-        seed: Of weights, order, augmentation and tasks.
+        seed: Decides weights, order, augmentation and tasks.
         precision: `bf16` computes in mixed precision.
         compile: `torch.compile` the model.
         checkpoint_every: Optimizer steps between two checkpoints; the last step always has one.
-        keep: Checkpoints that stay.
-        ema: Decay a step of a moving average of the weights, such as 0.9999; none by default.
+        keep: The newest checkpoints to keep.
+        ema: Decay per step of a moving average of the weights, such as 0.9999; none by default.
         log_every: Optimizer steps between two lines of `metrics.jsonl`.
         pictures_every: Optimizer steps between two pictures of prediction beside truth; 0 = never.
-        trackers: Accelerate's trackers to use besides `metrics.jsonl`, where they are installed.
+        trackers: Accelerate's trackers to use beside `metrics.jsonl`, if they are installed.
         data: See `DataConfig`.
         model: See `ModelConfig`.
         loss: See `LossConfig`.
@@ -262,5 +262,5 @@ class TrainConfig:
         return max(1, int(self.epochs * samples) // self.data.batch)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested values, as TOML and JSON take them; what is None is left out."""
+        """Plain nested values for TOML and JSON; fields that are None are left out."""
         return {name: value for name, value in asdict(self).items() if value is not None}

@@ -112,7 +112,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
     )
     check_size(config.data.size, config.data.size, model.patch_size)
     model.to(device)  # before its optimizer, whose restored state follows the parameters
-    set_seed(config.seed + ranks.rank)  # the ranks drop different paths
+    set_seed(config.seed + ranks.rank)  # stochastic depth differs between ranks
     blocks = model.encoder.config.num_hidden_layers
     optimizer = torch.optim.AdamW(
         parameter_groups(model, blocks, config.optim), lr=0.0, betas=config.optim.betas
@@ -193,7 +193,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
                 batch = next(batches).to(device)  # photo (b, 3, S, S), segment_map (b, S, S), uint8
                 waited += time.perf_counter() - waiting
                 keys.append(batch.keys)
-                # Gradients meet between ranks once a step, in its last backward pass.
+                # Ranks exchange gradients once a step, in its last backward pass.
                 final, share = number == len(sizes) - 1, size / sum(sizes)
                 with nullcontext() if final else accelerator.no_sync(network):
                     # One head is run: instance (b, channels, S', S') or semantic (b, C, S', S').
@@ -273,10 +273,10 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
 
 
 def task_of(seed: int, step: int) -> Task:
-    """The one task of an optimizer step: instance, instance, semantic, shuffled in each block.
+    """The task of an optimizer step: in each block of three steps, one is semantic.
 
-    Exactly twice as many instance as semantic steps, and a pure function of (seed, step): the same
-    on every rank, and after resuming.
+    Which one is random, but a pure function of (seed, step): the same on every rank and after
+    resuming.
     """
     block, place = divmod(step, 3)
     semantic = np.random.default_rng([seed, block]).integers(3)

@@ -64,7 +64,7 @@ class TrainState:
 
 
 def latest_checkpoint(checkpoints: Path, *, deep: bool = False) -> Path | None:
-    """The newest complete checkpoint, or None; a line names newer ones that are not.
+    """The newest complete checkpoint, or None; newer ones that are incomplete are logged.
 
     Args:
         checkpoints: Folder of checkpoints.
@@ -79,11 +79,11 @@ def latest_checkpoint(checkpoints: Path, *, deep: bool = False) -> Path | None:
 
 
 def incomplete(folder: Path, *, deep: bool = False) -> str | None:
-    """What makes a checkpoint unusable; None where it is whole.
+    """What makes a checkpoint unusable; None if it is whole.
 
     Args:
         folder: The checkpoint.
-        deep: Judge by SHA-256 too, not only by names and sizes.
+        deep: Compare SHA-256 too, not only names and sizes.
     """
     try:
         files = json.loads((folder / "complete.json").read_text())
@@ -119,7 +119,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def read_state(folder: Path) -> TrainState:
-    """The `state.json` of a checkpoint; InputError where it cannot be read."""
+    """The `state.json` of a checkpoint; InputError if it cannot be read."""
     path = folder / "state.json"
     try:
         values = json.loads(path.read_text())
@@ -141,7 +141,7 @@ def load_model(
     Args:
         path: Of the checkpoint or the run.
         device: To put it on.
-        weights: The last ones or their moving average; by default the average where there is one.
+        weights: The last ones or their moving average; by default the average if there is one.
 
     Raises:
         InputError: No complete checkpoint, none of those weights in it, or they are of another
@@ -172,7 +172,7 @@ def load_weights(
         model: To put them into.
         folder: The checkpoint.
         kind: Which of them.
-        checked: Hold them to their SHA-256 before: damaged ones predict, and nearly as well.
+        checked: Compare their SHA-256 first: a model with damaged weights still predicts.
 
     Raises:
         InputError: There are none, they are damaged, or they do not fit.

@@ -41,7 +41,7 @@ from panoptic_cache.train.model import PanopticModel
 from panoptic_cache.train.restore import TrainState
 
 EVERYWHERE = LossConfig(eds=False)
-"""Weights of 1 wherever the instance task counts."""
+"""Gives every pixel of the instance task the weight 1."""
 SHOWN = 4
 """Samples on a picture."""
 
@@ -54,21 +54,20 @@ class Metric(Protocol):
     ) -> Mapping[str, float]:
         """Measures a model, in evaluation mode, on samples; called on the main rank only.
 
-        The precision of its network runs is its own matter: no autocast is on.
-        The other ranks wait meanwhile, for at most the time-out of the process group: keep it
-        to minutes.
+        No autocast is on: the metric chooses the precision of its network runs itself. The other
+        ranks wait, at most for the timeout of the process group, so it should take minutes.
         """
         ...
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The slice, opened and checked.
+    """A slice of held-out samples, opened and checked.
 
     Attributes:
-        reader: Of the cache.
-        positions: Of its samples in the cache, the same each time.
-        metric: A further measure.
+        reader: Reads the cache.
+        positions: Of the slice's samples in the cache, the same each time.
+        metric: A further measure, or None.
     """
 
     reader: ShardReader
@@ -94,11 +93,11 @@ class HeldOut:
 def open_held_out(
     config: TrainConfig, categories: tuple[Category, ...], *, trust: bool = False
 ) -> HeldOut | None:
-    """The slice that a configuration names, or None.
+    """The held-out samples that a configuration names; None if it names none.
 
     Args:
-        config: Of the run.
-        categories: Of the training cache.
+        config: The configuration of the run.
+        categories: The categories of the training cache.
         trust: See `find_metric`.
 
     Raises:
@@ -167,20 +166,21 @@ def validate(
     state: TrainState,
     distance: Distance,
 ) -> dict[str, float]:
-    """Measures a model on the slice; call on every rank.
+    """Measures a model on held-out samples; call on every rank.
 
     Args:
-        accelerator: Of the run; each rank takes its part of the samples.
-        model: Not the one that Accelerate wrapped; left in evaluation mode.
-        held_out: The slice.
-        state: Of the run.
-        distance: Of the instance loss.
+        accelerator: The accelerator of the run; each rank measures its part of the samples.
+        model: Not wrapped by Accelerate; left in evaluation mode.
+        held_out: The samples.
+        state: Where the run stands.
+        distance: The power of the distance in the instance loss.
 
     Returns:
-        `instance_loss` and `semantic_loss`; `semantic_accuracy`, the part of the labelled pixels
-        with the right category; `code_accuracy`, the part of the instances' pixels whose code is
-        nearest to a cell at most one away from their centroid's, an axis; `void_accuracy`, the
-        part of the other pixels whose code is nearest to void; on the main rank also the metric's.
+        `instance_loss` and `semantic_loss`; `semantic_accuracy`, the fraction of labelled pixels
+        with the right category; `code_accuracy`, the fraction of instance pixels whose code is
+        nearest to their centroid's cell or one of its eight neighbours; `void_accuracy`, the
+        fraction of the other pixels whose code is nearest to void; on the main rank also what the
+        metric returns.
     """
     config, model = state.config, model.eval()
     encoding = make_encoding(config.loss.encoding, config.loss.harmonics)
@@ -219,23 +219,23 @@ def label_hits(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 def code_hits(
     code: Tensor, batch: Batch, encoding: Encoding, cells: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """How many pixels point at their own instance, and how many of the others at none.
+    """Counts pixels whose code points at their own instance, and others that point at none.
 
     Args:
-        code: (B, channels, S, S) of the instance head.
+        code: (B, channels, S, S), output of the instance head.
         batch: The samples; crowd and padding do not count.
         encoding: Of the code.
-        cells: Of the grid, an axis.
+        cells: Grid cells per axis.
 
     Returns:
-        Instance pixels within one cell of their centroid's, all instance pixels, pixels of no
-        instance nearest to void, all of those; scalars.
+        Four scalars: instance pixels within one cell of their centroid's cell, all instance pixels,
+        pixels of no instance whose code is nearest to void, and all pixels of no instance.
     """
     truth = gather_rows(nearest_cell(batch.centroid, cells), batch.segment_map)  # (B, 2, S, S)
     member = gather_rows(batch.instance[..., None], batch.segment_map)[:, 0]  # (B, S, S)
     counted = instance_weight(batch, EVERYWHERE) > 0
     near, void = torch.zeros_like(member), torch.zeros_like(member)
-    for row, one in enumerate(code):  # an image at a time: a cost for each pixel and cell
+    for row, one in enumerate(code):  # one image at a time: memory grows with pixels times cells
         cell, empty = nearest_cells(one.flatten(1), encoding, cells)
         apart = (torch.unflatten(cell, 1, one.shape[1:]) - truth[row]).abs().amax(0)
         void[row] = empty.view(one.shape[1:])
@@ -248,14 +248,13 @@ def code_hits(
 def draw_heads(
     model: PanopticModel, batch: Batch, encoding: Encoding, categories: Sequence[Category]
 ) -> Picture:
-    """Both heads beside their targets, a row each for the first samples of a batch.
+    """Draws both heads beside their targets, one row for each of the first samples of a batch.
 
-    Codes are shown as they are, before any decoding: the colour of the centroid they are nearest
-    to. The model is left in evaluation mode.
+    A code is shown before any decoding, in the colour of the centroid that it is nearest to.
 
     Args:
-        model: Not wrapped; on the batch's device.
-        batch: The samples; colours are not jittered.
+        model: Not wrapped; on the batch's device; left in evaluation mode.
+        batch: The samples; their colours are not jittered.
         encoding: Of the instance head.
         categories: By label.
     """
