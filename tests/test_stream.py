@@ -23,8 +23,12 @@ from panoptic_cache.train.stream import make_loader
 SMALL = DataConfig(reader="stream", size=56, batch=4, micro_batch=4, workers=0)
 
 
-def stream(config: DataConfig, steps: range = range(100), world: int = 1) -> Iterator[Batch]:
-    return iterate(make_loader(config, open_index(config), seed=3, steps=steps, world=world))
+def stream(
+    config: DataConfig, steps: range = range(100), rank: int = 0, world: int = 1
+) -> Iterator[Batch]:
+    return iterate(
+        make_loader(config, open_index(config), seed=3, steps=steps, rank=rank, world=world)
+    )
 
 
 @pytest.fixture
@@ -83,7 +87,7 @@ def test_a_round_reads_each_sample_once(
     for rank in range(world):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(world))
-        batches = [*stream(config, range(12 // world), world)]
+        batches = [*stream(config, range(12 // world), rank, world)]
         assert [len(batch.keys) for batch in batches] == [4] * (12 // world)
         seen.update(key for batch in batches for key in batch.keys)
     assert len(seen) == 12
@@ -99,7 +103,7 @@ def test_every_rank_gets_the_same_number_of_batches(
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
-        assert [len(batch.keys) for batch in stream(config, range(5, 12), 2)] == [3, 2] * 7
+        assert [len(batch.keys) for batch in stream(config, range(5, 12), rank, 2)] == [3, 2] * 7
 
 
 def test_a_run_repeats_itself_and_another_first_step_draws_another_order(tiny_cache: Path) -> None:
@@ -154,3 +158,9 @@ def test_more_readers_than_shards_are_refused(tiny_cache: Path) -> None:
     config = replace(SMALL, cache=str(tiny_cache))
     with pytest.raises(InputError, match=r"3 shards for 4 readers.*data\.workers"):
         stream(config, world=4)
+
+
+def test_a_rank_that_the_environment_does_not_know_is_refused(tiny_cache: Path) -> None:
+    config = replace(SMALL, cache=str(tiny_cache))
+    with pytest.raises(InputError, match=r"rank 1 of 2, but the environment says 0 of 1"):
+        stream(config, rank=1, world=2)

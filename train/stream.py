@@ -45,15 +45,17 @@ def stream_loader(
     *,
     seed: int,
     steps: range,
+    rank: int = 0,
     world: int = 1,
     pin: bool = False,
 ) -> Iterable[Batch]:
-    """Micro-batches of the given optimizer steps; webdataset finds this rank in the environment.
+    """Micro-batches of the given optimizer steps for one rank.
 
     A run that begins at another step reads in another order.
 
     Raises:
-        InputError: Not every loader process gets a shard of its own.
+        InputError: Not every loader process gets a shard of its own, or the environment, where
+            webdataset looks, names another rank.
     """
     shards = {storage.path(f"{shard.name}.tar"): shard for shard in index.shards if shard.samples}
     readers = world * max(1, config.workers)
@@ -63,6 +65,13 @@ def stream_loader(
             f" {max(1, config.workers)} loader processes",
             where=storage.url,
             remedy="lower data.workers, or render with fewer --samples-per-shard",
+        )
+    # Else ranks would read the same shards, and nobody would notice.
+    if (found_rank := wds.utils.pytorch_worker_info()[:2]) != (rank, world):
+        raise InputError(
+            f"rank {rank} of {world}, but the environment says {found_rank[0]} of {found_rank[1]}",
+            where="RANK and WORLD_SIZE",
+            remedy="start the ranks with accelerate launch or torchrun",
         )
     order = wds.utils.make_seed(seed, steps.start)
     rounds = wds.DataPipeline(
@@ -159,7 +168,9 @@ def make_loader(
     """
     storage = Storage(config.cache)
     if config.reader == "stream":
-        return stream_loader(storage, index, config, seed=seed, steps=steps, world=world, pin=pin)
+        return stream_loader(
+            storage, index, config, seed=seed, steps=steps, rank=rank, world=world, pin=pin
+        )
     if storage.local is None:
         raise InputError(
             "the indexed reader needs a local cache",
