@@ -52,15 +52,10 @@ TURNS: dict[Any, Image.Transpose] = {
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """The network's output for one photo, before decoding.
+    """The network's output for one photo, before decoding."""
 
-    Attributes:
-        instance: (channels, h, w) codes, at the network's input size without padding.
-        semantic: (C, h, w) logits.
-    """
-
-    instance: Tensor
-    semantic: Tensor
+    instance: Tensor  # (channels, h, w) codes, at the network's input size without padding
+    semantic: Tensor  # (C, h, w) logits
 
     def mirrored(self, encoding: Encoding) -> Heads:
         """What the mirrored photo would give."""

@@ -73,14 +73,10 @@ def resize_photo(photo: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.
 
 @dataclass(frozen=True, slots=True)
 class Photo:
-    """A photo, as its file's bytes, as pixels, or both.
+    """A photo, as its file's bytes, as pixels, or both."""
 
-    Attributes:
-        data: Those of a colour JPEG, which may be kept.
-        rgb: (H, W, 3) uint8, of any other, and where the settings ask for another size.
-    """
-
-    data: bytes | None
+    data: bytes | None  # Those of a colour JPEG, which may be kept
+    # (H, W, 3) uint8, of any other, and where the settings ask for another size.
     rgb: NDArray[np.uint8] | None
 
     def resized(self, size: tuple[int, int], quality: int) -> bytes:

@@ -22,32 +22,22 @@ LABELLED, UNLABELLED, CROWD = 0, 1, 2
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Size and place of n segments.
+    """Size and place of n segments."""
 
-    Attributes:
-        area: (n,) int64, pixels.
-        bbox: (n, 4) int64, x, y, width, height.
-        centroid: (n, 2) float64, (u, v) in [-1, 1], the mean of the pixel centres.
-    """
-
-    area: NDArray[np.int64]
-    bbox: NDArray[np.int64]
+    area: NDArray[np.int64]  # (n,) int64, pixels
+    bbox: NDArray[np.int64]  # (n, 4) int64, x, y, width, height
+    # (n, 2) float64, (u, v) in [-1, 1], the mean of the pixel centres.
     centroid: NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What is computed from a segment map of n segments.
+    """What is computed from a segment map of n segments."""
 
-    Attributes:
-        distance: (H, W) float32, pixels to the nearest boundary pixel; inf without any boundary.
-        void: (H, W) uint8: 0 labelled, 1 unlabelled, 2 crowd.
-        geometry: Area, box and centroid of each segment.
-    """
-
+    # (H, W) float32, pixels to the nearest boundary pixel; inf without any boundary.
     distance: NDArray[np.float32]
-    void: NDArray[np.uint8]
-    geometry: Geometry
+    void: NDArray[np.uint8]  # (H, W) uint8: 0 labelled, 1 unlabelled, 2 crowd
+    geometry: Geometry  # Area, box and centroid of each segment
 
 
 def compute_targets(segment_map: SegmentMap, iscrowd: Sequence[bool]) -> Targets:

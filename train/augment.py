@@ -47,18 +47,13 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
-    """The random choices for one sample.
+    """The random choices for one sample."""
 
-    Attributes:
-        flip: Mirror left and right.
-        scale: Isotropic factor on top of the fit.
-        place: (x, y) in [0, 1]: where the crop lies, or how the padding is shared out.
-        colour: Factors of brightness, contrast and saturation.
-    """
-
-    flip: bool = False
-    scale: float = 1.0
+    flip: bool = False  # Mirror left and right
+    scale: float = 1.0  # Isotropic factor on top of the fit
+    # (x, y) in [0, 1]: where the crop lies, or how the padding is shared out.
     place: tuple[float, float] = (0.5, 0.5)
+    # Factors of brightness, contrast and saturation.
     colour: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
 

@@ -28,19 +28,12 @@ Count = Callable[..., tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class PixelTerms:
-    """What the losses of N maps of distributions count, at full size.
+    """What the losses of N maps of distributions count, at full size."""
 
-    Attributes:
-        target: (N, H, W) int64 true class; any class where `weight` is 0.
-        weight: (N, H, W) float32 of each pixel's cross-entropy.
-        down: (N, H - 1, W) float32 of the cross-entropy of a pixel and the one below it.
-        right: (N, H, W - 1) float32 of the cross-entropy of a pixel and the one on its right.
-    """
-
-    target: Tensor
-    weight: Tensor
-    down: Tensor
-    right: Tensor
+    target: Tensor  # (N, H, W) int64 true class; any class where `weight` is 0
+    weight: Tensor  # (N, H, W) float32 of each pixel's cross-entropy
+    down: Tensor  # (N, H - 1, W) float32 of the cross-entropy of a pixel and the one below it
+    right: Tensor  # (N, H, W - 1) float32 of the cross-entropy of a pixel and the one on its right
 
 
 def class_losses(

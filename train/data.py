@@ -47,30 +47,18 @@ class Batch:
     """B samples of side S, on any device.
 
     Row 0 of the tables stands for unlabelled pixels, so that the segment map is looked up as it is.
-
-    Attributes:
-        keys: B sample keys.
-        photo: (B, 3, S, S) uint8 RGB.
-        segment_map: (B, S, S) uint8 or int32, rows of the tables.
-        eds: (B, S, S) uint8, see `panoptic_cache.pipeline.cache.sample`.
-        void: (B, S, S) uint8, 0 labelled, 1 unlabelled, 2 crowd, 3 padding.
-        eds_scale: (B,) float32, pixels of S for one pixel that `eds` counts.
-        colour: (B, 3) float32 factors of brightness, contrast and saturation.
-        centroid: (B, R, 2) float32, (u, v) in [-1, 1].
-        instance: (B, R) bool, the row is a non-crowd thing with pixels.
-        label: (B, R) int64, -1 for unlabelled and for rows of no segment.
     """
 
-    keys: tuple[str, ...]
-    photo: Tensor
-    segment_map: Tensor
-    eds: Tensor
-    void: Tensor
-    eds_scale: Tensor
-    colour: Tensor
-    centroid: Tensor
-    instance: Tensor
-    label: Tensor
+    keys: tuple[str, ...]  # B sample keys
+    photo: Tensor  # (B, 3, S, S) uint8 RGB
+    segment_map: Tensor  # (B, S, S) uint8 or int32, rows of the tables
+    eds: Tensor  # (B, S, S) uint8, see `panoptic_cache.pipeline.cache.sample`
+    void: Tensor  # (B, S, S) uint8, 0 labelled, 1 unlabelled, 2 crowd, 3 padding
+    eds_scale: Tensor  # (B,) float32, pixels of S for one pixel that `eds` counts
+    colour: Tensor  # (B, 3) float32 factors of brightness, contrast and saturation
+    centroid: Tensor  # (B, R, 2) float32, (u, v) in [-1, 1]
+    instance: Tensor  # (B, R) bool, the row is a non-crowd thing with pixels
+    label: Tensor  # (B, R) int64, -1 for unlabelled and for rows of no segment
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; without waiting for the copies where memory is pinned."""

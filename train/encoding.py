@@ -31,16 +31,11 @@ class AxisCosts:
     The cost of cell (a, b) is `u[..., a] + v[..., b]`. For the positional and the direct code it is
     a squared Euclidean distance in code space, for the classification code a negative log
     probability.
-
-    Attributes:
-        u: (..., P, cells) costs of the columns.
-        v: (..., P, cells) costs of the rows.
-        void: (..., P) cost of being no instance.
     """
 
-    u: Tensor
-    v: Tensor
-    void: Tensor
+    u: Tensor  # (..., P, cells) costs of the columns
+    v: Tensor  # (..., P, cells) costs of the rows
+    void: Tensor  # (..., P) cost of being no instance
 
 
 class Encoding(Protocol):

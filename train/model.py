@@ -27,14 +27,10 @@ class Prediction:
 
     Maps at the input's size would be the largest tensors there are, and what follows needs them for
     some rows or some images at a time only: who uses a prediction resizes it.
-
-    Attributes:
-        instance: (B, channels, h, w) codes.
-        semantic: (B, C, h, w) logits.
     """
 
-    instance: Tensor | None
-    semantic: Tensor | None
+    instance: Tensor | None  # (B, channels, h, w) codes
+    semantic: Tensor | None  # (B, C, h, w) logits
 
     def resized(self, size: Sequence[int]) -> Prediction:
         """Both at (H, W), in float32."""

@@ -16,34 +16,21 @@ from panoptic_cache.train.model import PanopticModel, check_size
 
 @dataclass(frozen=True, slots=True)
 class ModelSummary:
-    """The cost of a model.
+    """The cost of a model."""
 
-    Attributes:
-        parameters: Counts of `total`, `encoder`, `decoder`, `heads`.
-        size: Side of the input, pixels.
-        patch_size: Pixels.
-        tokens: Patches of one image.
-        taps: Encoder blocks that the decoder takes, from 1.
-        blocks: Encoder blocks.
-        features: Side of the decoder's output before the last resize.
-        flops_per_image: Floating-point operations of a forward pass with both heads.
-        train_flops_per_image: Of a training step, forward and backward, averaged over the tasks:
-            two for instances, one for categories.
-        state_bytes: Weights, gradients and AdamW's two moments, in float32.
-        activation_bytes_per_image: Kept for the backward pass of an instance step, before losses.
-    """
-
-    parameters: dict[str, int]
-    size: int
-    patch_size: int
-    tokens: int
-    taps: tuple[int, ...]
-    blocks: int
-    features: int
-    flops_per_image: int
+    parameters: dict[str, int]  # Counts of `total`, `encoder`, `decoder`, `heads`
+    size: int  # Side of the input, pixels
+    patch_size: int  # Pixels
+    tokens: int  # Patches of one image
+    taps: tuple[int, ...]  # Encoder blocks that the decoder takes, from 1
+    blocks: int  # Encoder blocks
+    features: int  # Side of the decoder's output before the last resize
+    flops_per_image: int  # Floating-point operations of a forward pass with both heads
+    # Of a training step, forward and backward, averaged over the tasks: two for instances, one for
+    # categories.
     train_flops_per_image: int
-    state_bytes: int
-    activation_bytes_per_image: int
+    state_bytes: int  # Weights, gradients and AdamW's two moments, in float32
+    activation_bytes_per_image: int  # Kept for the backward pass of an instance step, before losses
 
     def to_json(self) -> dict[str, Any]:
         """The object that `model --json` prints."""

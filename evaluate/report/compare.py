@@ -12,17 +12,11 @@ from panoptic_cache.pipeline.pictures.colours import LabelledMap, instance_numbe
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Right and wrong segments of one image, by position from 0.
+    """Right and wrong segments of one image, by position from 0."""
 
-    Attributes:
-        matches: Position of the true segment, by that of the predicted one.
-        missed: True segments without match (FN).
-        false: Predicted segments without match that count as wrong (FP).
-    """
-
-    matches: dict[int, int]
-    missed: tuple[int, ...]
-    false: tuple[int, ...]
+    matches: dict[int, int]  # Position of the true segment, by that of the predicted one
+    missed: tuple[int, ...]  # True segments without match (FN)
+    false: tuple[int, ...]  # Predicted segments without match that count as wrong (FP)
 
 
 def compare(truth: LabelledMap, prediction: LabelledMap) -> Comparison:

@@ -44,42 +44,27 @@ MISSED, FALSE, BOTH = (213, 94, 0), (0, 114, 178), (196, 105, 160)
 
 @dataclass(frozen=True, slots=True)
 class ImageView:
-    """One image and its prediction; maps have the photo's size, heads any size.
+    """One image and its prediction; maps have the photo's size, heads any size."""
 
-    Attributes:
-        title: Such as the file name.
-        photo: (H, W, 3) uint8 RGB.
-        truth: See `true_map`.
-        prediction: See `predicted_map`.
-        instance: Instance head, (h, w, 3) uint8; see `colours.centroid_colours`.
-        semantic: Semantic head, (h, w, 3) uint8; see `colours.semantic_colours`.
-        pq: PQ of this image, see `PQStat.mean_pq`.
-    """
-
-    title: str
-    photo: NDArray[np.uint8]
-    truth: LabelledMap
-    prediction: LabelledMap
+    title: str  # Such as the file name
+    photo: NDArray[np.uint8]  # (H, W, 3) uint8 RGB
+    truth: LabelledMap  # See `true_map`
+    prediction: LabelledMap  # See `predicted_map`
+    # Instance head, (h, w, 3) uint8; see `colours.centroid_colours`.
     instance: Picture | None = None
+    # Semantic head, (h, w, 3) uint8; see `colours.semantic_colours`.
     semantic: Picture | None = None
-    pq: float | None = None
+    pq: float | None = None  # PQ of this image, see `PQStat.mean_pq`
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One image of the report.
+    """One image of the report."""
 
-    Attributes:
-        title: Such as the file name.
-        pq: PQ of the image.
-        summary: What was found, missed and false, in words.
-        pictures: Caption and JPEG bytes of each picture.
-    """
-
-    title: str
-    pq: float
-    summary: str
-    pictures: tuple[tuple[str, bytes], ...]
+    title: str  # Such as the file name
+    pq: float  # PQ of the image
+    summary: str  # What was found, missed and false, in words
+    pictures: tuple[tuple[str, bytes], ...]  # Caption and JPEG bytes of each picture
 
 
 def draw_pictures(

@@ -33,16 +33,12 @@ STEPS = ("read", "network", "decode", "write", "score")
 
 @dataclass(slots=True)
 class Share:
-    """What one process did.
+    """What one process did."""
 
-    Attributes:
-        outcomes: Row of `panoptic.json` and score of its images, by position in the split.
-        predicted: Number of images that went through the network.
-        seconds: Wall time of each step, summed over those images.
-    """
-
+    # Row of `panoptic.json` and score of its images, by position in the split.
     outcomes: dict[int, tuple[PredictionRow, ImageScore]] = field(default_factory=dict)
-    predicted: int = 0
+    predicted: int = 0  # Number of images that went through the network
+    # Wall time of each step, summed over those images.
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STEPS, 0.0))
 
     @contextmanager

@@ -67,29 +67,18 @@ class SampleTable:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image of the cache with its targets.
+    """One image of the cache with its targets."""
 
-    Attributes:
-        key: 12 digits, or a file's stem without dots.
-        image_id: As annotated.
-        file_name: As annotated.
-        original_size: (height, width) of the annotated image.
-        photo: JPEG bytes of the cached size.
-        segment_map: (H, W) uint8 or uint16, 0 = unlabelled, i = row i - 1 of `segments`.
-        eds: (H, W) uint8, distance to the nearest boundary in steps of 0.5 px, 255 = far.
-        void: (H, W) uint8, 0 labelled, 1 unlabelled, 2 crowd.
-        segments: The segment table.
-    """
-
-    key: str
-    image_id: int | str
-    file_name: str
-    original_size: tuple[int, int]
-    photo: bytes
-    segment_map: SegmentMap
+    key: str  # 12 digits, or a file's stem without dots
+    image_id: int | str  # As annotated
+    file_name: str  # As annotated
+    original_size: tuple[int, int]  # (height, width) of the annotated image
+    photo: bytes  # JPEG bytes of the cached size
+    segment_map: SegmentMap  # (H, W) uint8 or uint16, 0 = unlabelled, i = row i - 1 of `segments`
+    # (H, W) uint8, distance to the nearest boundary in steps of 0.5 px, 255 = far.
     eds: NDArray[np.uint8]
-    void: NDArray[np.uint8]
-    segments: tuple[Segment, ...]
+    void: NDArray[np.uint8]  # (H, W) uint8, 0 labelled, 1 unlabelled, 2 crowd
+    segments: tuple[Segment, ...]  # The segment table
 
     def centroid_map(self) -> NDArray[np.float32]:
         """(2, H, W) float32: (u, v) of the instance at each pixel, nan where there is none."""

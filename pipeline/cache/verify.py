@@ -48,17 +48,11 @@ from panoptic_cache.pipeline.photo import decode_photo
 
 
 class Problem(Struct, frozen=True, omit_defaults=True):
-    """One thing that is wrong with a shard, or with a file that belongs to no shard.
+    """One thing that is wrong with a shard, or with a file that belongs to no shard."""
 
-    Attributes:
-        shard: The name of the shard or of the file.
-        problem: What is wrong.
-        sample: Key of the sample, where the problem is one sample's.
-    """
-
-    shard: str
-    problem: str
-    sample: str | None = None
+    shard: str  # The name of the shard or of the file
+    problem: str  # What is wrong
+    sample: str | None = None  # Key of the sample, where the problem is one sample's
 
     def __str__(self) -> str:
         sample = f", sample {self.sample}" if self.sample is not None else ""
@@ -67,17 +61,11 @@ class Problem(Struct, frozen=True, omit_defaults=True):
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        shards: Shards checked.
-        samples: Samples they should hold.
-        problems: Of the folder first, then by shard.
-    """
-
-    shards: int
-    samples: int
-    problems: tuple[Problem, ...]
+    shards: int  # Shards checked
+    samples: int  # Samples they should hold
+    problems: tuple[Problem, ...]  # Of the folder first, then by shard
 
     @property
     def ok(self) -> bool:

@@ -28,19 +28,12 @@ _GOLDEN_ANGLE = 137.50776
 
 @dataclass(frozen=True, slots=True)
 class LabelledMap:
-    """What a picture needs of the segments of one image, true or predicted.
+    """What a picture needs of the segments of one image, true or predicted."""
 
-    Attributes:
-        segment_map: (H, W) segment map, 0 = unlabelled or void, i = segment i - 1 below.
-        labels: Contiguous category of each segment.
-        isthing: Whether its category has instances; false for a crowd.
-        crowd: Positions of the crowds among the segments.
-    """
-
-    segment_map: SegmentMap
-    labels: tuple[int, ...]
-    isthing: tuple[bool, ...]
-    crowd: frozenset[int] = frozenset()
+    segment_map: SegmentMap  # (H, W) segment map, 0 = unlabelled or void, i = segment i - 1 below
+    labels: tuple[int, ...]  # Contiguous category of each segment
+    isthing: tuple[bool, ...]  # Whether its category has instances; false for a crowd
+    crowd: frozenset[int] = frozenset()  # Positions of the crowds among the segments
 
     def resized(self, size: tuple[int, int]) -> LabelledMap:
         """The same segments at (height, width), nearest neighbour."""

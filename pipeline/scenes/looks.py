@@ -42,35 +42,22 @@ THINGS = (Look.BALL, Look.CRATE, Look.TENT, Look.RING, Look.STAR)
 
 @dataclass(frozen=True)
 class Shape:
-    """Where a thing is.
+    """Where a thing is."""
 
-    Attributes:
-        x: Centre, pixels from the left edge.
-        y: Centre, pixels from the top edge.
-        r: Radius of the circle around it, pixels.
-        angle: Radians.
-        aspect: Length over width, for crates.
-    """
-
-    x: float
-    y: float
-    r: float
-    angle: float = 0.0
-    aspect: float = 1.0
+    x: float  # Centre, pixels from the left edge
+    y: float  # Centre, pixels from the top edge
+    r: float  # Radius of the circle around it, pixels
+    angle: float = 0.0  # Radians
+    aspect: float = 1.0  # Length over width, for crates
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """What painting changes in place.
+    """What painting changes in place."""
 
-    Attributes:
-        photo: (H, W, 3) float32, RGB in [0, 1].
-        rows: (H, W) uint8, the row of the segment on top; 0 = unlabelled.
-        grain: (H, W) float32, noise of unit deviation, the texture of all things.
-    """
-
-    photo: Picture
-    rows: npt.NDArray[np.uint8]
+    photo: Picture  # (H, W, 3) float32, RGB in [0, 1]
+    rows: npt.NDArray[np.uint8]  # (H, W) uint8, the row of the segment on top; 0 = unlabelled
+    # (H, W) float32, noise of unit deviation, the texture of all things.
     grain: npt.NDArray[np.float32]
 
 

@@ -54,16 +54,11 @@ _FORMATS = ((0.75, False), (0.75, True), (0.667, False), (0.94, False), (0.667, 
 
 @dataclass(frozen=True)
 class Scene:
-    """An image and its panoptic ground truth.
+    """An image and its panoptic ground truth."""
 
-    Attributes:
-        photo: (H, W, 3) uint8, RGB.
-        ids: (H, W) int32 segment ids, 0 = unlabelled.
-        segments: A row for every id in `ids` but 0, with area (pixels) and bbox; stuff first.
-    """
-
-    photo: npt.NDArray[np.uint8]
-    ids: npt.NDArray[np.int32]
+    photo: npt.NDArray[np.uint8]  # (H, W, 3) uint8, RGB
+    ids: npt.NDArray[np.int32]  # (H, W) int32 segment ids, 0 = unlabelled
+    # A row for every id in `ids` but 0, with area (pixels) and bbox; stuff first.
     segments: tuple[SegmentInfo, ...]
 
 
