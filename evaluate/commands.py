@@ -169,7 +169,6 @@ def score(
     from panoptic_cache.evaluate.metric.pairs import read_pairs
     from panoptic_cache.evaluate.metric.score import score_pairs
     from panoptic_cache.evaluate.metric.workers import useful_workers
-    from panoptic_cache.pipeline.base.collector import collector_paused
     from panoptic_cache.pipeline.base.progress import progress
 
     if official:
@@ -180,11 +179,10 @@ def score(
         )
 
         reference = import_official()  # before the work, as it may be missing
-    with collector_paused():
-        categories, pairs = read_pairs(truth, prediction, gt_dir, pred_dir)
-        workers = workers or useful_workers(len(pairs))
-        with progress("score", len(pairs), "images", patience=1.0) as advance:
-            scores = score_pairs(categories, pairs, workers=workers, advance=advance)
+    categories, pairs = read_pairs(truth, prediction, gt_dir, pred_dir)
+    workers = workers or useful_workers(len(pairs))
+    with progress("score", len(pairs), "images", patience=1.0) as advance:
+        scores = score_pairs(categories, pairs, workers=workers, advance=advance)
     values = scores.to_json()
     if not official:
         _show_scores(scores.pq, categories, values, as_json)

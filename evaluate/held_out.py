@@ -15,8 +15,8 @@ import numpy as np
 
 from panoptic_cache.evaluate.metric.pq import PQStat, match_image, summarize
 from panoptic_cache.evaluate.predict import Predictor
+from panoptic_cache.pipeline.annotations import SegmentInfo
 from panoptic_cache.pipeline.cache.sample import Sample
-from panoptic_cache.pipeline.coco import SegmentInfo
 from panoptic_cache.pipeline.photo import decode_photo
 from panoptic_cache.train.model import PanopticModel
 from panoptic_cache.train.restore import TrainState

@@ -13,8 +13,9 @@ from pathlib import Path
 from msgspec import Struct, to_builtins
 
 from panoptic_cache.evaluate.decoder.decode import DecodedSegment, PanopticMap
+from panoptic_cache.pipeline.annotations import ImageId
 from panoptic_cache.pipeline.base.files import Storage
-from panoptic_cache.pipeline.coco import Category, ImageId
+from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.pipeline.pictures.colours import encode_picture
 from panoptic_cache.pipeline.png import ids_to_rgb, read_ids
 

@@ -1,4 +1,4 @@
-"""COCO panoptic annotations -> one `PanopticRecord` an image, joined by image id and cross-checked.
+"""A split in COCO panoptic format -> one `PanopticRecord` an image, joined by id and checked.
 
 Nothing here knows the number of categories, the size of a split or COCO's ids: any folder in COCO
 panoptic format will do. What is wrong with one image never stops the others; it becomes a
@@ -7,17 +7,27 @@ panoptic format will do. What is wrong with one image never stops the others; it
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from panoptic_cache.pipeline.base.collector import collector_paused
+from panoptic_cache.pipeline.annotations import (
+    AnnotationRow,
+    CategoryRow,
+    ImageId,
+    ImageRow,
+    SegmentInfo,
+    loose_row,
+    parse_file,
+    parse_row,
+)
 from panoptic_cache.pipeline.base.errors import InputError
 
-ImageId = int | str
+T = TypeVar("T")
 
 MAX_KEY_BYTES = 80
 """A tar header has 100 bytes for a member's name, and the key is followed by a suffix."""
@@ -38,17 +48,6 @@ class Category:
     name: str
     isthing: bool
     label: int
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentInfo:
-    """A row of `segments_info`. Area and box are not trusted: the PNG decides."""
-
-    id: int
-    category_id: int
-    iscrowd: bool
-    area: int | None = None
-    bbox: tuple[int, int, int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +86,15 @@ class Rejection:
 
     @classmethod
     def of(cls, image_id: ImageId, file_name: str, error: InputError) -> Rejection:
-        """From an error; folders are left out, for a cache's bytes do not depend on them."""
+        """From an error; without folders, as a cache's bytes must not depend on them."""
         place = f"{Path(error.where).name}: " if error.where else ""
         remedy = f" ({error.remedy})" if error.remedy else ""
         return cls(image_id, file_name, error.code, f"{place}{error.what}{remedy}")
+
+
+def sort_rejections(rejections: Iterable[Rejection]) -> tuple[Rejection, ...]:
+    """By ascending image id."""
+    return tuple(sorted(rejections, key=lambda one: (str(one.image_id).zfill(12), one.code)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,198 +174,142 @@ def read_dataset(layout: CocoLayout) -> CocoPanoptic:
     Raises:
         InputError: A folder or file is missing, or the JSON is not a panoptic annotation file.
     """
-    # Imported here: scoring needs the classes above, soon, and no dataset.
-    import hashlib  # noqa: PLC0415
-
     layout = layout.absolute()
     layout.check()
     source = layout.panoptic_json
     try:
-        with source.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        with collector_paused():
-            content = _parse(source)
-            categories = read_categories(content["categories"], source)
-            images, annotations = content["images"], content["annotations"]
-            return _join(layout, categories, images, annotations, digest)
+        data = source.read_bytes()
+        content = parse_file(data)
+        if content.images is None or content.categories is None:
+            raise ValueError("no images or no categories")
+        categories = read_categories(content.categories, source)
+        known = {category.id for category in categories}
+        rejections: list[Rejection] = []
+        images = _by_id(content.images, ImageRow, "id", rejections)
+        annotations = _by_id(content.annotations, AnnotationRow, "image_id", rejections)
+        records = _join(layout, known, images, annotations, rejections)
     except OSError as error:
         raise InputError(
             f"cannot read: {error.strerror}", where=error.filename or source, code="unreadable"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except ValueError as error:
         raise InputError(
-            f"not a COCO panoptic annotation file: {type(error).__name__} {error}",
+            f"not a COCO panoptic annotation file: {error}",
             where=source,
             remedy="it needs images, annotations with segments_info, and categories",
         ) from None
-
-
-def _parse(source: Path) -> dict[str, Any]:
-    """The annotation file, with segments in their final form where that is possible.
-
-    COCO's largest file has 360 MB and 1.3 million segments. Making them while parsing means that
-    their dicts, three times as large, are never there together.
-    """
-    data = source.read_bytes()
-    text = data.decode(json.detect_encoding(data), "surrogatepass")
-    del data
-    content: dict[str, Any] = json.loads(text, object_hook=_segment_or_row)
-    return content
-
-
-def _segment_or_row(row: dict[str, Any]) -> dict[str, Any] | SegmentInfo:
-    if "category_id" not in row or "file_name" in row:
-        return row
-    try:
-        return _segment(row)
-    except (KeyError, TypeError, ValueError, OverflowError):  # JSON may hold Infinity
-        return row  # the image it belongs to will be named
-
-
-def _segment(row: dict[str, Any]) -> SegmentInfo:
-    box = row.get("bbox")
-    return SegmentInfo(
-        int(row["id"]),
-        int(row["category_id"]),
-        flag(row.get("iscrowd", 0), "iscrowd"),
-        row.get("area"),
-        tuple(box) if box is not None else None,
+    return CocoPanoptic(
+        categories=categories,
+        records=tuple(sorted(records, key=lambda record: record.key)),
+        rejections=sort_rejections(rejections),
+        digest=hashlib.sha256(data).hexdigest(),
     )
 
 
-def flag(value: object, name: str) -> bool:
-    """0 or 1 as JSON has it; ValueError for anything else, for text is true whatever it says."""
-    if isinstance(value, int | float) and value in {0, 1}:
-        return value == 1
-    raise ValueError(f"{name} is {value!r}, not 0 or 1")
-
-
-def is_area(value: object) -> bool:
-    """Whether a value is a number of pixels."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return 0 <= value < 1 << 62 and value == int(value)
-
-
-def read_categories(rows: list[dict[str, Any]], source: Path) -> tuple[Category, ...]:
+def read_categories(rows: Iterable[Any], source: Path) -> tuple[Category, ...]:
     """The categories by label, which is the rank of the id.
 
     Raises:
+        ValueError: A row is malformed.
         InputError: Two categories share an id, or there is none.
     """
-    ids = [int(row["id"]) for row in rows]
-    if not ids or len(set(ids)) < len(ids):
+    parsed = sorted((parse_row(row, CategoryRow) for row in rows), key=lambda row: row.id)
+    if not parsed or len({row.id for row in parsed}) < len(parsed):
         raise InputError("categories are empty or share an id", where=source)
     return tuple(
-        Category(int(row["id"]), str(row["name"]), flag(row["isthing"], "isthing"), label)
-        for label, row in enumerate(sorted(rows, key=lambda row: int(row["id"])))
+        Category(row.id, str(row.name), bool(row.isthing), label)
+        for label, row in enumerate(parsed)
     )
+
+
+class _BadRow(NamedTuple):
+    file_name: str
+    problem: str
+
+
+def _by_id(
+    rows: Iterable[Any], kind: type[T], key: str, rejections: list[Rejection]
+) -> dict[ImageId, list[T | _BadRow]]:
+    """Rows by image id; one without an id is only rejected."""
+    found: dict[ImageId, list[T | _BadRow]] = defaultdict(list)
+    for row in rows:
+        try:
+            parsed = parse_row(row, kind)
+            found[getattr(parsed, key)].append(parsed)
+        except ValueError as error:
+            values = loose_row(row)
+            if "category_id" in values and "segments_info" not in values:
+                raise ValueError("it annotates single instances") from None
+            name, image_id = str(values.get("file_name", "")), values.get(key)
+            if isinstance(image_id, int | str):
+                found[image_id].append(_BadRow(name, f"malformed annotation: {error}"))
+            else:
+                rejections.append(Rejection("", name, "annotation-malformed", f"has no {key}"))
+    return found
 
 
 def _join(
     layout: CocoLayout,
-    categories: tuple[Category, ...],
-    images: list[dict[str, Any]],
-    annotations: list[dict[str, Any]],
-    digest: str,
-) -> CocoPanoptic:
+    known: set[int],
+    images: Mapping[ImageId, Sequence[ImageRow | _BadRow]],
+    annotations: dict[ImageId, list[AnnotationRow | _BadRow]],
+    rejections: list[Rejection],
+) -> list[PanopticRecord]:
+    """The images that can be tried; adds the others to the rejections."""
     # One listing of each folder: a stat for every image takes minutes on a network disk.
-    photos, pngs = _names(layout.images), _names(layout.panoptic_dir)
-    known = {category.id for category in categories}
-    if any(isinstance(row, SegmentInfo) for row in annotations):
-        raise ValueError("annotations of single instances")  # as in instances_*.json
-    rejections = [
-        Rejection("", str(row.get("file_name", "")), "annotation-malformed", f"has no {name}")
-        for rows, name in ((images, "id"), (annotations, "image_id"))
-        for row in rows
-        if name not in row
-    ]
-    images = [row for row in images if "id" in row]
-    annotations = [row for row in annotations if "image_id" in row]
-    by_image = {annotation["image_id"]: annotation for annotation in annotations}
-    times = Counter(image["id"] for image in images)
-    times_annotated = Counter(annotation["image_id"] for annotation in annotations)
+    photos, pngs = list_names(layout.images), list_names(layout.panoptic_dir)
     records: list[PanopticRecord] = []
-    for image in images:
-        annotation = by_image.get(image["id"])
-        try:
-            if annotation is None:
-                raise InputError("has no annotation", code="annotation-missing")
-            if times[image["id"]] > 1 or times_annotated[image["id"]] > 1:
-                raise InputError("is listed more than once", code="image-duplicate")
-            record = _record(layout, image, annotation)
-            _check_record(record, known)
-            if record.file_name not in photos and not is_file(record.photo):
-                raise InputError("photo missing", where=record.photo, code="photo-missing")
-            if annotation["file_name"] not in pngs and not is_file(record.png):
-                raise InputError("panoptic PNG missing", where=record.png, code="png-missing")
-            records.append(record)
-        except InputError as error:
-            file = str(image.get("file_name", ""))
-            rejections.append(Rejection.of(image["id"], file, error))
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            file = str(image.get("file_name", ""))
-            message = f"malformed annotation: {type(error).__name__} {error}"
-            rejections.append(Rejection(image["id"], file, "annotation-malformed", message))
-    for image_id in times_annotated.keys() - times.keys():
-        file = str(by_image[image_id].get("file_name", ""))
+    for image_id, rows in images.items():
+        annotated = annotations.pop(image_id, [])
+        for image in rows:
+            try:
+                if not annotated:
+                    raise InputError("has no annotation", code="annotation-missing")
+                if len(rows) > 1 or len(annotated) > 1:
+                    raise InputError("is listed more than once", code="image-duplicate")
+                record = _record(layout, image, annotated[0], known)
+                if record.file_name not in photos and not is_file(record.photo):
+                    raise InputError("photo missing", where=record.photo, code="photo-missing")
+                if annotated[0].file_name not in pngs and not is_file(record.png):
+                    raise InputError("panoptic PNG missing", where=record.png, code="png-missing")
+                records.append(record)
+            except InputError as error:
+                rejections.append(Rejection.of(image_id, image.file_name, error))
+    for image_id, annotated in annotations.items():
         message = "annotation of an image that the file does not list"
-        rejections.append(Rejection(image_id, file, "image-missing", message))
-    _reject_shared_keys(records, rejections)
-    records.sort(key=lambda record: record.key)
-    rejections.sort(key=lambda rejection: (str(rejection.image_id).zfill(12), rejection.code))
-    return CocoPanoptic(categories, tuple(records), tuple(rejections), digest)
-
-
-def is_file(path: Path) -> bool:
-    """Whether a file is there; not so where no file can have that name."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
-def _names(folder: Path) -> set[str]:
-    with os.scandir(folder) as entries:
-        return {entry.name for entry in entries}
-
-
-def sample_key(image_id: ImageId, file_name: str) -> str:
-    """A key without dots: webdataset splits a member's name at its first one."""
-    if isinstance(image_id, int):
-        return f"{image_id:012d}"
-    return Path(file_name).stem.replace(".", "_")
+        file_name = annotated[0].file_name
+        rejections.append(Rejection(image_id, file_name, "image-missing", message))
+    times = Counter(record.key for record in records)
+    for record in records:
+        if times[record.key] > 1:
+            message = f"shares the key {record.key} with another image (rename one of the photos)"
+            rejections.append(Rejection(record.image_id, record.file_name, "key-shared", message))
+    return [record for record in records if times[record.key] == 1]
 
 
 def _record(
-    layout: CocoLayout, image: dict[str, Any], annotation: dict[str, Any]
+    layout: CocoLayout,
+    image: ImageRow | _BadRow,
+    annotation: AnnotationRow | _BadRow,
+    known: set[int],
 ) -> PanopticRecord:
-    return PanopticRecord(
-        image_id=image["id"],
-        key=sample_key(image["id"], image["file_name"]),
-        file_name=image["file_name"],
-        photo=layout.images / image["file_name"],
-        png=layout.panoptic_dir / annotation["file_name"],
-        height=int(image["height"]),
-        width=int(image["width"]),
-        segments=tuple(
-            row if isinstance(row, SegmentInfo) else _segment(row)
-            for row in annotation["segments_info"]
-        ),
-    )
-
-
-def _check_record(record: PanopticRecord, known: set[int]) -> None:
+    """One image with its segments; InputError where it cannot be rendered."""
+    for row in (image, annotation):
+        if isinstance(row, _BadRow):
+            raise InputError(row.problem, code="annotation-malformed")
+    assert isinstance(image, ImageRow)
+    assert isinstance(annotation, AnnotationRow)
+    key = sample_key(image.id, image.file_name)
     # Names that came from undecodable bytes hold lone surrogates, which no tar header takes.
-    plain = record.key.encode(errors="replace")
-    if len(plain) > MAX_KEY_BYTES or plain.decode() != record.key:
+    plain = key.encode(errors="replace")
+    if len(plain) > MAX_KEY_BYTES or plain.decode() != key:
         raise InputError(
             f"its name cannot be a key: more than {MAX_KEY_BYTES} bytes, or not UTF-8",
             remedy="give the photo another name",
             code="key-invalid",
         )
     seen: set[int] = set()
-    for segment in record.segments:
+    for segment in annotation.segments_info:
         if segment.id in seen:
             raise InputError(f"segment {segment.id} twice in the JSON", code="segment-duplicate")
         if not 0 < segment.id < 1 << 24:
@@ -372,13 +320,34 @@ def _check_record(record: PanopticRecord, known: set[int]) -> None:
                 code="category-unknown",
             )
         seen.add(segment.id)
+    return PanopticRecord(
+        image_id=image.id,
+        key=key,
+        file_name=image.file_name,
+        photo=layout.images / image.file_name,
+        png=layout.panoptic_dir / annotation.file_name,
+        height=image.height,
+        width=image.width,
+        segments=annotation.segments_info,
+    )
 
 
-def _reject_shared_keys(records: list[PanopticRecord], rejections: list[Rejection]) -> None:
-    times = Counter(record.key for record in records)
-    shared = [record for record in records if times[record.key] > 1]
-    for record in shared:
-        message = f"shares the key {record.key} with another image (rename one of the photos)"
-        rejections.append(Rejection(record.image_id, record.file_name, "key-shared", message))
-    if shared:
-        records[:] = [record for record in records if times[record.key] == 1]
+def sample_key(image_id: ImageId, file_name: str) -> str:
+    """A key without dots: webdataset splits a member's name at its first one."""
+    if isinstance(image_id, int):
+        return f"{image_id:012d}"
+    return Path(file_name).stem.replace(".", "_")
+
+
+def list_names(folder: Path) -> set[str]:
+    """The names of all files in a folder."""
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries}
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there; False for a name that no file can have."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False

@@ -232,7 +232,7 @@ def test_a_row_without_an_id_costs_only_itself(root: Path) -> None:
 def test_a_flag_is_0_or_1(root: Path, value: Any) -> None:
     """Text is true in Python, whatever it says."""
     assert reject(root, edit_segment(iscrowd=value))[1] == ["annotation-malformed"]
-    with pytest.raises(InputError, match="isthing is"):
+    with pytest.raises(InputError, match=r"\$\.isthing"):
         reject(root, edit("categories", isthing=value))
 
 

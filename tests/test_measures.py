@@ -27,7 +27,8 @@ from panoptic_cache.evaluate.metric.mask_ap import NAMES, ImageInstances, mask_a
 from panoptic_cache.evaluate.metric.matching import Overlap
 from panoptic_cache.evaluate.metric.pq import CategoryStat, PQStat, match_image
 from panoptic_cache.evaluate.metric.score import score_image, total_scores
-from panoptic_cache.pipeline.coco import Category, SegmentInfo
+from panoptic_cache.pipeline.annotations import SegmentInfo
+from panoptic_cache.pipeline.coco import Category
 
 Ids = NDArray[np.int32]
 CATEGORIES = (

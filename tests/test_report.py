@@ -35,7 +35,8 @@ from panoptic_cache.evaluate.report.pictures import (
     write_overlay,
 )
 from panoptic_cache.evaluate.report.tables import score_text
-from panoptic_cache.pipeline.coco import Category, SegmentInfo
+from panoptic_cache.pipeline.annotations import SegmentInfo
+from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.pipeline.pictures.colours import LabelledMap, segment_colours
 
 CATEGORIES = (

@@ -14,8 +14,9 @@ from handmade import hashes
 from numpy.typing import NDArray
 from skimage.measure import label as components
 
+from panoptic_cache.pipeline.annotations import SegmentInfo
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.coco import CocoLayout, SegmentInfo, read_dataset
+from panoptic_cache.pipeline.coco import CocoLayout, read_dataset
 from panoptic_cache.pipeline.png import read_ids
 from panoptic_cache.pipeline.scenes.scene import (
     CATEGORIES,

@@ -100,7 +100,7 @@ def obvious(record: PanopticRecord, size: int) -> None:
 def online(record: PanopticRecord, size: int) -> None:
     """A training sample straight from COCO's files: the same targets, by the same functions."""
     index = make_segment_map(read_ids(record.png), [segment.id for segment in record.segments])
-    iscrowd = [segment.iscrowd for segment in record.segments]
+    iscrowd = [bool(segment.iscrowd) for segment in record.segments]
     targets = compute_targets(resize_segment_map(index, (size, size)), iscrowd)
     encode_distance(targets.distance)
     photo_only(record, size)

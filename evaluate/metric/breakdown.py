@@ -11,12 +11,13 @@ import bisect
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from panoptic_cache.evaluate.metric.matching import LEAST_IOU, Overlap, match_segments
 from panoptic_cache.evaluate.metric.pq import CategoryStat, count_matches
-from panoptic_cache.pipeline.coco import Category, ImageId, SegmentInfo
+from panoptic_cache.pipeline.annotations import ImageId, SegmentInfo
+from panoptic_cache.pipeline.coco import Category
 
 SIZE_EDGES = (0, 8, 16, 32, 64, 128, 256, 512)
 """Lower ends of the size bins: side of the square of an instance's area, pixels."""
@@ -149,7 +150,7 @@ def break_down(
             ious[bin_] += best.get(segment.id, 0.0)
     # All things as one category. Stuff stays in the overlap: a thing predicted on it is wrong.
     true = [
-        replace(segment, category_id=ANY_THING, area=None)
+        SegmentInfo(segment.id, ANY_THING, segment.iscrowd)
         for segment in gt.values()
         if segment.category_id in things
     ]

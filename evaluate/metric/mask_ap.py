@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panoptic_cache.evaluate.metric.matching import Overlap
-from panoptic_cache.pipeline.coco import Category, SegmentInfo
+from panoptic_cache.pipeline.annotations import SegmentInfo
+from panoptic_cache.pipeline.coco import Category
 
 THRESHOLDS = tuple(np.linspace(0.5, 0.95, 10).tolist())
 RECALLS = np.linspace(0, 1, 101)

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panoptic_cache.evaluate.metric.pairs import listing
+from panoptic_cache.pipeline.annotations import ImageId, SegmentInfo
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.coco import ImageId, SegmentInfo
 
 VOID = 0
 LEAST_IOU = 0.5

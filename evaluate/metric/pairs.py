@@ -1,31 +1,32 @@
 """Two COCO panoptic JSONs, ground truth and prediction -> one `ImagePair` an image.
 
-Unlike `pipeline/coco.py`, which prepares training and leaves bad images out, an evaluation repairs
-nothing: areas are trusted, the order of segments is kept, and the first fault ends it.
+Unlike `pipeline/coco.py`, which leaves bad images out of training, an evaluation repairs nothing:
+areas are trusted, the order of segments is kept, and the first fault ends it.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
 from typing import Any
 
-from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.coco import (
-    Category,
+from msgspec.structs import replace
+
+from panoptic_cache.pipeline.annotations import (
+    AnnotationFile,
+    AnnotationRow,
     ImageId,
     SegmentInfo,
-    flag,
     is_area,
-    is_file,
-    read_categories,
+    loose_row,
+    parse_file,
+    parse_row,
 )
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.coco import Category, is_file, list_names, read_categories
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +68,14 @@ def read_pairs(
             or two, a category is unknown, a segment is listed twice.
     """
     gt_file, pred_file = _read_json(gt_json), _read_json(pred_json)
+    if gt_file.categories is None:
+        raise _shape_error("it has no `categories`", str(gt_json))
     try:
-        categories = read_categories(_get(gt_file, "categories", list, str(gt_json)), gt_json)
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"categories malformed: {type(error).__name__} {error}"
-        raise _shape_error(what, str(gt_json)) from None
-    gt_rows, pred_rows = _by_image(gt_file, gt_json), _by_image(pred_file, pred_json)
+        categories = read_categories(gt_file.categories, gt_json)
+    except ValueError as error:
+        raise _shape_error(f"categories malformed: {error}", str(gt_json)) from None
+    gt_rows = _by_image(gt_file.annotations, gt_json)
+    pred_rows = _by_image(pred_file.annotations, pred_json)
     if missing := gt_rows.keys() - pred_rows.keys():
         remedy = "predict every image of the ground truth; segments_info may be empty"
         if {str(image) for image in missing} & {str(image) for image in pred_rows}:
@@ -87,25 +90,23 @@ def read_pairs(
         logger.warning(
             "predictions of images without ground truth are ignored: image %s", listing(extra)
         )
-    gt_pngs = _find_pngs(gt_dir or png_folder(gt_json), gt_json, gt_rows)
+    gt_pngs = _find_pngs(gt_dir or png_folder(gt_json), gt_rows)
     asked = {image: pred_rows[image] for image in gt_rows}
-    pred_pngs = _find_pngs(pred_dir or png_folder(pred_json), pred_json, asked)
+    pred_pngs = _find_pngs(pred_dir or png_folder(pred_json), asked)
     known = {category.id for category in categories}
     pairs = []
     for image_id, row in gt_rows.items():
-        gt_segments = _segments(row, known, f"{gt_json}: image {image_id}", trusted=True)
-        where = f"{pred_json}: image {image_id}"
-        pred_segments: dict[int, int] = {}
-        for segment in _segments(pred_rows[image_id], known, where, trusted=False):
-            pred_segments[segment.id] = segment.category_id
+        predicted = pred_rows[image_id]
+        _check_segments(row, known, f"{gt_json}: image {image_id}")
+        _check_segments(predicted, known, f"{pred_json}: image {image_id}")
         pairs.append(
             ImagePair(
                 image_id,
                 gt_pngs[image_id],
-                gt_segments,
+                _true_segments(row, f"{gt_json}: image {image_id}"),
                 pred_pngs[image_id],
-                pred_segments,
-                _scores(pred_rows[image_id]),
+                {segment.id: segment.category_id for segment in predicted.segments_info},
+                _scores(predicted),
             )
         )
     return categories, pairs
@@ -115,9 +116,9 @@ def _shape_error(what: str, where: str) -> InputError:
     return InputError(what, where=where, remedy="COCO panoptic format is needed", code="json-shape")
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> AnnotationFile[Any]:
     try:
-        return json.loads(path.read_bytes())
+        return parse_file(path.read_bytes())
     except OSError as error:
         raise InputError(
             f"unreadable: {error.strerror}",
@@ -126,30 +127,26 @@ def _read_json(path: Path) -> Any:
             code="json-missing",
         ) from None
     except (ValueError, RecursionError) as error:
-        raise _shape_error(f"is no JSON: {error}", str(path)) from None
+        raise _shape_error(f"is no annotation file: {error}", str(path)) from None
 
 
-def _get(row: Any, key: str, kind: type | UnionType, where: str) -> Any:
-    value = row.get(key) if isinstance(row, dict) else None
-    if not isinstance(value, kind):
-        name = kind.__name__ if isinstance(kind, type) else str(kind)
-        raise _shape_error(f"`{key}` is missing or is no {name}", where)
-    return value
-
-
-def _by_image(content: Any, path: Path) -> dict[ImageId, Any]:
-    rows: dict[ImageId, Any] = {}
-    for row in _get(content, "annotations", list, str(path)):
-        image_id = _get(row, "image_id", int | str, f"{path}: annotations")
-        if image_id in rows:
+def _by_image(rows: Iterable[Any], path: Path) -> dict[ImageId, AnnotationRow]:
+    found: dict[ImageId, AnnotationRow] = {}
+    for row in rows:
+        try:
+            parsed = parse_row(row, AnnotationRow)
+        except ValueError as error:
+            image = f"image {loose_row(row).get('image_id', 'without id')}"
+            raise _shape_error(f"malformed annotation: {error}", f"{path}: {image}") from None
+        if parsed.image_id in found:
             raise InputError(
-                f"image {image_id} is annotated twice",
+                f"image {parsed.image_id} is annotated twice",
                 where=path,
                 remedy="keep one",
                 code="image-duplicate",
             )
-        rows[image_id] = row
-    return rows
+        found[parsed.image_id] = parsed
+    return found
 
 
 def png_folder(path: Path) -> Path:
@@ -157,12 +154,10 @@ def png_folder(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".json"))
 
 
-def _find_pngs(folder: Path, annotations: Path, rows: Mapping[ImageId, Any]) -> dict[ImageId, Path]:
+def _find_pngs(folder: Path, rows: Mapping[ImageId, AnnotationRow]) -> dict[ImageId, Path]:
     """Paths by image id. An unpacking cut short shows here, not after an hour."""
     try:
-        # One listing: a stat for every image takes minutes on a network disk.
-        with os.scandir(folder) as entries:
-            present = {entry.name for entry in entries}
+        present = list_names(folder)
     except OSError as error:
         raise InputError(
             f"no folder of PNGs: {error.strerror}",
@@ -170,67 +165,68 @@ def _find_pngs(folder: Path, annotations: Path, rows: Mapping[ImageId, Any]) -> 
             remedy="unpack it there, or name it with --gt-dir or --pred-dir",
             code="folder-missing",
         ) from None
-    names = {
-        image: _get(row, "file_name", str, f"{annotations}: image {image}")
-        for image, row in rows.items()
-    }
+    paths = {image: folder / row.file_name for image, row in rows.items()}
     missing = [
-        image for image, name in names.items() if name not in present and not is_file(folder / name)
+        image
+        for image, row in rows.items()
+        if row.file_name not in present and not is_file(paths[image])
     ]
     if missing:
         raise InputError(
-            f"PNGs missing for {len(missing)} of {len(names)} images: image {listing(missing)}",
-            where=folder / names[missing[0]],
+            f"PNGs missing for {len(missing)} of {len(rows)} images: image {listing(missing)}",
+            where=paths[missing[0]],
             remedy="unpack the folder completely",
             code="png-missing",
         )
-    return {image: folder / name for image, name in names.items()}
+    return paths
 
 
-def _segments(row: Any, known: Set[int], where: str, *, trusted: bool) -> tuple[SegmentInfo, ...]:
-    """`segments_info` of one image; areas are read where they are trusted, in the ground truth."""
-    segments: dict[int, SegmentInfo] = {}
-    for info in _get(row, "segments_info", list, where):
-        id_ = _get(info, "id", int, where)
-        place = f"{where}, segment {id_}"
-        category_id = _get(info, "category_id", int, place)
-        if category_id not in known:
+def _check_segments(row: AnnotationRow, known: Set[int], where: str) -> None:
+    seen: set[int] = set()
+    for segment in row.segments_info:
+        if segment.category_id not in known:
             raise InputError(
-                f"unknown category {category_id}",
-                where=place,
+                f"unknown category {segment.category_id}",
+                where=f"{where}, segment {segment.id}",
                 remedy="use the category ids of the ground truth",
                 code="category-unknown",
             )
-        if id_ in segments:
-            remedy = "keep one entry for each id"
-            raise InputError("listed twice", where=place, remedy=remedy, code="segment-duplicate")
-        if trusted and not 0 < id_ < 1 << 24:
+        if segment.id in seen:
             raise InputError(
-                "id is not in 1..2^24-1", where=place, remedy="renumber", code="segment-id"
+                "listed twice",
+                where=f"{where}, segment {segment.id}",
+                remedy="keep one entry for each id",
+                code="segment-duplicate",
             )
-        area = _area(info, place) if trusted else None
-        try:
-            iscrowd = trusted and flag(info.get("iscrowd", 0), "iscrowd")
-        except ValueError as error:
-            raise _shape_error(str(error), place) from None
-        segments[id_] = SegmentInfo(id_, category_id, iscrowd, area)
-    return tuple(segments.values())
+        seen.add(segment.id)
 
 
-def _scores(row: Any) -> dict[int, float]:
+def _true_segments(row: AnnotationRow, where: str) -> tuple[SegmentInfo, ...]:
+    """The ground truth's segments, whose ids and areas must be right, as they are trusted."""
+    for segment in row.segments_info:
+        if not 0 < segment.id < 1 << 24:
+            raise InputError(
+                "id is not in 1..2^24-1",
+                where=f"{where}, segment {segment.id}",
+                remedy="renumber",
+                code="segment-id",
+            )
+        if not is_area(segment.area):
+            what = f"area {str(segment.area)[:40]} is no number of pixels"
+            raise _shape_error(what, f"{where}, segment {segment.id}")
+    return tuple(
+        segment if isinstance(segment.area, int) else replace(segment, area=int(segment.area))
+        for segment in row.segments_info
+    )
+
+
+def _scores(row: AnnotationRow) -> dict[int, float]:
     """Optional, and for ranking only: what is no finite number is no score."""
     return {
-        info["id"]: float(score)
-        for info in row["segments_info"]
-        if isinstance(score := info.get("score"), int | float) and math.isfinite(score)
+        segment.id: float(segment.score)
+        for segment in row.segments_info
+        if isinstance(segment.score, int | float) and math.isfinite(segment.score)
     }
-
-
-def _area(info: Any, where: str) -> int:
-    area = _get(info, "area", int | float, where)
-    if not is_area(area):
-        raise _shape_error(f"area {str(area)[:40]} is no number of pixels", where)
-    return int(area)
 
 
 def listing(ids: Iterable[ImageId]) -> str:

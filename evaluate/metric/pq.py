@@ -23,7 +23,8 @@ from panoptic_cache.evaluate.metric.matching import (
     match_segments,
 )
 from panoptic_cache.evaluate.metric.pairs import listing
-from panoptic_cache.pipeline.coco import Category, ImageId, SegmentInfo
+from panoptic_cache.pipeline.annotations import ImageId, SegmentInfo
+from panoptic_cache.pipeline.coco import Category
 
 logger = logging.getLogger(__name__)
 

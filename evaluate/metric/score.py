@@ -21,8 +21,9 @@ from panoptic_cache.evaluate.metric.matching import checked_overlap
 from panoptic_cache.evaluate.metric.pairs import ImagePair
 from panoptic_cache.evaluate.metric.pq import ImageStat, PQResult, match_overlap, total_pq
 from panoptic_cache.evaluate.metric.workers import map_pairs
+from panoptic_cache.pipeline.annotations import ImageId, SegmentInfo, is_area
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.coco import Category, CocoPanoptic, ImageId, SegmentInfo, is_area
+from panoptic_cache.pipeline.coco import Category, CocoPanoptic
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from panoptic_cache.evaluate.metric.matching import Overlap, match_segments
-from panoptic_cache.pipeline.coco import SegmentInfo
+from panoptic_cache.pipeline.annotations import SegmentInfo
 from panoptic_cache.pipeline.pictures.colours import LabelledMap, instance_numbers
 
 

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from panoptic_cache.evaluate.decoder.decode import PanopticMap
 from panoptic_cache.evaluate.report.compare import Comparison, compare, matched_numbers
+from panoptic_cache.pipeline.annotations import SegmentInfo
 from panoptic_cache.pipeline.base.files import Storage
-from panoptic_cache.pipeline.coco import Category, SegmentInfo
+from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.pipeline.photo import fitted_size
 from panoptic_cache.pipeline.pictures.colours import (
     LabelledMap,

@@ -30,10 +30,11 @@ from panoptic_cache.evaluate.report.pictures import (
 )
 from panoptic_cache.evaluate.split.folder import SCORES, read_journals, sweep
 from panoptic_cache.evaluate.split.share import STEPS, predict_share
+from panoptic_cache.pipeline.annotations import ImageId
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.base.stopping import Interrupted
-from panoptic_cache.pipeline.coco import Category, CocoPanoptic, ImageId
+from panoptic_cache.pipeline.coco import Category, CocoPanoptic
 from panoptic_cache.pipeline.png import read_ids
 from panoptic_cache.train.ranks import Ranks
 

@@ -19,9 +19,9 @@ from typing import Any, Self
 import msgspec
 
 from panoptic_cache.evaluate.prediction_files import JSON_NAME, PNG_FOLDER, PredictionRow
+from panoptic_cache.pipeline.annotations import ImageId
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage, cannot_write
-from panoptic_cache.pipeline.coco import ImageId
 
 SCORES, SUPERSEDED = "scores.json", "superseded.json"
 _JOURNAL = re.compile(r"predictions(-\d+)?\.jsonl")

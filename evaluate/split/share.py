@@ -20,9 +20,10 @@ from panoptic_cache.evaluate.photos import ahead
 from panoptic_cache.evaluate.predict import Heads, Pixels, Predictor, read_picture
 from panoptic_cache.evaluate.prediction_files import PNG_FOLDER, PredictionRow, write_png
 from panoptic_cache.evaluate.split.folder import Journal, supersede
+from panoptic_cache.pipeline.annotations import ImageId
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.progress import progress
-from panoptic_cache.pipeline.coco import CocoPanoptic, ImageId, PanopticRecord
+from panoptic_cache.pipeline.coco import CocoPanoptic, PanopticRecord
 from panoptic_cache.pipeline.png import read_ids
 from panoptic_cache.train.ranks import Ranks
 from panoptic_cache.train.stopping import memory_advice

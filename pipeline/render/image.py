@@ -61,7 +61,7 @@ def render_image(
     for row, area, box, centroid in measured:
         if size == ids.shape:
             repairs["area-wrong"] += row.area is not None and row.area != area
-            repairs["bbox-wrong"] += row.bbox is not None and list(row.bbox) != box
+            repairs["bbox-wrong"] += row.bbox is not None and row.bbox != tuple(box)
         category = categories[row.category_id]
         segments.append(
             Segment(
@@ -69,7 +69,7 @@ def render_image(
                 category_id=row.category_id,
                 label=category.label,
                 isthing=category.isthing,
-                iscrowd=row.iscrowd,
+                iscrowd=bool(row.iscrowd),
                 area=area,
                 bbox=tuple(box),
                 centroid=tuple(centroid) if category.isthing and not row.iscrowd else None,

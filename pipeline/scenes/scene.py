@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
+from panoptic_cache.pipeline.annotations import SegmentInfo
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.coco import CocoLayout, SegmentInfo
+from panoptic_cache.pipeline.coco import CocoLayout
 from panoptic_cache.pipeline.png import ids_to_rgb
 from panoptic_cache.pipeline.scenes.layout import lay_out
 from panoptic_cache.pipeline.scenes.looks import TEXTURES, Canvas, Look, Picture, Shape, paint_thing
@@ -252,7 +253,16 @@ def _write_scene(
     bgr = np.ascontiguousarray(ids_to_rgb(scene.ids)[..., ::-1])
     _replace(png, cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 3])[1].tobytes())
     height, width = scene.ids.shape
-    segments = [{**asdict(row), "iscrowd": int(row.iscrowd)} for row in scene.segments]
+    segments = [
+        {
+            "id": row.id,
+            "category_id": row.category_id,
+            "iscrowd": int(row.iscrowd),
+            "area": row.area,
+            "bbox": row.bbox,
+        }
+        for row in scene.segments
+    ]
     return (
         {"id": index + 1, "file_name": photo.name, "height": height, "width": width},
         {"image_id": index + 1, "file_name": png.name, "segments_info": segments},
