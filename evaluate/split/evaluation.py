@@ -13,7 +13,6 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -88,9 +87,12 @@ def evaluate(
         done = ranks.gather(begin)[0]
         if done and ranks.main:
             logger.info("%s: resumes, %d images are already predicted", out, len(done))
-        work = partial(predict_share, batch=batch, ranks=ranks, done=done, identity=identity)
         try:
-            shares = ranks.gather(lambda: work(predictor, dataset, out))
+            shares = ranks.gather(
+                lambda: predict_share(
+                    predictor, dataset, out, batch=batch, ranks=ranks, done=done, identity=identity
+                )
+            )
         except Interrupted as stop:
             stop.advice = "run the same command to go on"
             raise
