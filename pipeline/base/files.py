@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import fsspec
 
@@ -181,7 +180,7 @@ class Storage:
 
         Before the work: by a run that was killed. After it: by a worker that was.
 
-        The lock is the kernel's and ends with the process, however it ends.
+        The kernel frees the lock when its process ends, however it ends.
 
         Raises:
             InputError: Another run holds the folder, or it cannot be locked.
@@ -190,29 +189,39 @@ class Storage:
         if folder is None:
             yield
             return
+        # Imported here: only what writes a folder needs it, and it takes 15 ms.
+        from filelock import FileLock, Timeout  # noqa: PLC0415
+
         path = folder / _LOCK
+        # A lock file that stands for the lock would stay after a kill.
+        lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
         try:
-            lock = path.open("w")
+            path.touch()  # FileLock would make a folder that is not there
         except OSError as error:
             raise InputError(f"cannot write: {error.strerror}", where=folder) from None
-        with lock:
-            try:
-                _flock(lock, folder)
-                if os.fstat(lock.fileno()).st_ino != path.stat().st_ino:
-                    raise BlockingIOError  # its holder removed it just now
-            except (BlockingIOError, FileNotFoundError):
-                raise InputError(
-                    "another run is writing here",
-                    where=folder,
-                    remedy="wait for it, or choose another folder",
-                    code="locked",
-                ) from None
+        try:
+            lock.acquire()
+        except Timeout:
+            raise InputError(
+                "another run is writing here",
+                where=folder,
+                remedy="wait for it, or choose another folder",
+                code="locked",
+            ) from None
+        except OSError as error:
+            raise InputError(
+                f"this file system does not lock: {error.strerror}",
+                where=folder,
+                remedy="mount it with locks (Lustre: -o flock), or write to another disk",
+                code="no-lock",
+            ) from None
+        try:
             _sweep(folder)
-            try:
-                yield
-            finally:
-                _sweep(folder)
-                path.unlink(missing_ok=True)
+            yield
+        finally:
+            _sweep(folder)
+            path.unlink(missing_ok=True)
+            lock.release()
 
 
 @contextmanager
@@ -228,21 +237,6 @@ def _said(where: str) -> Iterator[None]:
     except Exception as error:
         what = getattr(error, "strerror", None) or f"{type(error).__name__} {error}".rstrip()
         raise OSError(errno.EIO, what, where) from error
-
-
-def _flock(lock: IO[str], folder: Path) -> None:
-    """Takes the lock; BlockingIOError where somebody has it."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        raise InputError(
-            f"this file system does not lock: {error.strerror}",
-            where=folder,
-            remedy="mount it with locks (Lustre: -o flock), or write to another disk",
-            code="no-lock",
-        ) from None
 
 
 def _sweep(folder: Path) -> None:
