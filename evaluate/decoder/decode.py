@@ -3,8 +3,7 @@
     logits -> classes of the image -> thing, stuff, chance of each pixel
     codes -> noise -> means within a class -> votes -> basins -> instances -> segments
 
-Nothing depends on the size of the network's input: votes are counted on 80 x 80 cells (section
-5.1), and the width of everything else is measured on the codes themselves.
+Votes are counted on 80 x 80 cells (section 5.1) whatever the size of the network's input.
 """
 
 from __future__ import annotations
@@ -17,21 +16,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from panoptic_cache.evaluate.decoder.field import (
-    MAX_RADIUS,
-    cast_votes,
-    measure_noise,
-    read_classes,
-    smooth,
-)
-from panoptic_cache.evaluate.decoder.instances import find_basins, find_voters, merge
-from panoptic_cache.evaluate.decoder.segments import (
-    DecodedSegment,
-    PanopticMap,
-    draw,
-    number,
-    resize_values,
-)
+from panoptic_cache.evaluate.decoder import field, instances, segments
+from panoptic_cache.evaluate.decoder.segments import DecodedSegment, PanopticMap
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.heap import keep_heap
 from panoptic_cache.train.encoding import Encoding
@@ -47,16 +33,13 @@ class DecodeConfig:
     """Settings of the decoder; one setting serves all networks and sizes that it was tried on.
 
     Attributes:
-        least_class: Probability, on average, that a class must have where it wins; below it the
-            image does not hold that class.
+        least_class: Mean probability that a class must have where it wins, to be in the image.
         smoothing: Pixels of the network's output over which codes are averaged to each side, for a
             noise of 1 (a variance a channel; of trained networks 0.003, of poor ones 0.1).
         trust: How far the semantic head moves the border between instance and void, in lengths of
-            a typical code: from 1/2 to 1/2 - trust where it is sure of a thing, to 1/2 + trust
-            where it is sure of stuff.
+            a typical code: to 1/2 - trust where it is sure of a thing, 1/2 + trust of stuff.
         blur: Width of the Gaussian over the votes, in distances between the votes of neighbours.
-        bias: Log odds added to those that two basins of votes are one instance: below 0, more
-            instances; above 0, fewer.
+        bias: Log odds, added to those that two groups of votes are one instance.
         least_score: An instance with a lower score is dropped, see `segments.draw`.
         min_stuff_area: Native pixels below which a stuff segment is dropped.
     """
@@ -146,29 +129,29 @@ def decode_images(
     # A sum is not finite where one of its terms is not.
     finite = (semantic.flatten(1).sum(1) + code.flatten(1).sum(1)).isfinite()
 
-    classes = read_classes(semantic, isthing.to(semantic.device), config.least_class)
-    noise = measure_noise(code, classes.chance)  # (B,)
-    radius = (config.smoothing * noise).round().clamp(max=MAX_RADIUS).long()
+    classes = field.read_classes(semantic, isthing.to(semantic.device), config.least_class)
+    noise = field.measure_noise(code, classes.chance)  # (B,)
+    radius = (config.smoothing * noise).round().clamp(max=field.MAX_RADIUS).long()
     kind = torch.where(classes.chance >= 0.5, classes.thing, -1)  # (B, h, w)
-    smoothed = smooth(code, kind, radius)
-    votes = cast_votes(smoothed, classes, noise, radius, finite)
+    smoothed = field.smooth(code, kind, radius)
+    votes = field.cast_votes(smoothed, classes, noise, radius, finite)
 
     maps: list[PanopticMap | None] = []
     for vote, size in zip(votes, sizes, strict=True):
         if vote is None:
             maps.append(None)
             continue
-        voters = find_voters(vote, config.trust)
-        basins = find_basins(voters, vote, config.blur)
-        owner = merge(basins, voters, vote, config.bias)
-        painting = draw(owner, voters, vote, categories, config.least_score)
-        native = resize_values(painting.values, size)
-        maps.append(number(painting, native, min_stuff_area=config.min_stuff_area))
+        voters = instances.find_voters(vote, config.trust)
+        basins = instances.find_basins(voters, vote, config.blur)
+        owner = instances.merge(basins, voters, vote, config.bias)
+        painting = segments.draw(owner, voters, vote, categories, config.least_score)
+        native = segments.resize_values(painting.values, size)
+        maps.append(segments.number(painting, native, min_stuff_area=config.min_stuff_area))
     return maps
 
 
 def stacked(heads: Sequence[Tensor]) -> Tensor:
-    """(B, channels, h, w) float32; a processor's one image is not copied."""
+    """(B, channels, h, w) float32; one image on the processor is not copied."""
     alone = len(heads) == 1 and heads[0].device.type == "cpu"
     return (heads[0][None] if alone else torch.stack(list(heads))).float()
 

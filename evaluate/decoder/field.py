@@ -1,7 +1,7 @@
 """From the two heads to votes, on the device that holds them: one vote a pixel, in cells.
 
-Batched tensor operations. A processor decodes one image at a time, and can then leave out classes
-and pixels that do not matter; on a GPU, to ask how many there are would wait for the device.
+A processor decodes one image at a time, and leaves out classes and pixels that do not matter; on a
+GPU, to ask how many there are would wait for the device.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from panoptic_cache.train.encoding import GRID_CELLS, cell_centres, gamma
 
 CLASS_SAMPLES, NOISE_SAMPLES = 1 << 16, 1 << 14
 """Pixels of an image that tell which classes it holds, and how noisy its codes are."""
-PIXELS_AT_ONCE = 2048
-"""On a processor: the scores of so many pixels for 80 cells stay in its cache."""
-CHANNELS_AT_ONCE = 4
-"""Smoothed at once; bounds the memory."""
+PIXELS_AT_ONCE, CHANNELS_AT_ONCE = 2048, 4
+"""Scored at once for 80 cells, within a processor's cache; smoothed at once, for little memory."""
 MAX_RADIUS = 9
 """Pixels. Wider means mix what lies side by side, and gain nothing at any level of noise."""
 TYPICAL_POWER = 6
@@ -52,15 +50,9 @@ class Votes:
 def read_classes(logits: Tensor, isthing: Tensor, least: float) -> Classes:
     """The best thing and the best stuff class of each pixel, among those that the image holds.
 
-    An image holds few classes. One that wins only where the head is unsure is not among them: else
-    a noisy head scatters all of its classes over a picture, and each costs PQ as if it were wrong
-    everywhere.
-
-    Args:
-        logits: (B, C, h, w) float32.
-        isthing: (C,) bool, on the same device.
-        least: Mean probability of a class where it wins, weighted by itself: pixels without any
-            opinion do not count.
+    An image holds few classes. One that wins only where the head is unsure is not among them: its
+    probability there, on average weighted by itself, is below `least`. Else a noisy head scatters
+    all of its classes over a picture. `logits` are (B, C, h, w), `isthing` is (C,).
     """
     batch, classes, height, width = logits.shape
     step = next(n for n in range(1, 1 << 16) if (height // n) * (width // n) <= CLASS_SAMPLES)
@@ -83,8 +75,7 @@ def best_class(logits: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
         rows = allowed[0].nonzero()[:, 0]  # a fifth of the classes, a fifth of the time
         score, place = logits[:, rows].max(1)
         return score, rows[place]
-    score, place = logits.masked_fill(~allowed[..., None, None], -torch.inf).max(1)
-    return score, place
+    return logits.masked_fill(~allowed[..., None, None], -torch.inf).max(1)
 
 
 def nearest(code: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,17 +84,13 @@ def nearest(code: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     |x - gamma(u)|^2 = |x|^2 + L - 2 x . gamma(u), so the nearest cell is the largest product. Next
     to a cell, gamma(u + d) is gamma(u) + d gamma'(u), and gamma' is orthogonal to gamma.
 
-    Args:
-        code: (B, 4L, P) float32.
-
-    Returns:
-        (B, 2, P) column and row in cells; (B, P) length along the curve, the shorter one of both
-        axes, over that of gamma; (B, P) variance a channel of what lies beside the curve.
+    Of (B, 4L, P) codes: (B, 2, P) column and row in cells; (B, P) length along the curve, the
+    shorter one of both axes, over that of gamma; (B, P) variance a channel beside the curve.
     """
     harmonics, cells = code.shape[1] // 4, GRID_CELLS
     centres = cell_centres(cells, device=code.device)
     grid = gamma(centres, harmonics)  # (cells, 2L)
-    near = 1e-3 / cells  # of a cell: gamma' by central differences, for one cell to the right
+    near = 0.1 / cells  # gamma' by central differences, for one cell to the right
     turn = (gamma(centres + near, harmonics) - gamma(centres - near, harmonics)) / (near * cells)
     square = turn[0].square().sum()
     chunk = PIXELS_AT_ONCE if code.device.type == "cpu" else code.shape[2]
@@ -136,11 +123,7 @@ def smooth(code: Tensor, region: Tensor, radius: Tensor) -> Tensor:
 
     First along the rows and then along the columns, each window ends where the region does (the
     cross of Zhang, Lu and Lafruit 2009), and running sums make its cost the same for any radius.
-
-    Args:
-        code: (B, channels, h, w) float32.
-        region: (B, h, w) integers.
-        radius: (B,) int64 pixels.
+    Codes are (B, 4L, h, w), regions (B, h, w), radii (B,) pixels.
     """
     if code.device.type == "cpu" and not radius.any():
         return code
@@ -163,9 +146,8 @@ def _row_means(values: Tensor, region: Tensor, radius: Tensor) -> Tensor:
     high = torch.minimum(at + radius[:, None, None] + 1, end)
     sums = values.new_zeros(batch, channels, height, width + 1)
     torch.cumsum(values, 3, out=sums[..., 1:])
-    shape = (batch, channels, height, width)
-    total = sums.gather(3, high[:, None].expand(shape)) - sums.gather(3, low[:, None].expand(shape))
-    return total / (high - low)[:, None]
+    ends, starts = (place[:, None].expand_as(values) for place in (high, low))
+    return (sums.gather(3, ends) - sums.gather(3, starts)) / (high - low)[:, None]
 
 
 def cast_votes(
@@ -173,8 +155,7 @@ def cast_votes(
 ) -> list[Votes | None]:
     """The votes of B images, on the processor; None where one is not finite.
 
-    This is where a GPU is waited for, once. `code` (B, 4L, h, w) is smoothed; the last three are
-    (B,) each.
+    Waits for a GPU, once. Codes are (B, 4L, h, w), smoothed; the last three are (B,) each.
     """
     flat, (batch, channels, height, width) = code.flatten(2), code.shape
     # Where the semantic head sees stuff, only a code of half the length of gamma may object.
@@ -192,17 +173,9 @@ def cast_votes(
     rows = [*place.unbind(1), length, chance, classes.thing.flatten(1), classes.stuff.flatten(1)]
     rows += [each[:, None].expand_as(chance) for each in (radius, finite)]
     packed = torch.stack([row.float() for row in rows], dim=1).cpu().numpy()  # (B, 8, P)
-    return [
-        Votes(
-            place=one[:2],
-            length=one[2],
-            chance=one[3],
-            thing=one[4].astype(np.int64),
-            stuff=one[5].astype(np.int64),
-            radius=int(one[6, 0]),
-            shape=(height, width),
-        )
-        if one[7, 0]
-        else None
-        for one in packed
-    ]
+    found: list[Votes | None] = []
+    for one in packed:
+        labels = one[4].astype(np.int64), one[5].astype(np.int64)
+        votes = Votes(one[:2], one[2], one[3], *labels, int(one[6, 0]), (height, width))
+        found.append(votes if one[7, 0] else None)
+    return found

@@ -2,10 +2,9 @@
 
     votes -> histogram -> Gaussian -> watershed -> basins -> merged by evidence -> instances
 
-The votes of an instance do not meet in a point. Noise scatters them; and the centroids of a trained
-network drift: each pixel pulls its own a little towards itself. A basin is what lies around one
-maximum of the votes. Two of them are parts of one instance, or two instances, and three things tell
-which, none of which depends on the size of picture or object; see `log_odds`.
+The votes of an instance do not meet in a point: noise scatters them, and the centroids of a trained
+network drift, for each pixel pulls its own a little towards itself. What tells parts of an instance
+from two instances, `log_odds`, does not depend on the size of picture or object.
 """
 
 from __future__ import annotations
@@ -23,17 +22,13 @@ from panoptic_cache.train.encoding import GRID_CELLS
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+Slices = tuple[slice, slice]
 
-CLEAN_GAP, CLEAN_SCATTER = 0.05, 0.1
-"""Cells. Votes that differ less between neighbours, and scatter less within a cell, are exact:
-then each cell is a basin, and instances in neighbouring cells are told apart."""
-LEAST_WIDTH = 0.4
-"""Cells. Of the Gaussian, if votes are not exact."""
-LEAST_HEIGHT = 1e-4
-"""Of the highest maximum: lower ones are no basins."""
+CLEAN_GAP, CLEAN_SCATTER, LEAST_WIDTH = 0.05, 0.1, 0.4
+"""Cells. Votes that differ less between neighbours, and scatter less within a cell, are exact, and
+then each cell is a basin; else the Gaussian has this width at least."""
 SADDLE, DRIFT, SLOPE, TOUCH, BIAS = 2.6, 2.0, -1.85, 2.1, -3.0
-"""Weights of the evidence that two basins are one, see `log_odds`: fitted to pairs of basins
-of three networks and of corrupted codes, of which the true instances are known."""
+"""Of the evidence in `log_odds`: fitted to pairs of basins of networks and of corrupted codes."""
 
 
 @dataclass(frozen=True)
@@ -87,28 +82,26 @@ def find_basins(voters: Voters, votes: Votes, blur: float) -> Basins:
     been smoothed, of the next pixels whose windows do not overlap.
     """
     if len(voters.pixels) == 0:
-        none = np.zeros((GRID_CELLS, GRID_CELLS), np.int64)
-        return Basins(none, none.astype(np.float64), np.zeros(0, np.int64))
+        none = np.zeros((GRID_CELLS, GRID_CELLS))
+        return Basins(none.astype(np.int64), none, voters.pixels)
     column, row = np.rint(voters.place).astype(np.int64).clip(0, GRID_CELLS - 1)
     cell, count = row * GRID_CELLS + column, GRID_CELLS**2
-    histogram = tally(cell, voters.length, count)
+    weight = tally(cell, voters.length, count)
     middle = np.stack([tally(cell, voters.length * axis, count) for axis in voters.place])
-    middle /= np.maximum(histogram, 1e-12)
-    off = np.square(voters.place - middle[:, cell]).sum(0)
+    off = np.square(voters.place - (middle / np.maximum(weight, 1e-12))[:, cell]).sum(0)
     scatter = math.sqrt(np.average(off, weights=voters.length))
     kind = np.where(votes.chance >= 0.5, votes.thing, -1).reshape(votes.shape)
     apart = 2 * votes.radius + 1
     steps = [distance[kind[a] == kind[b]] for a, b, distance in _steps(voters, votes, apart)]
-    differing = np.concatenate(steps)
-    differing = differing[np.isfinite(differing)]
-    gap = float(np.median(differing)) if len(differing) else 0.0
-    histogram = histogram.reshape(GRID_CELLS, GRID_CELLS)
+    differing = np.concatenate(steps)  # nan where one of both does not vote
+    gap = float(np.nanmedian(differing)) if np.isfinite(differing).any() else 0.0
+    histogram = weight.reshape(GRID_CELLS, GRID_CELLS)
     if gap <= CLEAN_GAP and scatter <= CLEAN_SCATTER:
         cells = np.where(histogram > 0, (histogram > 0).cumsum().reshape(histogram.shape), 0)
         return Basins(cells, np.zeros_like(histogram), cells.ravel()[cell])
     width = max(blur * gap, LEAST_WIDTH)
     height = ndimage.gaussian_filter(histogram, width, mode="constant", truncate=3)
-    height = np.where(height > LEAST_HEIGHT * height.max(), height, 0)
+    height = np.where(height > 1e-4 * height.max(), height, 0)  # not for votes of no weight
     peaks = (height == ndimage.maximum_filter(height, 3)) & (height > 0)
     markers, _ = ndimage.label(peaks, np.ones((3, 3)))
     cells = watershed(-height, markers, mask=height > 0, connectivity=2).astype(np.int64)
@@ -124,9 +117,6 @@ def _steps(voters: Voters, votes: Votes, apart: int) -> list[tuple[Slices, Slice
     return [(a, b, np.hypot(*(places[:, *a] - places[:, *b]))) for a, b in pairs]
 
 
-Slices = tuple[slice, slice]
-
-
 def merge(basins: Basins, voters: Voters, votes: Votes, bias: float) -> Integers:
     """Makes one of two basins that are more likely one instance than two, until none are left.
 
@@ -134,13 +124,9 @@ def merge(basins: Basins, voters: Voters, votes: Votes, bias: float) -> Integers
     instance of each voter, any numbers, 0 for none.
     """
     count, pixel = int(basins.cells.max()) + 1, GRID_CELLS / math.sqrt(math.prod(votes.shape))
-    sums = np.stack(  # (count, 5): weight, weighted sums of the places of votes and of pixels
-        [
-            tally(basins.owner, voters.length * one, count)
-            for one in (np.ones_like(voters.length), *voters.place, *voters.at)
-        ],
-        axis=1,
-    )
+    # (count, 5): weight, and weighted sums of the places of votes and of pixels.
+    columns = np.ones_like(voters.length), *voters.place, *voters.at
+    sums = np.stack([tally(basins.owner, voters.length * one, count) for one in columns], axis=1)
     top = np.zeros(count)
     np.maximum.at(top, basins.cells.ravel(), basins.height.ravel())
     pairs, root = find_pairs(basins, voters, votes), np.arange(count)
@@ -223,7 +209,6 @@ def log_odds(pairs: Pairs, sums: Floats, top: Floats, pixel: float) -> Floats:
     lower = np.minimum(top[pairs.one], top[pairs.other])
     depth = np.divide(saddle, lower, out=np.zeros_like(saddle), where=lower > 0)
     slope = np.log((steps / np.maximum(touches, 1) / pixel).clip(0.1, 10))
-    drift = np.log1p(np.minimum(unlike, 20))
     border = np.where(touches > 0, TOUCH + SLOPE * slope, 0)
-    odds: Floats = BIAS + SADDLE * depth + DRIFT * drift + border
+    odds: Floats = BIAS + SADDLE * depth + DRIFT * np.log1p(np.minimum(unlike, 20)) + border
     return odds

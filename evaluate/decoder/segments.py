@@ -1,7 +1,4 @@
-"""From the instance of each voter to segments: scores, classes, stuff, native size.
-
-All of it is on maps of integers, and on the processor.
-"""
+"""From the instance of each voter to segments: scores, classes, stuff, native size."""
 
 from __future__ import annotations
 
@@ -23,34 +20,21 @@ OFF_CENTRE = 0.2
 
 @dataclass(frozen=True)
 class DecodedSegment:
-    """One row of a panoptic map.
+    """One row of a panoptic map."""
 
-    Attributes:
-        id: Positive, unique in its map.
-        label: Contiguous category label.
-        isthing: Whether it is an instance.
-        score: How likely an instance is right, in [0, 1], see `draw`; 1 for stuff.
-        area: Native pixels.
-    """
-
-    id: int
-    label: int
-    isthing: bool
-    score: float
-    area: int
+    id: int  # positive, unique in its map
+    label: int  # contiguous category label
+    isthing: bool  # whether it is an instance
+    score: float  # how likely an instance is right, in [0, 1], see `draw`; 1 for stuff
+    area: int  # native pixels
 
 
 @dataclass(frozen=True)
 class PanopticMap:
-    """Segments that do not overlap.
+    """Segments that do not overlap."""
 
-    Attributes:
-        ids: (H, W) int32 segment ids, 0 = void.
-        segments: One row for each id in `ids`, in ascending order.
-    """
-
-    ids: NDArray[np.int32]
-    segments: tuple[DecodedSegment, ...]
+    ids: NDArray[np.int32]  # (H, W) segment ids, 0 = void
+    segments: tuple[DecodedSegment, ...]  # one for each id in `ids`, in ascending order
 
 
 @dataclass(frozen=True)
@@ -89,8 +73,7 @@ def draw(
     chances = tally(kinds, voters.chance, count * categories).reshape(count, categories)
     missed = np.sqrt(off) / np.maximum(np.sqrt(spread), 0.5)  # half a cell at least
     scores = length * mean(voters.chance) * np.exp(-OFF_CENTRE * missed)
-    kept = (scores >= least_score) & (scores > 0)
-    kept[0] = False
+    kept = (scores >= least_score) & (scores > 0) & (np.arange(count) > 0)
     values = np.where(votes.chance < 0.5, votes.stuff + 1, 0)
     values[voters.pixels] = np.where(kept[owner], owner + categories, values[voters.pixels])
     return Painting(
@@ -102,14 +85,10 @@ def draw(
 
 
 def resize_values(values: Values, size: tuple[int, int]) -> Values:
-    """Resizes a map of values to (H, W) by bilinear vote; by nearest pixel where it shrinks.
+    """Resizes (h, w) values to (H, W) by bilinear vote; by nearest pixel where it shrinks.
 
     A pixel takes the value with the largest bilinear weight among its four neighbours, which is
     the bilinear resize of each segment's mask.
-
-    Args:
-        values: (h, w) int32.
-        size: (H, W).
     """
     axes = []
     for source, target in zip(values.shape, size, strict=True):
@@ -123,10 +102,8 @@ def resize_values(values: Values, size: tuple[int, int]) -> Values:
         return result
     wide = np.pad(values, 1, mode="edge")  # so that top and left may be -1
     across, along = wide[:, 1:] != wide[:, :-1], wide[1:] != wide[:-1]
-    # A neighbour that equals the nearest pixel decides: only where values differ both across and
-    # down, something else may win.
-    mixed = (across[1:] | across[:-1]) & (along[:, 1:] | along[:, :-1])
-    mixed = mixed.take(left + 1, 1)
+    # The nearest pixel wins unless it differs from its neighbours both across and down.
+    mixed = ((across[1:] | across[:-1]) & (along[:, 1:] | along[:, :-1])).take(left + 1, 1)
     for start in range(0, size[0], step := max(1, STRIP // size[1])):
         y, x = mixed.take(top[start : start + step] + 1, 0).nonzero()
         y += start
