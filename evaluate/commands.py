@@ -80,7 +80,8 @@ def evaluate(
 ) -> None:
     """Predict a split, score it, and write predictions, overlays and a report.
 
-    If it was stopped, run it again to go on. Several GPUs: accelerate launch cli.py evaluate ...
+    If it was stopped, run it again to go on.
+    Several GPUs: accelerate launch -m panoptic_cache.cli evaluate ...
     """
     from panoptic_cache.evaluate.predict import Predictor
     from panoptic_cache.evaluate.split.evaluation import evaluate as run

@@ -213,10 +213,6 @@ def bad_input(root: Path, tmp_path: Path, trained: Path) -> dict[str, tuple[tupl
             "panoptic_broken.json",
         ),
         "size with native": (("preprocess", *val, "--out", cache, "--size", 64), "--fit"),
-        "no scheduler": (
-            ("preprocess", *val, "--out", cache, "--scheduler", "tcp://127.0.0.1:9"),
-            "no Dask scheduler",
-        ),
         "no cache": (("inspect", tmp_path), "index.json"),
         "no checkpoint": (
             ("evaluate", *val, "--checkpoint", tmp_path, "--out", out),
