@@ -170,7 +170,7 @@ def score(
     from panoptic_cache.evaluate.metric.pairs import read_pairs
     from panoptic_cache.evaluate.metric.score import score_pairs
     from panoptic_cache.evaluate.metric.workers import useful_workers
-    from panoptic_cache.pipeline.base.progress import progress
+    from panoptic_cache.pipeline.base.terminal import progress
 
     if official:
         from panoptic_cache.evaluate.metric.official import (

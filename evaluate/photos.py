@@ -21,7 +21,7 @@ from panoptic_cache.evaluate.prediction_files import (
 from panoptic_cache.evaluate.report.pictures import predicted_map, write_overlay
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
-from panoptic_cache.pipeline.base.progress import progress
+from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.train.stopping import memory_advice
 
 logger = logging.getLogger(__name__)

@@ -38,7 +38,7 @@ def synth(
     size: Annotated[int, typer.Option(min=32, help="Longer side, pixels.")] = 160,
 ) -> None:
     """Write made-up scenes as a COCO panoptic dataset."""
-    from panoptic_cache.pipeline.base.progress import progress
+    from panoptic_cache.pipeline.base.terminal import progress
     from panoptic_cache.pipeline.scenes.scene import write_dataset
 
     with progress("synth", images + val_images, "scenes") as advance:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.stopping import Interrupted, interruptible
-from panoptic_cache.pipeline.base.text import table
+from panoptic_cache.pipeline.base.process import Interrupted, interruptible
+from panoptic_cache.pipeline.base.terminal import table
 
 if TYPE_CHECKING:
     from panoptic_cache.pipeline.coco import CocoLayout

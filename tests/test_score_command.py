@@ -8,19 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import pytest
 from conftest import Run
+from rich.progress import Progress
 
 from panoptic_cache.evaluate.metric import workers as workers_module
 from panoptic_cache.evaluate.metric.pairs import read_pairs
 from panoptic_cache.evaluate.metric.workers import map_pairs, useful_workers
-from panoptic_cache.pipeline.base import progress as progress_module
-from panoptic_cache.pipeline.base.progress import Advance, progress
-from panoptic_cache.pipeline.base.text import table
+from panoptic_cache.pipeline.base.terminal import progress, table
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {
@@ -169,25 +167,19 @@ def test_a_reader_who_has_enough_sees_no_traceback(truth: Path) -> None:
 
 
 def test_a_bar_comes_when_work_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
+    shown: list[float] = []
     now = 0.0
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    bar = progress_module._bar
-
-    def noted(title: str, total: int, unit: str, done: int) -> AbstractContextManager[Advance]:
-        made.append(done)
-        return bar(title, total, unit, done)
-
-    monkeypatch.setattr(progress_module, "_bar", noted)
+    monkeypatch.setattr(Progress, "update", lambda *_, completed, **__: shown.append(completed))
     with progress("score", 9, "images", patience=1.0) as advance:
         advance()
         advance(2)
-        assert not made
+        assert not shown
         now = 1.5
         advance()
         advance()
-    assert made == [3]
+    assert shown == [4, 5]
 
 
 def test_a_table_aligns() -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import nn
 
 from panoptic_cache.pipeline.base.files import Storage
-from panoptic_cache.pipeline.base.progress import progress
+from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.pipeline.cache.sample import encode_distance
 from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.pipeline.coco import CocoLayout, PanopticRecord

@@ -17,8 +17,8 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
 from panoptic_cache.pipeline.base.config import fingerprint
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.progress import progress
-from panoptic_cache.pipeline.base.stopping import Interrupted
+from panoptic_cache.pipeline.base.process import Interrupted
+from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.train.augment import jitter_colour
 from panoptic_cache.train.checkpoint import save_checkpoint
 from panoptic_cache.train.config import TrainConfig

@@ -22,7 +22,7 @@ from torch.distributed import DistError
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
-from panoptic_cache.pipeline.base.stopping import SIGNALS
+from panoptic_cache.pipeline.base.process import SIGNALS
 from panoptic_cache.train.config import TrainConfig
 from panoptic_cache.train.ranks import Ranks
 

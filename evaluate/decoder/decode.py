@@ -19,7 +19,7 @@ from torch import Tensor
 from panoptic_cache.evaluate.decoder import field, instances, segments
 from panoptic_cache.evaluate.decoder.segments import DecodedSegment, PanopticMap
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.heap import keep_heap
+from panoptic_cache.pipeline.base.process import keep_heap
 from panoptic_cache.train.encoding import Encoding
 
 __all__ = ["DecodeConfig", "DecodedSegment", "PanopticMap", "decode"]

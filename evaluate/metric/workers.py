@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from panoptic_cache.evaluate.metric.pairs import ImagePair
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.heap import keep_heap
-from panoptic_cache.pipeline.base.stopping import held_back
+from panoptic_cache.pipeline.base.process import held_back, keep_heap
 from panoptic_cache.pipeline.png import read_ids
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from panoptic_cache.evaluate.metric.pq import CategoryStat, GroupPQ, PQResult
-from panoptic_cache.pipeline.base.text import table
+from panoptic_cache.pipeline.base.terminal import table
 from panoptic_cache.pipeline.coco import Category
 
 

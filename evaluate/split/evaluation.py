@@ -32,7 +32,7 @@ from panoptic_cache.evaluate.split.share import STEPS, predict_share
 from panoptic_cache.pipeline.annotations import ImageId
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
-from panoptic_cache.pipeline.base.stopping import Interrupted
+from panoptic_cache.pipeline.base.process import Interrupted
 from panoptic_cache.pipeline.coco import Category, CocoPanoptic
 from panoptic_cache.pipeline.png import read_ids
 from panoptic_cache.train.ranks import Ranks

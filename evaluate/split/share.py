@@ -22,7 +22,7 @@ from panoptic_cache.evaluate.prediction_files import PNG_FOLDER, PredictionRow, 
 from panoptic_cache.evaluate.split.folder import Journal, supersede
 from panoptic_cache.pipeline.annotations import ImageId
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.progress import progress
+from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.pipeline.coco import CocoPanoptic, PanopticRecord
 from panoptic_cache.pipeline.png import read_ids
 from panoptic_cache.train.ranks import Ranks

@@ -17,7 +17,7 @@ from panoptic_cache.evaluate.decoder.decode import DecodeConfig, PanopticMap, de
 from panoptic_cache.evaluate.metric.breakdown import thing_ids
 from panoptic_cache.evaluate.metric.score import ImageScore, Outcome, score_image, total_scores
 from panoptic_cache.evaluate.study.corruption import Corrupted, corrupted_images
-from panoptic_cache.pipeline.base.progress import progress
+from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.pipeline.coco import Category, CocoPanoptic
 from panoptic_cache.train.encoding import PositionalCode
 

@@ -20,7 +20,7 @@ from msgspec import Struct, structs, to_builtins
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
-from panoptic_cache.pipeline.base.progress import progress
+from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.pipeline.cache.index import (
     INDEX_NAME,
     PLAN_NAME,

@@ -18,8 +18,7 @@ from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
 
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.heap import keep_heap
-from panoptic_cache.pipeline.base.stopping import held_back
+from panoptic_cache.pipeline.base.process import held_back, keep_heap
 from panoptic_cache.pipeline.render.plan import ShardPlan
 
 T = TypeVar("T")

@@ -18,8 +18,8 @@ from typing import Any
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
-from panoptic_cache.pipeline.base.progress import progress
-from panoptic_cache.pipeline.base.stopping import Interrupted
+from panoptic_cache.pipeline.base.process import Interrupted
+from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.pipeline.cache.index import (
     INDEX_NAME,
     QUARANTINE_NAME,

@@ -12,7 +12,7 @@ from typing import Any
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
-from panoptic_cache.pipeline.base.progress import progress
+from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.pipeline.cache.index import is_claimed
 from panoptic_cache.pipeline.cache.shards import pack_shard
 from panoptic_cache.pipeline.coco import CocoPanoptic, PanopticRecord, Rejection
