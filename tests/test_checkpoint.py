@@ -397,7 +397,7 @@ def test_damaged_weights_are_refused(tmp_path: Path, content: bytes) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "unreadable"), ('{"step": 3}', "lacks cache_fingerprint"), ("[]", "state.json")],
+    [("{", "unreadable"), ('{"step": 3}', "lacks `cache_fingerprint`"), ("[]", "state.json")],
 )
 def test_a_state_that_is_none_is_named(tmp_path: Path, content: str, message: str) -> None:
     folder = save(tmp_path, 3)

@@ -12,10 +12,11 @@ import difflib
 import hashlib
 import json
 import tomllib
-import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+
+import msgspec
 
 from panoptic_cache.pipeline.base.errors import InputError
 
@@ -76,59 +77,43 @@ def build_config(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
 
     Args:
         cls: The dataclass.
-        values: Its fields as TOML gives them.
+        values: Its fields as TOML gives them; `none` stands for None, which TOML has not.
         where: The file, for messages.
 
     Raises:
         InputError: An unknown or missing key, a value of another type or out of the allowed
             choices.
     """
+    try:
+        return msgspec.convert(_known(cls, values, where), cls)
+    except msgspec.ValidationError as error:
+        what, _, path = str(error).partition(" - at `$")
+        what = what.replace("Object missing required field", "lacks")
+        keys = path.strip(".`")
+        place = f"{where}: {keys}" if keys else where
+        raise InputError(what, where=place, remedy=_choices(cls, keys)) from None
+
+
+def _known(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values, in whose tables every key is known."""
     hints = get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-            known = f"did you mean {near[0]}?" if near else f"known: {', '.join(fields)}"
-            raise InputError(f"unknown key {key}", where=where, remedy=known)
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in values
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise InputError(f"lacks {', '.join(missing)}", where=where)
-    return cls(
-        **{key: _convert(value, hints[key], f"{where}: {key}") for key, value in values.items()}
-    )
+    known: dict[str, Any] = {}
+    for key, value in dict(values).items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
+            remedy = f"did you mean {near[0]}?" if near else f"known: {', '.join(hints)}"
+            raise InputError(f"unknown key {key}", where=where, remedy=remedy)
+        kind = hints[key]
+        if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+            known[key] = _known(cast("type", kind), value, f"{where}: {key}")
+        else:
+            known[key] = None if value == "none" and type(None) in get_args(kind) else value
+    return known
 
 
-def _convert(value: Any, kind: Any, where: str) -> Any:  # noqa: PLR0911 - one return a kind of type
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(value, Mapping):
-            raise InputError("must be a table", where=where)
-        return build_config(kind, value, where=where)
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any or origin is Mapping:
-        return value
-    if origin in {Union, types.UnionType}:
-        if value is None or (value == "none" and type(None) in arguments):
-            return None
-        return _convert(value, next(a for a in arguments if a is not type(None)), where)
-    if origin is Literal:
-        if value not in arguments:
-            choices = ", ".join(map(str, arguments))
-            raise InputError(f"{value!r} is not a choice", where=where, remedy=f"one of {choices}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise InputError(f"must be a list, not {value!r}", where=where)
-        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
-            raise InputError(f"must have {len(arguments)} values, not {len(value)}", where=where)
-        return tuple(_convert(item, arguments[0], where) for item in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise InputError(f"must be {kind.__name__}, not {value!r}", where=where)
-    return value
+def _choices(cls: type, keys: str) -> str:
+    """What the field at the end of a path of keys may be, if it is one of several values."""
+    kind: Any = cls
+    for key in keys.split("."):
+        kind = get_type_hints(kind).get(key) if dataclasses.is_dataclass(kind) else None
+    return f"one of {', '.join(map(str, get_args(kind)))}" if get_origin(kind) is Literal else ""
