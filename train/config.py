@@ -16,119 +16,86 @@ Precision = Literal["bf16", "fp32"]
 
 @dataclass(frozen=True, slots=True)
 class DataConfig:
-    """What is read and how a batch is made of it.
+    """What is read and how a batch is made of it."""
 
-    Attributes:
-        cache: Folder or URL of the training cache.
-        reader: `indexed` reads local shards in any order and resumes exactly; `stream` reads
-            shards in sequence from anywhere.
-        size: Side of the network's square input, pixels; a multiple of the patch size.
-        fit: `squash` to the square, as the paper does; `longest` keeps the aspect ratio and pads;
-            `crop` keeps it, fills the square and crops.
-        augment: Switches flip, scale and colour off together.
-        flip: Mirror half of the samples.
-        scale: Range of the isotropic scale, drawn log-uniformly; what grows is cropped, what
-            shrinks is padded.
-        colour: Strength of the jitter of brightness, contrast and saturation.
-        batch: Samples per optimizer step, over all ranks and accumulated micro-batches.
-        micro_batch: The most samples that a rank puts through the network at once. Its part of the
-            batch is cut into as few micro-batches as possible, whose sizes differ by at most one.
-        workers: Loader processes per rank.
-        upscale: Allow a larger `size` than the cache was rendered at. By default that is refused,
-            because photos and targets lack the detail.
-    """
-
-    cache: str = ""
+    cache: str = ""  # Folder or URL of the training cache
+    # `indexed` reads local shards in any order and resumes exactly; `stream` reads shards in
+    # sequence from anywhere.
     reader: Literal["indexed", "stream"] = "indexed"
-    size: int = 420
+    size: int = 420  # Side of the network's square input, pixels; a multiple of the patch size
+    # `squash` to the square, as the paper does; `longest` keeps the aspect ratio and pads; `crop`
+    # keeps it, fills the square and crops.
     fit: Literal["squash", "longest", "crop"] = "squash"
-    augment: bool = True
-    flip: bool = True
+    augment: bool = True  # Switches flip, scale and colour off together
+    flip: bool = True  # Mirror half of the samples
+    # Range of the isotropic scale, drawn log-uniformly; what grows is cropped, what shrinks is
+    # padded.
     scale: tuple[float, float] = (0.7, 1.4)
-    colour: float = 0.2
-    batch: int = 256
+    colour: float = 0.2  # Strength of the jitter of brightness, contrast and saturation
+    batch: int = 256  # Samples per optimizer step, over all ranks and accumulated micro-batches
+    # The most samples that a rank puts through the network at once. Its part of the batch is cut
+    # into as few micro-batches as possible, whose sizes differ by at most one.
     micro_batch: int = 16
-    workers: int = 4
+    workers: int = 4  # Loader processes per rank
+    # Allow a larger `size` than the cache was rendered at. By default that is refused, because
+    # photos and targets lack the detail.
     upscale: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class RandomBackbone:
-    """A small `Dinov2Backbone` without pretrained weights, for demos and tests.
+    """A small `Dinov2Backbone` without pretrained weights, for demos and tests."""
 
-    Attributes:
-        hidden_size: Width, a multiple of 4 and of `heads`.
-        layers: Transformer blocks.
-        heads: Attention heads.
-        patch_size: Side of a patch, pixels.
-        grid: Patches per side that position embeddings are made for; other sizes interpolate them.
-    """
-
-    hidden_size: int = 128
-    layers: int = 6
-    heads: int = 4
-    patch_size: int = 7
+    hidden_size: int = 128  # Width, a multiple of 4 and of `heads`
+    layers: int = 6  # Transformer blocks
+    heads: int = 4  # Attention heads
+    patch_size: int = 7  # Side of a patch, pixels
+    # Patches per side that position embeddings are made for; other sizes interpolate them.
     grid: int = 16
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Encoder, decoder and heads (section 3.1).
+    """Encoder, decoder and heads (section 3.1)."""
 
-    Attributes:
-        backbone: Hub name or local folder of a pretrained DINOv2, DINOv2 with registers or DINOv3
-            ViT, or `random`.
-        random: The architecture that `random` builds.
-        taps: Encoder blocks, counted from 1, whose outputs the decoder takes.
-        channels: Width d of the decoder.
-        strides: Of the four transposed convolutions. Their product is the upscaling; the rest, up
-            to the image's size, is bilinear. Stride 1 comes second, where it is cheap.
-        drop_path: Stochastic depth, the same for each block.
-        gradient_checkpointing: Recompute the encoder in the backward pass to save memory.
-    """
-
+    # Hub name or local folder of a pretrained DINOv2, DINOv2 with registers or DINOv3 ViT, or
+    # `random`.
     backbone: str = "facebook/dinov2-base"
+    # The architecture that `random` builds.
     random: RandomBackbone = field(default_factory=RandomBackbone)
+    # Encoder blocks, counted from 1, whose outputs the decoder takes.
     taps: tuple[int, ...] = (3, 6, 9, 12)
-    channels: int = 256
+    channels: int = 256  # Width d of the decoder
+    # Of the four transposed convolutions. Their product is the upscaling; the rest, up to the
+    # image's size, is bilinear. Stride 1 comes second, where it is cheap.
     strides: tuple[int, int, int, int] = (2, 1, 2, 2)
-    drop_path: float = 0.0
+    drop_path: float = 0.0  # Stochastic depth, the same for each block
+    # Recompute the encoder in the backward pass to save memory.
     gradient_checkpointing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class LossConfig:
-    """The losses (sections 3.2 and 3.3, appendix A).
+    """The losses (sections 3.2 and 3.3, appendix A)."""
 
-    Attributes:
-        encoding: How a centroid is coded; the others are Table 3's.
-        harmonics: L of the positional code.
-        instance: `norm` is the paper's; `squared` is what an encoder without pretrained weights
-            needs, because the zero code is the geometric median while most pixels are void;
-            `squared_then_norm` changes from one to the other at `switch`.
-        switch: Fraction of the run after which `squared_then_norm` takes the norm.
-        eds: Weight pixels by edge distance sampling; otherwise all pixels weigh the same.
-        d: The distance D, in pixels of the network's input.
-        w_min: Weight of pixels far away from every boundary.
-        include_void: Unlabelled pixels count in the instance task (Table 2).
-        reduction: Of the pixel loss. `mean` divides an image's weighted sum by its sum of weights.
-            `sum` is the paper's plain sum, about 10^4 times as large; total variation and DICE stay
-            means, so `tv` and `dice` need other values then.
-        tv: Weight of the total variation.
-        dice: Weight of DICE, in the instance task.
-    """
-
+    # How a centroid is coded; the others are Table 3's.
     encoding: Literal["positional", "direct", "classification"] = "positional"
-    harmonics: int = 4
+    harmonics: int = 4  # L of the positional code
+    # `norm` is the paper's; `squared` is what an encoder without pretrained weights needs, because
+    # the zero code is the geometric median while most pixels are void; `squared_then_norm` changes
+    # from one to the other at `switch`.
     instance: Literal["norm", "squared", "squared_then_norm"] = "norm"
-    switch: float = 0.5
-    eds: bool = True
-    d: float = 20.0
-    w_min: float = 0.0
-    include_void: bool = True
+    switch: float = 0.5  # Fraction of the run after which `squared_then_norm` takes the norm
+    eds: bool = True  # Weight pixels by edge distance sampling; otherwise all pixels weigh the same
+    d: float = 20.0  # The distance D, in pixels of the network's input
+    w_min: float = 0.0  # Weight of pixels far away from every boundary
+    include_void: bool = True  # Unlabelled pixels count in the instance task (Table 2)
+    # Of the pixel loss. `mean` divides an image's weighted sum by its sum of weights. `sum` is the
+    # paper's plain sum, about 10^4 times as large; total variation and DICE stay means, so `tv` and
+    # `dice` need other values then.
     reduction: Literal["mean", "sum"] = "mean"
-    tv: float = 0.1
-    dice: float = 1.0
+    tv: float = 0.1  # Weight of the total variation
+    dice: float = 1.0  # Weight of DICE, in the instance task
 
     def distance_at(self, part: float) -> Literal["norm", "squared"]:
         """The power of the distance in the instance loss, at a fraction `part` of the run."""
@@ -139,88 +106,58 @@ class LossConfig:
 
 @dataclass(frozen=True, slots=True)
 class OptimConfig:
-    """AdamW with layer decay, linear warm-up and a cosine.
+    """AdamW with layer decay, linear warm-up and a cosine."""
 
-    Attributes:
-        lr: Peak learning rate of the decoder and the heads.
-        min_lr: Where the cosine ends.
-        warmup_epochs: Length of the linear warm-up.
-        layer_decay: Factor per block, from the last block down to the embeddings. The paper gives
-            none; 0.6 is its authors' later choice.
-        weight_decay: Not on biases, norms, LayerScale and position embeddings.
-        betas: Of AdamW.
-        clip_norm: Largest norm of the gradient; inf leaves gradients as they are.
-    """
-
-    lr: float = 5e-4
-    min_lr: float = 1e-6
-    warmup_epochs: float = 3.0
+    lr: float = 5e-4  # Peak learning rate of the decoder and the heads
+    min_lr: float = 1e-6  # Where the cosine ends
+    warmup_epochs: float = 3.0  # Length of the linear warm-up
+    # Factor per block, from the last block down to the embeddings. The paper gives none; 0.6 is its
+    # authors' later choice.
     layer_decay: float = 0.6
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip_norm: float = 1.0
+    weight_decay: float = 0.05  # Not on biases, norms, LayerScale and position embeddings
+    betas: tuple[float, float] = (0.9, 0.999)  # Of AdamW
+    clip_norm: float = 1.0  # Largest norm of the gradient; inf leaves gradients as they are
 
 
 @dataclass(frozen=True, slots=True)
 class ValidationConfig:
-    """Measures held-out samples at intervals: losses, accuracies and, with `metric`, more.
+    """Measures held-out samples at intervals: losses, accuracies and, with `metric`, more."""
 
-    Attributes:
-        cache: Folder of a cache of held-out images, on a local disk.
-        every: Optimizer steps between two validations; the last step has one too. 0 = never.
-        samples: Taken evenly from the cache; the same each time.
-        metric: `module:function` of a further measure, or empty; see `validation.Metric`.
-            `panoptic_cache.evaluate.held_out:panoptic_quality` is PQ. It is imported by name,
-            because `train` does not depend on `evaluate`.
-    """
-
-    cache: str = ""
-    every: int = 0
-    samples: int = 256
+    cache: str = ""  # Folder of a cache of held-out images, on a local disk
+    every: int = 0  # Optimizer steps between two validations; the last step has one too. 0 = never.
+    samples: int = 256  # Taken evenly from the cache; the same each time
+    # `module:function` of a further measure, or empty; see `validation.Metric`.
+    # `panoptic_cache.evaluate.held_out:panoptic_quality` is PQ. It is imported by name, because
+    # `train` does not depend on `evaluate`.
     metric: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """A whole run.
+    """A whole run."""
 
-    Attributes:
-        out: Folder of the run: `config.toml`, `metrics.jsonl`, `checkpoints/`, `pictures/`.
-        epochs: Passes over the cache.
-        steps: Optimizer steps, instead of epochs.
-        seed: Decides weights, order, augmentation and tasks.
-        precision: `bf16` computes in mixed precision.
-        compile: `torch.compile` the model.
-        checkpoint_every: Optimizer steps between two checkpoints; the last step always has one.
-        keep: The newest checkpoints to keep.
-        ema: Decay per step of a moving average of the weights, such as 0.9999; none by default.
-        log_every: Optimizer steps between two lines of `metrics.jsonl`.
-        pictures_every: Optimizer steps between two pictures of prediction beside truth; 0 = never.
-        trackers: Accelerate's trackers to use beside `metrics.jsonl`, if they are installed.
-        data: See `DataConfig`.
-        model: See `ModelConfig`.
-        loss: See `LossConfig`.
-        optim: See `OptimConfig`.
-        validation: See `ValidationConfig`.
-    """
-
+    # Folder of the run: `config.toml`, `metrics.jsonl`, `checkpoints/`, `pictures/`.
     out: str = "runs/train"
-    epochs: float = 200.0
-    steps: int | None = None
-    seed: int = 0
-    precision: Precision = "bf16"
-    compile: bool = False
+    epochs: float = 200.0  # Passes over the cache
+    steps: int | None = None  # Optimizer steps, instead of epochs
+    seed: int = 0  # Decides weights, order, augmentation and tasks
+    precision: Precision = "bf16"  # `bf16` computes in mixed precision
+    compile: bool = False  # `torch.compile` the model
+    # Optimizer steps between two checkpoints; the last step always has one.
     checkpoint_every: int = 1000
-    keep: int = 3
+    keep: int = 3  # The newest checkpoints to keep
+    # Decay per step of a moving average of the weights, such as 0.9999; none by default.
     ema: float | None = None
-    log_every: int = 1
+    log_every: int = 1  # Optimizer steps between two lines of `metrics.jsonl`
+    # Optimizer steps between two pictures of prediction beside truth; 0 = never.
     pictures_every: int = 1000
+    # Accelerate's trackers to use beside `metrics.jsonl`, if they are installed.
     trackers: tuple[str, ...] = ("tensorboard",)
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    data: DataConfig = field(default_factory=DataConfig)  # See `DataConfig`
+    model: ModelConfig = field(default_factory=ModelConfig)  # See `ModelConfig`
+    loss: LossConfig = field(default_factory=LossConfig)  # See `LossConfig`
+    optim: OptimConfig = field(default_factory=OptimConfig)  # See `OptimConfig`
+    validation: ValidationConfig = field(default_factory=ValidationConfig)  # See `ValidationConfig`
 
     def __post_init__(self) -> None:
         low, high = self.data.scale

@@ -30,15 +30,10 @@ PATIENCE = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What all ranks found together at the end of a step.
+    """What all ranks found together at the end of a step."""
 
-    Attributes:
-        signal: Of a rank that was asked to stop, else 0.
-        finite: Loss and gradient are finite on every rank.
-    """
-
-    signal: int
-    finite: bool
+    signal: int  # Of a rank that was asked to stop, else 0
+    finite: bool  # Loss and gradient are finite on every rank
 
 
 class Ranks:

@@ -48,19 +48,12 @@ MAY_CHANGE = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class TrainState:
-    """Where a run stands.
+    """Where a run stands."""
 
-    Attributes:
-        step: Optimizer steps done; the next one is this number.
-        cache_fingerprint: Of the cache it trains from.
-        config: Of the run.
-        categories: By label.
-    """
-
-    step: int
-    cache_fingerprint: str
-    config: TrainConfig
-    categories: tuple[Category, ...]
+    step: int  # Optimizer steps done; the next one is this number
+    cache_fingerprint: str  # Of the cache it trains from
+    config: TrainConfig  # Of the run
+    categories: tuple[Category, ...]  # By label
 
 
 def latest_checkpoint(checkpoints: Path, *, deep: bool = False) -> Path | None:

@@ -62,17 +62,11 @@ class Metric(Protocol):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A slice of held-out samples, opened and checked.
+    """A slice of held-out samples, opened and checked."""
 
-    Attributes:
-        reader: Reads the cache.
-        positions: Of the slice's samples in the cache, the same each time.
-        metric: A further measure, or None.
-    """
-
-    reader: ShardReader
-    positions: tuple[int, ...]
-    metric: Metric | None
+    reader: ShardReader  # Reads the cache
+    positions: tuple[int, ...]  # Of the slice's samples in the cache, the same each time
+    metric: Metric | None  # A further measure, or None
 
     def samples(self) -> Iterator[Sample]:
         """All samples of the slice."""
