@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from panoptic_cache.evaluate.study.ceiling import ceiling
 from panoptic_cache.evaluate.study.corruption import (
     LOGIT,
+    Drift,
     corrupt,
     corrupt_logits,
     corrupted_images,
@@ -96,6 +98,30 @@ def test_perfect_heads_say_the_truth(tiny_dataset: CocoPanoptic) -> None:
     assert set(length.round().unique().tolist()) <= {0.0, 8.0}
     isthing = torch.tensor([category.isthing for category in tiny_dataset.categories])
     assert isthing[logits.argmax(0)][length > 1].all()
+
+
+def test_drift_slides_centroids_over_an_instance_and_stays_on_the_curve() -> None:
+    index = np.zeros((60, 80), np.int64)
+    index[10:50, 20:70] = 1
+    slide = Drift(4, torch.Generator().manual_seed(0)).displacement(index, 1)  # (2000, 2)
+    assert slide.mean(0).abs().max() < 1e-6
+    assert slide.norm(dim=1).max().item() == pytest.approx(4 / 80)  # 2 cells of 2 / 80
+    field = slide.T.view(2, 40, 50)
+    assert (field[:, 1:] - field[:, :-1]).abs().max() < 0.01
+
+
+def test_drifting_heads_differ_in_their_codes_alone(tiny_dataset: CocoPanoptic) -> None:
+    record = tiny_dataset.records[0]
+    ids, encoding = read_ids(record.png), PositionalCode()
+    drift = Drift(4, torch.Generator().manual_seed(0))
+    plain, logits = perfect_heads(record, ids, tiny_dataset.categories, encoding, 64)
+    code, same = perfect_heads(record, ids, tiny_dataset.categories, encoding, 64, drift=drift)
+    assert torch.equal(logits, same)
+    assert not torch.equal(plain, code)
+    assert torch.allclose(plain.square().sum(0), code.square().sum(0), atol=1e-4)
+    drifted = ceiling(tiny_dataset.head(4), size=160, drift=2).pq.all
+    assert drifted is not None
+    assert drifted.pq > 0.85
 
 
 def test_made_up_scenes_score_high_and_noise_costs(tiny_dataset: CocoPanoptic) -> None:

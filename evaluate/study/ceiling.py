@@ -60,6 +60,7 @@ def ceiling(
     size: int = 420,
     noise: float = 0.0,
     semantic_noise: float = 0.0,
+    drift: float = 0.0,
     seed: int = 0,
     config: DecodeConfig | None = None,
 ) -> Outcome:
@@ -70,6 +71,7 @@ def ceiling(
         size: Side of the network's square input, pixels.
         noise: Level of corruption of the codes, see `corruption.corrupt`.
         semantic_noise: The same of the logits, see `corruption.corrupt_logits`.
+        drift: Cells of 80 that centroids slide over an instance, see `corruption.Drift`.
         seed: Of the corruption; each image draws from its own generator.
         config: Settings of the decoder; defaults where None.
 
@@ -81,7 +83,13 @@ def ceiling(
     """
     decoders = {"ours": ours(config)}
     return compare_decoders(
-        dataset, decoders, size=size, noise=noise, semantic_noise=semantic_noise, seed=seed
+        dataset,
+        decoders,
+        size=size,
+        noise=noise,
+        semantic_noise=semantic_noise,
+        drift=drift,
+        seed=seed,
     )["ours"]
 
 
@@ -122,6 +130,7 @@ def compare_decoders(
     size: int,
     noise: float,
     semantic_noise: float = 0.0,
+    drift: float = 0.0,
     seed: int = 0,
 ) -> dict[str, Outcome]:
     """Gives several decoders the same codes; arguments and errors as of `ceiling`.
@@ -134,7 +143,7 @@ def compare_decoders(
     found: dict[str, list[ImageScore]] = {name: [] for name in decoders}
     encoding, clocks = Clock(), {name: Clock() for name in decoders}
     images = corrupted_images(
-        dataset, size=size, noise=noise, semantic_noise=semantic_noise, seed=seed
+        dataset, size=size, noise=noise, semantic_noise=semantic_noise, drift=drift, seed=seed
     )
     channels = PositionalCode().channels + len(dataset.categories)
     step = max(1, min(BATCH, LARGEST // (4 * channels * size**2)))

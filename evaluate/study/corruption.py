@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,13 +17,16 @@ from panoptic_cache.evaluate.metric.score import check_scorable
 from panoptic_cache.pipeline.coco import Category, CocoPanoptic, PanopticRecord
 from panoptic_cache.pipeline.png import read_ids
 from panoptic_cache.pipeline.targets import geometry, make_segment_map, resize_segment_map
-from panoptic_cache.train.encoding import Encoding, PositionalCode
+from panoptic_cache.train.encoding import GRID_CELLS, Encoding, PositionalCode
 
 LOGIT = 10.0
 """Of the true category; the others have 0. Unlabelled pixels have 0 everywhere: no opinion."""
 
 NOISE_GRID = 8
 """Pixels between the values that smooth noise interpolates."""
+
+DRIFT_GRID = 3
+"""Random values an axis that the drift of an instance interpolates, over its bounding box."""
 
 SEMANTIC_SMOOTH = 0.17
 """Smooth noise of the logits at level 1, over `LOGIT`."""
@@ -48,14 +52,23 @@ class Corrupted:
 
 
 def corrupted_images(
-    dataset: CocoPanoptic, *, size: int, noise: float, semantic_noise: float = 0.0, seed: int
+    dataset: CocoPanoptic,
+    *,
+    size: int,
+    noise: float,
+    semantic_noise: float = 0.0,
+    drift: float = 0.0,
+    seed: int,
 ) -> Iterator[Corrupted]:
     """The images of a split with their corrupted heads; arguments and errors as of `ceiling`."""
     check_scorable(dataset)
     for number, record in enumerate(dataset.records):
         ids = read_ids(record.png)
-        code, logits = perfect_heads(record, ids, dataset.categories, PositionalCode(), size)
         draw = seed * len(dataset.records) + number
+        slide = Drift(drift, torch.Generator().manual_seed(draw)) if drift else None
+        code, logits = perfect_heads(
+            record, ids, dataset.categories, PositionalCode(), size, drift=slide
+        )
         # Generators of their own, so that the noise of one head does not change the other's.
         generators = [torch.Generator().manual_seed(start) for start in (draw, -1 - draw)]
         yield Corrupted(
@@ -66,14 +79,44 @@ def corrupted_images(
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """How the centroids that a network names slide over an instance, on the curve of the codes.
+
+    Attributes:
+        cells: Cells of 80 that the farthest places named are apart, at most.
+        generator: Of the direction, on the processor.
+    """
+
+    cells: float
+    generator: torch.Generator
+
+    def displacement(self, index: NDArray[np.int64], row: int) -> Tensor:
+        """(P, 2) what to add to (u, v) at the pixels of a row of the segment table; mean 0."""
+        y, x = np.nonzero(index == row)
+        top, left = y.min(), x.min()
+        field = F.interpolate(
+            torch.randn(1, 2, DRIFT_GRID, DRIFT_GRID, generator=self.generator),
+            size=(int(y.max() - top) + 1, int(x.max() - left) + 1),
+            mode="bicubic",
+            align_corners=True,
+        )[0]
+        slide = field[:, y - top, x - left].T  # (P, 2)
+        slide = slide - slide.mean(0)
+        reach = slide.norm(dim=1).max().clamp_min(1e-6)
+        return slide / reach * (self.cells / GRID_CELLS)
+
+
 def perfect_heads(
     record: PanopticRecord,
     ids: np.ndarray[Any, np.dtype[np.int32]],
     categories: tuple[Category, ...],
     encoding: Encoding,
     size: int,
+    *,
+    drift: Drift | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What a network without error says.
+    """What a network without error says, or one whose centroids drift.
 
     Args:
         record: The annotated image.
@@ -81,6 +124,7 @@ def perfect_heads(
         categories: By label.
         encoding: Of the centroids; its targets must be what the network predicts.
         size: Side of the squashed picture, pixels.
+        drift: Of the centroids; none where None.
 
     Returns:
         (channels, size, size) codes and (C, size, size) logits, float32.
@@ -98,13 +142,20 @@ def perfect_heads(
     )
     centroids = torch.zeros(len(rows) + 1, 2)
     centroids[1:] = torch.from_numpy(found.centroid).nan_to_num()
-    codes = encoding.encode(centroids, present)  # (n + 1, channels)
     logits = torch.zeros(len(rows) + 1, len(categories))
     for row, category in enumerate(rows, start=1):
         logits[row, category.label] = LOGIT
-    pixels = torch.from_numpy(index.astype(np.int64)).flatten()
+    map_ = index.astype(np.int64)
+    pixels = torch.from_numpy(map_).flatten()
+    if drift is None:
+        codes = encoding.encode(centroids, present)[pixels]  # (size^2, channels)
+    else:
+        places = centroids[pixels]  # (size^2, 2)
+        for row in present.nonzero()[:, 0].tolist():
+            places[pixels == row] += drift.displacement(map_, row)
+        codes = encoding.encode(places, present[pixels])
     return (
-        codes.T.index_select(1, pixels).view(-1, size, size),
+        codes.T.contiguous().view(-1, size, size),
         logits.T.index_select(1, pixels).view(-1, size, size),
     )
 
