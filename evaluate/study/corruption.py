@@ -101,10 +101,11 @@ class Drift:
             mode="bicubic",
             align_corners=True,
         )[0]
-        slide = field[:, y - top, x - left].T  # (P, 2)
+        slide: Tensor = field[:, y - top, x - left].T  # (P, 2)
         slide = slide - slide.mean(0)
         reach = slide.norm(dim=1).max().clamp_min(1e-6)
-        return slide / reach * (self.cells / GRID_CELLS)
+        scaled: Tensor = slide * (self.cells / GRID_CELLS / reach)
+        return scaled
 
 
 def perfect_heads(
