@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,6 +29,7 @@ from panoptic_cache.pipeline.console import (
 if TYPE_CHECKING:
     from panoptic_cache.evaluate.metric.pq import PQResult
     from panoptic_cache.pipeline.coco import Category
+    from panoptic_cache.train.encoding import Encoding
 
 app = typer.Typer()
 bench = typer.Typer()
@@ -44,6 +46,20 @@ Device = Annotated[str | None, typer.Option(help="Such as cuda; by default a GPU
 
 SemanticNoise = Annotated[
     float, typer.Option(min=0, help="Level of corruption of the semantic logits, 0 to 3.")
+]
+Drift = Annotated[
+    float,
+    typer.Option(min=0, help="Cells that centroids drift within an instance, of the grid of 80."),
+]
+CodeOf = Annotated[
+    Path | None, typer.Option("--checkpoint", help="Use the code of this run or checkpoint.")
+]
+Harmonics = Annotated[
+    int | None, typer.Option(min=1, max=8, help="L of the positional code; 4 by default.")
+]
+PartOption = Annotated[
+    Literal["all", "tuning", "reporting"],
+    typer.Option("--part", help="Every second image by name, to keep tuning apart from reporting."),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first N images.")]
 PrecisionOption = Annotated[
@@ -71,6 +87,9 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Images the network takes at once.")] = 8,
     limit: Limit = None,
     overlays: Annotated[int, typer.Option(min=0, help="Images to draw.")] = 16,
+    save_heads: Annotated[
+        Path | None, typer.Option(help="Folder for what the heads say, for bench decode --heads.")
+    ] = None,
     flip: Flip = False,
     sizes: Sizes = None,
     device: Device = None,
@@ -105,6 +124,7 @@ def evaluate(
         out,
         batch=batch,
         overlays=overlays,
+        heads_folder=save_heads,
         title=f"Panoptic quality, {name}",
         ranks=ranks,
     )
@@ -209,18 +229,26 @@ def ceiling(
     size: Annotated[int, typer.Option(min=1, help="Side of the network's input.")] = 420,
     noise: Annotated[float, typer.Option(min=0, help="Level of corruption, 0 to 3.")] = 0.0,
     semantic_noise: SemanticNoise = 0.0,
+    drift: Drift = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the corruption.")] = 0,
+    checkpoint: CodeOf = None,
+    harmonics: Harmonics = None,
     limit: Limit = None,
     as_json: Json = False,
 ) -> None:
     """Score the ground truth, encoded, corrupted and decoded: the best a network could reach."""
-    from panoptic_cache.evaluate.study.ceiling import ceiling as measure
+    from panoptic_cache.evaluate.study.comparison import ceiling as measure
+    from panoptic_cache.evaluate.study.corruption import Corruption
     from panoptic_cache.pipeline.coco import read_dataset
 
     layout, _ = dataset_layout(coco, split, images, panoptic_json, panoptic_dir)
     dataset = read_dataset(layout).head(limit)
-    result = measure(dataset, size=size, noise=noise, semantic_noise=semantic_noise, seed=seed)
-    _show_scores(result.pq, dataset.categories, result.to_json(), as_json, by_category=False)
+    corruption = Corruption(size, noise, semantic_noise, drift, seed)
+    result, quality = measure(dataset, corruption, encoding=_code(checkpoint, harmonics))
+    values = {**result.to_json(), "measured": quality and asdict(quality)}
+    _show_scores(result.pq, dataset.categories, values, as_json, by_category=False)
+    if quality and not as_json:
+        print(f"measured noise {quality.noise:.3g}, drift {quality.drift:.3g} cells a pixel")
 
 
 @app.command("export")
@@ -250,15 +278,33 @@ def export(
 def bench_decode(
     coco: Root = None,
     split: Split = None,
-    count: Count = 4,
+    heads: Annotated[
+        Path | None, typer.Option(help="Heads saved by evaluate --save-heads, instead of --coco.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Images; 4 by default, all of saved heads.")
+    ] = None,
     size: Annotated[int, typer.Option(min=14, help="Side of the network's output.")] = 420,
     semantic_noise: SemanticNoise = 0.0,
+    drift: Drift = 0.0,
+    checkpoint: CodeOf = None,
+    harmonics: Harmonics = None,
+    part: PartOption = "all",
     as_json: Json = False,
 ) -> None:
-    """Decoding by this and other decoders: PQ by level of noise, and time."""
+    """Decoding by this and other decoders: PQ and time, on saved heads or by level of noise."""
     from panoptic_cache.evaluate.study.bench import bench_decode as measure
+    from panoptic_cache.evaluate.study.bench import bench_heads
+    from panoptic_cache.evaluate.study.corruption import Corruption
 
-    print_bench(measure(bench_layout(coco, split), count, size, semantic_noise), as_json)
+    if heads is not None:
+        if coco or split or checkpoint or harmonics or semantic_noise or drift:
+            raise typer.BadParameter("--heads comes with its own images and code")
+        print_bench(bench_heads(heads, part, count), as_json)
+        return
+    corruption = Corruption(size, semantic_noise=semantic_noise, drift=drift)
+    encoding, layout = _code(checkpoint, harmonics), bench_layout(coco, split)
+    print_bench(measure(layout, count or 4, corruption, encoding, part), as_json)
 
 
 @bench.command("score")
@@ -269,6 +315,19 @@ def bench_score(
     from panoptic_cache.evaluate.study.bench import bench_score as measure
 
     print_bench(measure(bench_layout(coco, split), count), as_json)
+
+
+def _code(checkpoint: Path | None, harmonics: int | None) -> Encoding:
+    """The code of a run, or the positional one."""
+    from panoptic_cache.train.encoding import PositionalCode, make_encoding
+    from panoptic_cache.train.restore import find_checkpoint, read_state
+
+    if checkpoint is None:
+        return PositionalCode(harmonics or PositionalCode().harmonics)
+    if harmonics is not None:
+        raise typer.BadParameter("give --checkpoint or --harmonics, not both")
+    loss = read_state(find_checkpoint(checkpoint)).config.loss
+    return make_encoding(loss.encoding, loss.harmonics)
 
 
 def _sides(text: str | None) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ ARROWS = {
     "evaluate.metric": "pipeline.base pipeline",
     "evaluate.report": "pipeline.base pipeline pipeline.pictures evaluate.metric evaluate.decoder",
     "evaluate.split": "pipeline.base pipeline train evaluate evaluate.decoder evaluate.metric"
+    " evaluate.study"  # for saved heads, which studies read
     " evaluate.report",
     "evaluate.study": "pipeline.* train evaluate.decoder evaluate.metric",
     "evaluate": "pipeline.* train evaluate.decoder evaluate.metric evaluate.report",

@@ -7,75 +7,104 @@ import math
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
-from panoptic_cache.evaluate.decoder.decode import PanopticMap
-from panoptic_cache.evaluate.study.bench import RIVALS, DecodeBench, bench_decode
-from panoptic_cache.evaluate.study.ceiling import Decoder
+from panoptic_cache.evaluate.study import bench
+from panoptic_cache.evaluate.study.bench import KNOWN, OURS, bench_decode
+from panoptic_cache.evaluate.study.corruption import Corruption
+from panoptic_cache.evaluate.study.heads import ImageHeads
 from panoptic_cache.evaluate.study.rivals import (
+    Rival,
     grid_codes,
+    known_instances,
     matrix_nms,
+    nearest_cell_or_void,
     nearest_code,
+    rivals,
     strict_maxima,
     vote,
 )
+from panoptic_cache.pipeline.annotations import SegmentInfo
+from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.train.encoding import GRID_CELLS, PositionalCode, cell_centres, gamma
 
-ISTHING = torch.tensor([True, True, False])
+CATEGORIES = (
+    Category(1, "disc", True, 0),
+    Category(2, "box", True, 1),
+    Category(3, "sky", False, 2),
+)
+RIVALS = {
+    f"{name}, {setting}": rival
+    for name, settings in rivals(420).items()
+    for setting, rival in settings.items()
+    if not setting.startswith("20 ")  # cells too wide for the small scene
+}
+RIVALS[KNOWN] = known_instances
 
 
-def scene() -> tuple[torch.Tensor, torch.Tensor, NDArray[np.int64]]:
-    """Two far-apart things and stuff of 32 x 32, with the truth as 1, 2 and 0."""
+def scene() -> ImageHeads:
+    """Two things far apart and stuff, of 32 x 32; their true ids are 1, 2 and 3."""
     truth = torch.zeros(32, 32, dtype=torch.int64)
     truth[4:14, 4:14], truth[16:28, 18:30] = 1, 2
     centroids = torch.tensor([[0.0, 0.0], [-0.44, -0.44], [0.5, 0.375]])
     codes = PositionalCode().encode(centroids, torch.tensor([False, True, True]))
     labels = torch.tensor([2, 0, 1])[truth]
     logits = 10.0 * torch.nn.functional.one_hot(labels, 3).permute(2, 0, 1).float()
-    return codes[truth].permute(2, 0, 1), logits, truth.numpy()
+    segments = (SegmentInfo(1, 1, False), SegmentInfo(2, 2, False), SegmentInfo(3, 3, False))
+    ids = truth.where(truth > 0, 3).numpy().astype(np.int32)
+    return ImageHeads("one", codes[truth].permute(2, 0, 1), logits, ids, segments)
 
 
 @pytest.mark.parametrize("rival", RIVALS.values(), ids=RIVALS)
-def test_a_clear_scene_is_decoded_right(rival: Decoder) -> None:
-    code, logits, truth = scene()
-    found: PanopticMap = rival(code, logits, ISTHING, (32, 32))
+def test_a_clear_scene_is_decoded_right(rival: Rival) -> None:
+    image = scene()
+    found = rival(image, CATEGORIES)
     assert [s.label for s in found.segments if s.isthing] == [0, 1]
     by_label = {s.label: s.id for s in found.segments}
-    wanted = np.array([by_label[2], by_label[0], by_label[1]])[truth]
+    wanted = np.array([0, by_label[0], by_label[1], by_label[2]])[image.ids]
     assert np.array_equal(found.ids, wanted)
 
 
 @pytest.mark.parametrize("rival", RIVALS.values(), ids=RIVALS)
 @pytest.mark.parametrize("fill", [0.0, 1.0], ids=["void", "things"])
-def test_one_kind_of_pixel_only(rival: Decoder, fill: float) -> None:
-    code = fill * PositionalCode().encode(torch.zeros(1, 2), torch.tensor([True]))
-    logits = torch.tensor([9.0, 0.0, 0.0]).view(3, 1, 1).expand(3, 12, 12)
-    found = rival(code.view(16, 1, 1).expand(16, 12, 12), logits, ISTHING, (12, 12))
-    assert (found.ids > 0).all() == bool(fill)
-    assert len(found.segments) == int(fill)
+def test_one_kind_of_pixel_only(rival: Rival, fill: float) -> None:
+    code = fill * PositionalCode().encode(torch.full((1, 2), 0.11), torch.tensor([True]))
+    logits = torch.tensor([9.0, 0.0, 0.0] if fill else [0.0, 0.0, 9.0]).view(3, 1, 1)
+    image = ImageHeads(
+        "one",
+        code.view(16, 1, 1).repeat(1, 12, 12),
+        logits.repeat(1, 12, 12),
+        np.full((12, 12), int(fill), np.int32),
+        (SegmentInfo(1, 1, False),) if fill else (),
+    )
+    found = rival(image, CATEGORIES)
+    assert [s.isthing for s in found.segments] == [bool(fill)]
+    assert (found.ids > 0).all()
 
 
 def test_the_full_search_is_the_search_through_all() -> None:
     torch.manual_seed(0)
     code = torch.randn(16, 5, 7)
-    cells = grid_codes(4)
+    cells = grid_codes(4, GRID_CELLS)
     assert len(cells) == GRID_CELLS**2
     centres = cell_centres(GRID_CELLS)
     row, column = 7, 31
     wanted = torch.cat([gamma(centres[column], 4), gamma(centres[row], 4)])
     assert torch.equal(cells[row * GRID_CELLS + column], wanted)
-    found = nearest_code(code, cells)
-    for y in range(5):
-        for x in range(7):
-            distances = (cells - code[:, y, x]).square().sum(1)
-            assert distances[found[y, x]] == pytest.approx(distances.min().item())
+    code[:, 0, 0] = 0.1
+    candidates = torch.cat([torch.zeros(1, 16), cells])
+    for found in (nearest_code(code, cells), nearest_cell_or_void(code, GRID_CELLS)):
+        assert found[0, 0] == 0
+        for y in range(5):
+            for x in range(7):
+                distances = (candidates - code[:, y, x]).square().sum(1)
+                assert distances[found[y, x]] == pytest.approx(distances.min().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 2.0])
 def test_votes_are_a_product_of_kernels(sharpness: float) -> None:
     torch.manual_seed(0)
     code = torch.randn(16, 2, 3)
-    votes = vote(code, sharpness)
+    votes = vote(code, GRID_CELLS, sharpness)
     grid = gamma(cell_centres(GRID_CELLS), 4)
     for row, column in ((0, 0), (79, 3), (40, 41)):
         total = 0.0
@@ -117,11 +146,16 @@ def test_matrix_nms_by_a_double_loop() -> None:
     torch.testing.assert_close(matrix_nms(masks, classes, scores), torch.tensor(wanted))
 
 
-def test_the_benchmark_compares_all_on_the_same_images() -> None:
-    found: DecodeBench = bench_decode(images=2, size=56)
-    assert [t.name for t in found.timings] == ["ours", "ours, one by one", *RIVALS]
+def test_the_benchmark_compares_all_on_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {name: dict([*some.items()][:2]) for name, some in rivals(56).items()}
+    monkeypatch.setattr(bench, "rivals", lambda _: few)
+    found = bench_decode(images=2, corruption=Corruption(56, drift=2.0))
+    names = [OURS, *rivals(56), KNOWN]
+    assert [case.name for case in found.cases] == [f"level {level}" for level in range(4)]
+    assert all([one.decoder for one in case.results] == names for case in found.cases)
     assert all(len(row) == len(found.columns) for row in found.rows())
-    assert all(t.ms > 0 and len(t.pq) == len(t.things) == 4 for t in found.timings)
-    assert found.to_json()["ratios"].keys() == {
-        f"{name} against ours" for name in ("ours, one by one", *RIVALS)
-    }
+    values = found.to_json()
+    assert values["ratios"].keys() == {f"{name} against ours" for name in names[1:]}
+    assert [row["name"] for row in values["timings"]] == names
+    assert all(row["ms"] > 0 and len(row["pq"]) == 4 for row in values["timings"])
+    assert values["measured"]["level 0"]["noise"] < values["measured"]["level 3"]["noise"]

@@ -29,6 +29,7 @@ from panoptic_cache.evaluate.report.pictures import (
 )
 from panoptic_cache.evaluate.split.folder import SCORES, read_journals, sweep
 from panoptic_cache.evaluate.split.share import STEPS, predict_share
+from panoptic_cache.evaluate.study.heads import Meta, save_meta
 from panoptic_cache.pipeline.annotations import ImageId
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
@@ -47,6 +48,7 @@ def evaluate(
     *,
     batch: int = 8,
     overlays: int = 16,
+    heads_folder: Path | None = None,
     title: str = "Panoptic quality",
     ranks: Ranks | None = None,
 ) -> Outcome:
@@ -62,6 +64,7 @@ def evaluate(
         out: Folder to write.
         batch: Images that the network takes at once.
         overlays: Number of images to draw.
+        heads_folder: Where to save what the heads say, see `study/heads.py`.
         title: Of the report.
         ranks: The processes that share the work; all of them call this and get the result.
 
@@ -81,6 +84,8 @@ def evaluate(
             if not ranks.main:
                 return {}
             Storage(str(out / PNG_FOLDER)).create()
+            if heads_folder is not None:
+                save_meta(heads_folder, heads_meta(predictor, heads_folder.name))
             stack.enter_context(Storage(str(out)).locked())
             return read_journals(out, identity)
 
@@ -90,7 +95,14 @@ def evaluate(
         try:
             shares = ranks.gather(
                 lambda: predict_share(
-                    predictor, dataset, out, batch=batch, ranks=ranks, done=done, identity=identity
+                    predictor,
+                    dataset,
+                    out,
+                    batch=batch,
+                    ranks=ranks,
+                    done=done,
+                    identity=identity,
+                    heads_folder=heads_folder,
                 )
             )
         except Interrupted as stop:
@@ -120,6 +132,20 @@ def evaluate(
             )
             sweep(out, rows, overlays)
     return outcome
+
+
+def heads_meta(predictor: Predictor, name: str) -> Meta:
+    """What is common to the heads of all images."""
+    config = predictor.state.config
+    return Meta(
+        name=name,
+        step=predictor.state.step,
+        network_size=predictor.size,
+        encoding=config.loss.encoding,
+        harmonics=config.loss.harmonics,
+        fit=config.data.fit,
+        categories=predictor.categories,
+    )
 
 
 def write_pictures(

@@ -20,6 +20,7 @@ from panoptic_cache.evaluate.photos import ahead
 from panoptic_cache.evaluate.predict import Heads, Pixels, Predictor, read_picture
 from panoptic_cache.evaluate.prediction_files import PNG_FOLDER, PredictionRow, write_png
 from panoptic_cache.evaluate.split.folder import Journal, supersede
+from panoptic_cache.evaluate.study.heads import save_heads
 from panoptic_cache.pipeline.annotations import ImageId
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.terminal import progress
@@ -59,6 +60,7 @@ def predict_share(
     ranks: Ranks,
     done: Mapping[ImageId, PredictionRow],
     identity: Mapping[str, Any],
+    heads_folder: Path | None = None,
 ) -> Share:
     """Predicts and scores the images [rank::world], or scores from disk those that are done.
 
@@ -70,7 +72,8 @@ def predict_share(
     for at in mine:
         record = dataset.records[at]
         row = done.get(record.image_id)
-        if row is not None:
+        saved = heads_folder is None or (heads_folder / f"{record.key}.npz").exists()
+        if row is not None and saved:
             with suppress(InputError):  # what cannot be read back is predicted again
                 ids = read_ids(out / PNG_FOLDER / row.file_name)
                 share.outcomes[at] = row, score_row(record, row, ids, things)
@@ -79,12 +82,15 @@ def predict_share(
     batch = min(batch, len(dataset.records))
     photos = ahead(read_annotated, [dataset.records[at] for at in rest], 2 * batch)
 
-    def keep(places: Sequence[int], results: Sequence[PanopticMap]) -> None:
+    def keep(places: Sequence[int], heads: Sequence[Heads], results: Sequence[PanopticMap]) -> None:
         """Writes, notes and scores a batch."""
         supersede(out)
-        for at, result in zip(places, results, strict=True):
+        for at, both, result in zip(places, heads, results, strict=True):
             record = dataset.records[at]
             with share.timed("write"):
+                if heads_folder is not None:
+                    ids = read_ids(record.png)
+                    save_heads(heads_folder, record.key, both, ids, record.segments)
                 row = write_png(out, record.image_id, record.key, result, predictor.categories)
                 journal.note(row)
             with share.timed("score"):
@@ -113,7 +119,7 @@ def predict_share(
                     results = decoded(predictor, heads, records)
             if kept is not None:
                 kept.result()
-            kept = behind.submit(keep, places, results)
+            kept = behind.submit(keep, places, heads, results)
         if kept is not None:
             kept.result()
     return share

@@ -2,147 +2,311 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import cv2
 import torch
-from torch import Tensor
 
-from panoptic_cache.evaluate.decoder.decode import PanopticMap
-from panoptic_cache.evaluate.metric.pairs import read_pairs
+from panoptic_cache.evaluate.metric.pairs import ImagePair
 from panoptic_cache.evaluate.metric.pq import GroupPQ
-from panoptic_cache.evaluate.metric.score import score_pairs
-from panoptic_cache.evaluate.study.ceiling import Decoder, compare_decoders, one_by_one, ours
-from panoptic_cache.evaluate.study.rivals import (
-    full_search,
-    painter,
-    soft_votes,
-    soft_votes_squared,
+from panoptic_cache.evaluate.metric.score import Outcome, score_pairs
+from panoptic_cache.evaluate.study.comparison import (
+    Comparison,
+    Decoder,
+    compare_decoders,
+    our_decoder,
 )
-from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic
+from panoptic_cache.evaluate.study.corruption import Corruption, Quality, corrupted_heads
+from panoptic_cache.evaluate.study.heads import (
+    ImageHeads,
+    Part,
+    in_part,
+    list_heads,
+    read_heads,
+    read_meta,
+)
+from panoptic_cache.evaluate.study.rivals import Rival, known_instances, rivals
+from panoptic_cache.pipeline.coco import Category, CocoLayout
 from panoptic_cache.pipeline.render.bench import Bench, Timing, bench_dataset, best_ms
+from panoptic_cache.train.encoding import Encoding, PositionalCode
 
 LEVELS = (0, 1, 2, 3)
-"""Of corruption, see `corruption.corrupt`."""
-OURS, ALONE = "ours", "ours, one by one"
-RIVALS: dict[str, Decoder] = {
-    "full search": full_search,
-    "soft votes": soft_votes,
-    "soft votes, sharper": soft_votes_squared,
-    "Painter's masks": painter,
-}
+"""Of corruption of the codes."""
+OURS, KNOWN = "ours", "known instances"
 
 
 @dataclass(frozen=True, slots=True)
-class DecoderTiming:
-    """One decoder, with one setting for all levels.
+class DecoderResult:
+    """What a decoder reached on one set of heads; PQ in percent, None where it is undefined.
 
     Attributes:
-        name: Which.
-        ms: Wall milliseconds an image, from heads to the native panoptic map, mean over levels.
-        pq: All PQ in percent, by level of corruption; None where it is not defined.
-        things: The same of Things.
+        decoder: Its name.
+        setting: The one of several that suits a rival best on these heads; empty for ours.
+        All: PQ.
+        Things: The same.
+        Stuff: The same.
+        agnostic: PQ of things as one category.
+        tp: Of that.
+        fp: Of that.
+        fn: Of that.
+        ms: Wall milliseconds an image, from heads to the native panoptic map.
+        behind: All PQ of ours less this one's; None for ours.
+        interval: 95 % interval of that, over images.
+    """
+
+    decoder: str
+    setting: str
+    All: float | None
+    Things: float | None
+    Stuff: float | None
+    agnostic: float
+    tp: int
+    fp: int
+    fn: int
+    ms: float
+    behind: float | None = None
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """The decoders on one set of heads.
+
+    Attributes:
+        name: Of the set.
+        results: Ours first.
+        quality: What its codes look like.
     """
 
     name: str
-    ms: float
-    pq: tuple[float | None, ...]
-    things: tuple[float | None, ...]
+    results: tuple[DecoderResult, ...]
+    quality: Quality | None
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeBench:
-    """Decoders on the same corrupted codes.
+    """Decoders on one or several sets of heads.
 
     Attributes:
         title: What was measured, on what.
-        timings: Ours first.
+        cases: With the same decoders.
     """
 
     title: str
-    timings: tuple[DecoderTiming, ...]
+    cases: tuple[Case, ...]
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Of `rows`."""
-        return ("All/Things PQ", *(f"level {level}" for level in LEVELS), "ms/image", "of ours")
+        if len(self.cases) == 1:
+            return ("PQ", "All", "Things", "Stuff", "agnostic", "TP", "FP", "FN", "ms", "to ours")
+        return ("All/Things PQ", *(case.name for case in self.cases), "ms/image", "of ours")
 
     def rows(self) -> list[tuple[str, ...]]:
-        """A line for each decoder."""
-        own = self.timings[0].ms
-        return [
-            (
-                t.name,
-                *(f"{_percent(a)}/{_percent(b)}" for a, b in zip(t.pq, t.things, strict=True)),
-                f"{t.ms:.1f}",
-                f"{t.ms / own:.1f}",
-            )
-            for t in self.timings
+        """A line for each decoder, then what the codes look like."""
+        results = [*zip(*(case.results for case in self.cases), strict=True)]
+        lines = [
+            _single(*of_one) if len(of_one) == 1 else _levels(of_one, results[0])
+            for of_one in results
         ]
+        for name in ("noise", "drift"):
+            values = [getattr(case.quality, name, None) for case in self.cases]
+            text = ["-" if value is None else f"{value:.3g}" for value in values]
+            lines.append((f"measured {name}", *text, *[""] * (len(self.columns) - 1 - len(text))))
+        return lines
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as `bench decode --json` prints them."""
-        own = self.timings[0].ms
-        return asdict(self) | {
-            "ratios": {f"{t.name} against ours": t.ms / own for t in self.timings[1:]}
+        """Plain values, as `bench decode --json` prints them.
+
+        `rows` has the fields of `DecoderResult` and `case`; `measured` the noise and the drift of
+        each case; `timings` and `ratios` are means over the cases.
+        """
+        results = [*zip(*(case.results for case in self.cases), strict=True)]
+        own = _ms(results[0])
+        return {
+            "title": self.title,
+            "rows": [{"case": c.name, **asdict(r)} for c in self.cases for r in c.results],
+            "measured": {c.name: c.quality and asdict(c.quality) for c in self.cases},
+            "timings": [
+                {
+                    "name": some[0].decoder,
+                    "ms": _ms(some),
+                    "pq": [one.All for one in some],
+                    "things": [one.Things for one in some],
+                }
+                for some in results
+            ],
+            "ratios": {f"{s[0].decoder} against ours": _ms(s) / own for s in results[1:]},
         }
+
+
+def _ms(some: Sequence[DecoderResult]) -> float:
+    return fmean(one.ms for one in some)
+
+
+def _named(one: DecoderResult) -> str:
+    return f"{one.decoder}, {one.setting}" if one.setting else one.decoder
 
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
+def _single(one: DecoderResult) -> tuple[str, ...]:
+    behind = ""
+    if one.behind is not None and one.interval is not None:
+        behind = f"{one.behind:+.1f} [{one.interval[0]:.1f}, {one.interval[1]:.1f}]"
+    values = (_percent(value) for value in (one.All, one.Things, one.Stuff, one.agnostic))
+    counts = (str(count) for count in (one.tp, one.fp, one.fn))
+    return (_named(one), *values, *counts, f"{one.ms:.1f}", behind)
+
+
+def _levels(some: Sequence[DecoderResult], ours: Sequence[DecoderResult]) -> tuple[str, ...]:
+    quality = (f"{_percent(one.All)}/{_percent(one.Things)}" for one in some)
+    return (_named(some[0]), *quality, f"{_ms(some):.1f}", f"{_ms(some) / _ms(ours):.1f}")
+
+
+def bench_heads(folder: Path, part: Part = "all", limit: int | None = None) -> DecodeBench:
+    """Decodes saved heads by ours and by other decoders.
+
+    Args:
+        folder: See `heads.py`.
+        part: Which of its images.
+        limit: Only the first so many of these.
+
+    Raises:
+        InputError: The folder or a file of it cannot be used.
+    """
+    meta = read_meta(folder)
+    paths = list_heads(folder, part)[:limit]
+    found = _compare(
+        lambda: read_heads(paths, meta),
+        len(paths),
+        meta.categories,
+        meta.code(),
+        meta.network_size,
+        title="heads",
+    )
+    case = meta.name or folder.name
+    (results,) = _results([found])
+    threads = torch.get_num_threads()
+    title = f"decoding {len(paths)} images of {case}, {threads} threads"
+    return DecodeBench(title, (Case(case, results, found.quality()),))
+
+
 def bench_decode(
     layout: CocoLayout | None = None,
     images: int = 4,
-    size: int = 420,
-    semantic_noise: float = 0.0,
+    corruption: Corruption | None = None,
+    encoding: Encoding | None = None,
+    part: Part = "all",
 ) -> DecodeBench:
     """Corrupts the ground truth's codes, and decodes them by ours and by other decoders.
 
-    All have the paper's grid of 80 x 80 cells, whatever the size.
-
     Args:
         layout: A real dataset; made-up scenes where None.
-        images: How many; the full search takes seconds for each.
-        size: Side of the network's output.
-        semantic_noise: Level of corruption of the logits, see `corruption.corrupt_logits`.
+        images: How many.
+        corruption: Size and errors; the noise of the codes takes all of `LEVELS`.
+        encoding: Of the codes; the paper's where None.
+        part: Which of the images.
     """
-    whole = ours()
-
-    def alone(code: Tensor, logits: Tensor, isthing: Tensor, size: tuple[int, int]) -> PanopticMap:
-        return whole([code], [logits], isthing, [size])[0]
-
-    others = {ALONE: alone, **RIVALS}
-    decoders = {OURS: whole, **{name: one_by_one(other) for name, other in others.items()}}
-    with bench_dataset(layout, images) as dataset:
-        compare_decoders(dataset.head(2), {OURS: whole}, size=size, noise=0)  # warms up
-        found = [
-            compare_decoders(
-                dataset, decoders, size=size, noise=level, semantic_noise=semantic_noise
+    given, code = corruption or Corruption(), encoding or PositionalCode()
+    with bench_dataset(layout, images) as whole:
+        names = {*in_part([record.key for record in whole.records], part)}
+        records = tuple(record for record in whole.records if record.key in names)
+        dataset = replace(whole, records=records)
+        found = []
+        for level in LEVELS:
+            quality = replace(given, noise=level)
+            found.append(
+                _compare(
+                    partial(corrupted_heads, dataset, quality, code),
+                    len(records),
+                    dataset.categories,
+                    code,
+                    given.size,
+                    title=f"level {level}",
+                )
             )
-            for level in LEVELS
-        ]
-        count = len(dataset.records)
-    timings = tuple(
-        DecoderTiming(
-            name,
-            ms=fmean(1e3 * level[name].seconds_per_image["decode"] for level in found),
-            pq=tuple(_pq(level[name].pq.all) for level in found),
-            things=tuple(_pq(level[name].pq.things) for level in found),
-        )
-        for name in decoders
+    title = f"decoding {len(records)} images at {given.size} px, {torch.get_num_threads()} threads"
+    for name in ("semantic_noise", "drift"):
+        if value := getattr(given, name):
+            title += f", {name.replace('_', ' ')} {value:g}"
+    cases = zip(LEVELS, _results(found), found, strict=True)
+    return DecodeBench(
+        title,
+        tuple(Case(f"level {level}", some, one.quality()) for level, some, one in cases),
     )
-    threads = torch.get_num_threads()
-    title = f"decoding {count} images at {size} px, {threads} threads"
-    if semantic_noise:
-        title += f", semantic noise {semantic_noise:g}"
-    return DecodeBench(title, timings)
+
+
+def _compare(
+    images: Callable[[], Iterator[ImageHeads]],
+    count: int,
+    categories: tuple[Category, ...],
+    encoding: Encoding,
+    size: int,
+    *,
+    title: str,
+) -> Comparison:
+    """All decoders on the same images; a rival once for each setting, as `NAME|SETTING`."""
+    ours = our_decoder(categories, encoding)
+
+    def alone(rival: Rival) -> Decoder:
+        return lambda some: [rival(image.positional(encoding), categories) for image in some]
+
+    decoders = {OURS: ours}
+    for name, settings in rivals(size).items():
+        decoders |= {f"{name}|{setting}": alone(rival) for setting, rival in settings.items()}
+    decoders[KNOWN] = alone(known_instances)
+    for image in islice(images(), 1):  # warms up
+        ours([image])
+    return compare_decoders(
+        images(), count, decoders, categories=categories, encoding=encoding, title=title
+    )
+
+
+def _results(found: Sequence[Comparison]) -> list[tuple[DecoderResult, ...]]:
+    """The decoders of each comparison, with the setting that is best over all of them."""
+    scored = [{name: one.outcome(name) for name in one.trials} for one in found]
+
+    def mean(name: str) -> float:
+        return fmean(_pq(some[name].pq.all) or 0.0 for some in scored)
+
+    best: dict[str, str] = {}
+    for name in scored[0]:
+        rival = name.partition("|")[0]
+        best[rival] = max(best.get(rival, name), name, key=mean)
+    return [
+        tuple(_result(one, some, rival, name) for rival, name in best.items())
+        for one, some in zip(found, scored, strict=True)
+    ]
+
+
+def _result(found: Comparison, scored: dict[str, Outcome], rival: str, name: str) -> DecoderResult:
+    pq, agnostic = scored[name].pq, scored[name].scores.breakdown.agnostic
+    result = DecoderResult(
+        rival,
+        name.partition("|")[2],
+        All=_pq(pq.all),
+        Things=_pq(pq.things),
+        Stuff=_pq(pq.stuff),
+        agnostic=100 * agnostic.pq,
+        tp=agnostic.tp,
+        fp=agnostic.fp,
+        fn=agnostic.fn,
+        ms=1e3 * found.trials[name].seconds / scored[name].images,
+    )
+    ours = _pq(scored[OURS].pq.all)
+    if name == OURS or ours is None or result.All is None:
+        return result
+    low, high = found.interval(OURS, name)
+    return replace(result, behind=ours - result.All, interval=(100 * low, 100 * high))
 
 
 def _pq(group: GroupPQ | None) -> float | None:
@@ -157,51 +321,22 @@ def bench_score(layout: CocoLayout | None = None, images: int = 64) -> Bench:
         images: How many.
     """
     cv2.setNumThreads(1)
-    with bench_dataset(layout, images) as dataset, tempfile.TemporaryDirectory() as folder:
-        truth = Path(folder) / "truth.json"
-        truth.write_text(json.dumps(as_json(dataset)))
-        pngs = dataset.records[0].png.parent
-        categories, pairs = read_pairs(truth, truth, pngs, pngs)
-        ours = Timing("ours", best_ms(lambda: score_pairs(categories, pairs), len(pairs)))
+    with bench_dataset(layout, images) as dataset:
+        pairs = [
+            ImagePair(
+                r.image_id, r.png, r.segments, r.png, {s.id: s.category_id for s in r.segments}
+            )
+            for r in dataset.records
+        ]
+        count = len(pairs)
+        ours = Timing("ours", best_ms(lambda: score_pairs(dataset.categories, pairs), count))
+        twice = [str(pair.gt_png) for pair in pairs for _ in range(2)]
         floor = Timing(
             "the floor: decoding both PNGs",
-            best_ms(
-                lambda: [cv2.imread(str(r.png)) for r in dataset.records for _ in range(2)],
-                len(pairs),
-            ),
+            best_ms(lambda: [cv2.imread(path) for path in twice], count),
         )
     return Bench(
-        f"scoring {len(pairs)} images in one process",
+        f"scoring {count} images in one process",
         (ours, floor),
         {"ours against the floor": ours.ms / floor.ms},
     )
-
-
-def as_json(dataset: CocoPanoptic) -> dict[str, object]:
-    """A dataset as COCO panoptic JSON."""
-    return {
-        "images": [
-            {"id": r.image_id, "file_name": r.file_name, "height": r.height, "width": r.width}
-            for r in dataset.records
-        ],
-        "annotations": [
-            {
-                "image_id": r.image_id,
-                "file_name": r.png.name,
-                "segments_info": [
-                    {
-                        "id": s.id,
-                        "category_id": s.category_id,
-                        "iscrowd": int(s.iscrowd),
-                        "area": s.area,
-                        "bbox": list(s.bbox or ()),
-                    }
-                    for s in r.segments
-                ],
-            }
-            for r in dataset.records
-        ],
-        "categories": [
-            {"id": c.id, "name": c.name, "isthing": int(c.isthing)} for c in dataset.categories
-        ],
-    }

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,69 +12,88 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from panoptic_cache.evaluate.decoder.decode import DecodeConfig
+from panoptic_cache.evaluate.decoder.field import measure_noise, nearest, read_classes
 from panoptic_cache.evaluate.metric.score import check_scorable
+from panoptic_cache.evaluate.study.heads import ImageHeads
 from panoptic_cache.pipeline.coco import Category, CocoPanoptic, PanopticRecord
 from panoptic_cache.pipeline.png import read_ids
 from panoptic_cache.pipeline.targets import geometry, make_segment_map, resize_segment_map
-from panoptic_cache.train.encoding import GRID_CELLS, Encoding, PositionalCode
+from panoptic_cache.train.encoding import (
+    GRID_CELLS,
+    ClassificationCode,
+    Encoding,
+    PositionalCode,
+)
 
 LOGIT = 10.0
 """Of the true category; the others have 0. Unlabelled pixels have 0 everywhere: no opinion."""
-
 NOISE_GRID = 8
 """Pixels between the values that smooth noise interpolates."""
-
 DRIFT_GRID = 3
 """Random values an axis that the drift of an instance interpolates, over its bounding box."""
-
 SEMANTIC_SMOOTH = 0.17
 """Smooth noise of the logits at level 1, over `LOGIT`."""
 SEMANTIC_WHITE = 0.04
 """White noise of the logits at level 1, over `LOGIT`."""
+CLEAR = 0.5
+"""Length of a code whose drift is measured; a clean one has 1, void 0."""
 
 
 @dataclass(frozen=True, slots=True)
-class Corrupted:
-    """One image of a split, and what a network of some quality says of it.
+class Corruption:
+    """How good a network is.
 
     Attributes:
-        record: The annotated image.
-        ids: (H, W) int32 segment ids.
-        code: (channels, size, size) float32.
-        logits: (C, size, size) float32.
+        size: Side of its square input, pixels.
+        noise: Level of corruption of the codes, see `corrupt`.
+        semantic_noise: The same of the logits, see `corrupt_logits`.
+        drift: Cells that centroids drift within an instance, see `Drift`.
+        seed: Each image draws from generators of its own.
     """
 
-    record: PanopticRecord
-    ids: np.ndarray[Any, np.dtype[np.int32]]
-    code: Tensor
-    logits: Tensor
+    size: int = 420
+    noise: float = 0.0
+    semantic_noise: float = 0.0
+    drift: float = 0.0
+    seed: int = 0
 
 
-def corrupted_images(
-    dataset: CocoPanoptic,
-    *,
-    size: int,
-    noise: float,
-    semantic_noise: float = 0.0,
-    drift: float = 0.0,
-    seed: int,
-) -> Iterator[Corrupted]:
-    """The images of a split with their corrupted heads; arguments and errors as of `ceiling`."""
+def corrupted_heads(
+    dataset: CocoPanoptic, corruption: Corruption, encoding: Encoding | None = None
+) -> Iterator[ImageHeads]:
+    """The images of a split with the heads of such a network.
+
+    Args:
+        dataset: The annotated split.
+        corruption: Quality of the network.
+        encoding: Of its codes; the paper's where None.
+
+    Raises:
+        InputError: The split is empty, or one of its images cannot be used.
+    """
     check_scorable(dataset)
     for number, record in enumerate(dataset.records):
-        ids = read_ids(record.png)
-        draw = seed * len(dataset.records) + number
-        slide = Drift(drift, torch.Generator().manual_seed(draw)) if drift else None
-        code, logits = perfect_heads(
-            record, ids, dataset.categories, PositionalCode(), size, drift=slide
+        draw = corruption.seed * len(dataset.records) + number
+        # A generator for each kind of error, so that none changes the others.
+        of_drift, of_code, of_logits = (
+            torch.Generator().manual_seed(seed) for seed in (draw, draw, -1 - draw)
         )
-        # Generators of their own, so that the noise of one head does not change the other's.
-        generators = [torch.Generator().manual_seed(start) for start in (draw, -1 - draw)]
-        yield Corrupted(
+        ids = read_ids(record.png)
+        code, logits = perfect_heads(
             record,
             ids,
-            corrupt(code, noise, generators[0]),
-            corrupt_logits(logits, semantic_noise, generators[1]),
+            dataset.categories,
+            encoding or PositionalCode(),
+            corruption.size,
+            drift=Drift(corruption.drift, of_drift) if corruption.drift else None,
+        )
+        yield ImageHeads(
+            str(record.image_id),
+            corrupt(code, corruption.noise, of_code),
+            corrupt_logits(logits, corruption.semantic_noise, of_logits),
+            ids,
+            record.segments,
         )
 
 
@@ -110,7 +128,7 @@ class Drift:
 
 def perfect_heads(
     record: PanopticRecord,
-    ids: np.ndarray[Any, np.dtype[np.int32]],
+    ids: NDArray[np.int32],
     categories: tuple[Category, ...],
     encoding: Encoding,
     size: int,
@@ -123,8 +141,8 @@ def perfect_heads(
         record: The annotated image.
         ids: (H, W) int32 segment ids.
         categories: By label.
-        encoding: Of the centroids; its targets must be what the network predicts.
-        size: Side of the squashed picture, pixels.
+        encoding: Of the centroids.
+        size: Side of the squashed photo, pixels.
         drift: Of the centroids; none where None.
 
     Returns:
@@ -132,8 +150,10 @@ def perfect_heads(
     """
     by_id = {category.id: category for category in categories}
     rows = [by_id[segment.category_id] for segment in record.segments]
-    index = resize_segment_map(make_segment_map(ids, [s.id for s in record.segments]), (size, size))
-    found = geometry(index, len(rows))
+    segment_map = resize_segment_map(
+        make_segment_map(ids, [s.id for s in record.segments]), (size, size)
+    )
+    found = geometry(segment_map, len(rows))
     present = torch.tensor(
         [False]
         + [
@@ -146,19 +166,27 @@ def perfect_heads(
     logits = torch.zeros(len(rows) + 1, len(categories))
     for row, category in enumerate(rows, start=1):
         logits[row, category.label] = LOGIT
-    map_ = index.astype(np.int64)
-    pixels = torch.from_numpy(map_).flatten()
+    rows_of = segment_map.astype(np.int64)
+    pixels = torch.from_numpy(rows_of).flatten()
     if drift is None:
-        codes = encoding.encode(centroids, present)[pixels]  # (size^2, channels)
+        code = _prediction(encoding, centroids, present)[pixels]  # (size^2, channels)
     else:
         places = centroids[pixels]  # (size^2, 2)
         for row in present.nonzero()[:, 0].tolist():
-            places[pixels == row] += drift.displacement(map_, row)
-        codes = encoding.encode(places, present[pixels])
+            places[pixels == row] += drift.displacement(rows_of, row)
+        code = _prediction(encoding, places, present[pixels])
     return (
-        codes.T.contiguous().view(-1, size, size),
+        code.T.contiguous().view(-1, size, size),
         logits.T.index_select(1, pixels).view(-1, size, size),
     )
+
+
+def _prediction(encoding: Encoding, centroids: Tensor, present: Tensor) -> Tensor:
+    """(N, channels) what a network says that has learnt the targets of N centroids."""
+    target = encoding.encode(centroids, present)
+    if isinstance(encoding, ClassificationCode):
+        return LOGIT * F.one_hot(target, encoding.cells + 1).flatten(1).float()
+    return target
 
 
 def corrupt(code: Tensor, level: float, generator: torch.Generator) -> Tensor:
@@ -226,3 +254,39 @@ def _disturbed(
     )[0]
     fine = torch.randn(maps.shape, generator=generator)
     return blurred + smooth * coarse + white * fine
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """What the codes of a network look like, to be compared with those of corrupted codes.
+
+    Attributes:
+        noise: Median variance a channel of what codes hold beside their curve.
+        drift: Mean distance, in cells, of the centroids that neighbouring pixels of one class name.
+    """
+
+    noise: float
+    drift: float
+
+
+def measure_quality(image: ImageHeads, categories: Sequence[Category]) -> Quality | None:
+    """Measures positional codes as the decoder does; None where no pixel of a thing has a code."""
+    isthing = torch.tensor([category.isthing for category in categories])
+    code = image.instance[None]  # (1, 4L, h, w)
+    classes = read_classes(image.semantic[None], isthing, DecodeConfig().least_class)
+    place, length, _ = nearest(code.flatten(2))
+    clear = (classes.chance[0] >= 0.5) & (length.view(image.instance.shape[1:]) > CLEAR)
+    if not clear.any():
+        return None
+    votes = place[0].view(2, *clear.shape).where(clear, torch.nan)
+    steps = torch.cat(
+        [
+            votes.diff(dim=axis)
+            .norm(dim=0)
+            .where(classes.thing[0].diff(dim=axis) == 0, torch.nan)
+            .flatten()
+            for axis in (-1, -2)
+        ]
+    )
+    noise = measure_noise(code, classes.chance)
+    return Quality(float(noise), float(steps.nanmean().nan_to_num()))

@@ -1,20 +1,30 @@
 """Decoders of centroid codes as others have built them, to compare ours with.
 
-They are references, written to be read: each takes the heads of one image and returns a map, as
-`ceiling.Decoder` says. What the sources leave open was chosen with a few trials on real images, in
-favour of the rival but without a thorough search.
+They are references, written to be read: each takes the heads of one image. What the sources leave
+open was chosen with a few trials on real images, in favour of the rival but without a thorough
+search.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
+from skimage.measure import label as connected
 from torch import Tensor
 from torch.nn import functional as F
 
-from panoptic_cache.evaluate.decoder.segments import Painting, PanopticMap, number, resize_values
-from panoptic_cache.train.encoding import GRID_CELLS, cell_centres, gamma
+from panoptic_cache.evaluate.decoder.decode import PanopticMap
+from panoptic_cache.evaluate.decoder.segments import Painting, number, resize_values
+from panoptic_cache.evaluate.study.heads import ImageHeads
+from panoptic_cache.pipeline.coco import Category
+from panoptic_cache.pipeline.targets import make_segment_map, resize_segment_map
+from panoptic_cache.train.encoding import GRID_CELLS, PositionalCode, cell_centres, gamma
 
+Rival = Callable[[ImageHeads, tuple[Category, ...]], PanopticMap]
+"""Of an image's heads, with positional codes, and the categories by label."""
 CHUNK = 2048
 """Pixels compared to the whole grid at once: 52 MB of distances."""
 MIN_AREA = 4
@@ -24,67 +34,86 @@ MIN_STUFF = 64
 
 
 def full_search(
-    code: Tensor, logits: Tensor, isthing: Tensor, size: tuple[int, int]
+    image: ImageHeads, categories: tuple[Category, ...], *, cells: int = GRID_CELLS
 ) -> PanopticMap:
-    """The obvious way: every pixel to the nearest of 6,400 cells or void, each cell an instance.
+    """Every pixel to the nearest cell or to void, and each cell is an instance."""
+    return _finish(nearest_cell_or_void(image.instance, cells), image, categories)
+
+
+def grid_peaks(
+    image: ImageHeads,
+    categories: tuple[Category, ...],
+    *,
+    cells: int = GRID_CELLS,
+    least_votes: int = 8,
+    reach: int = 1,
+) -> PanopticMap:
+    """The cells with the most pixels, without their neighbours (section 5.2); nearest of them.
 
     Args:
-        code: (4L, h, w) float32.
-        logits: (C, h, w) float32.
-        isthing: (C,) bool.
-        size: Native (H, W).
+        image: Its heads.
+        categories: By label.
+        cells: Cells an axis.
+        least_votes: Pixels that a cell must have.
+        reach: Cells on either side that one suppresses.
     """
-    cells = grid_codes(code.shape[0] // 4)
-    void = cells.new_zeros(1, cells.shape[1])
-    member = nearest_code(code, torch.cat([void, cells]))
-    return _finish(member, logits, isthing, size)
+    member = nearest_cell_or_void(image.instance, cells)
+    votes = member.flatten().bincount(minlength=cells**2 + 1)[1:].view(cells, cells)
+    kept = torch.zeros(cells, cells, dtype=torch.bool)
+    for place in votes.flatten().argsort(descending=True, stable=True).tolist():
+        row, column = divmod(place, cells)
+        if votes[row, column] < least_votes:
+            break
+        around = slice(max(0, row - reach), row + reach + 1)
+        if not kept[around, max(0, column - reach) : column + reach + 1].any():
+            kept[row, column] = True
+    prototypes = grid_codes(len(image.instance) // 4, cells)[kept.flatten()]
+    return _finish(nearest_code(image.instance, prototypes), image, categories)
+
+
+def nearest_cell_or_void(code: Tensor, cells: int) -> Tensor:
+    """(h, w) int64: 0 where void is nearest to a pixel's code, else 1 + row * cells + column."""
+    costs = PositionalCode(len(code) // 4).axis_costs(code.flatten(1), cells)
+    (u_cost, u), (v_cost, v) = costs.u.min(-1), costs.v.min(-1)
+    member = torch.where(u_cost + v_cost < costs.void, v * cells + u + 1, 0)
+    return member.view(code.shape[1:])
 
 
 def soft_votes(
-    code: Tensor,
-    logits: Tensor,
-    isthing: Tensor,
-    size: tuple[int, int],
+    image: ImageHeads,
+    categories: tuple[Category, ...],
     *,
+    cells: int = GRID_CELLS,
     least_votes: float = 5.0,
     sharpness: float = 1.0,
 ) -> PanopticMap:
     """Soft votes on the grid, its strict maxima, every pixel to the nearest (arXiv 2609.16874).
 
     Args:
-        code: (4L, h, w) float32.
-        logits: (C, h, w) float32.
-        isthing: (C,) bool.
-        size: Native (H, W).
+        image: Its heads.
+        categories: By label.
+        cells: Cells an axis.
         least_votes: A peak must exceed it.
         sharpness: 1 for the paper's kernel, exp(-distance) an axis; above 1, exp(-sharpness
             distance^2), which is better on every level.
     """
-    peaks = strict_maxima(vote(code, sharpness), least_votes)
-    cells = grid_codes(code.shape[0] // 4)[peaks.flatten()]
-    # Nearer to a peak than to void, which the second threshold amounts to.
-    void = cells.new_zeros(1, cells.shape[1])
-    return _finish(nearest_code(code, torch.cat([void, cells])), logits, isthing, size)
+    peaks = strict_maxima(vote(image.instance, cells, sharpness), least_votes)
+    prototypes = grid_codes(len(image.instance) // 4, cells)[peaks.flatten()]
+    return _finish(nearest_code(image.instance, prototypes), image, categories)
 
 
-def soft_votes_squared(
-    code: Tensor, logits: Tensor, isthing: Tensor, size: tuple[int, int]
-) -> PanopticMap:
-    """`soft_votes` with the sharper kernel exp(-2 distance^2)."""
-    return soft_votes(code, logits, isthing, size, sharpness=2.0)
-
-
-def vote(code: Tensor, sharpness: float) -> Tensor:
+def vote(code: Tensor, cells: int, sharpness: float) -> Tensor:
     """Votes of all pixels for each cell, (rows, columns), by one matrix product.
 
     Per axis a pixel votes for each cell, and for void, with the kernel of its distance.
 
     Args:
         code: (4L, h, w).
+        cells: Cells an axis.
         sharpness: See `soft_votes`.
     """
     harmonics = code.shape[0] // 4
-    grid = gamma(cell_centres(GRID_CELLS), harmonics)  # (cells, 2L)
+    grid = gamma(cell_centres(cells), harmonics)  # (cells, 2L)
     candidates = torch.cat([grid, grid.new_zeros(1, grid.shape[1])])
     axes = code.view(2, 2 * harmonics, -1).transpose(1, 2)  # (2, P, 2L)
     distance = torch.cdist(axes, candidates)
@@ -103,11 +132,10 @@ def strict_maxima(votes: Tensor, least: float) -> Tensor:
 
 
 def painter(
-    code: Tensor,
-    logits: Tensor,
-    isthing: Tensor,
-    size: tuple[int, int],
+    image: ImageHeads,
+    categories: tuple[Category, ...],
     *,
+    cells: int = GRID_CELLS,
     reach: float = 1.6,
     kept: int = 2000,
     final: int = 100,
@@ -125,48 +153,46 @@ def painter(
     of stuff, 8,192 px, is left out: it costs 15 PQ where the semantic head is right.
 
     Args:
-        code: (4L, h, w) float32.
-        logits: (C, h, w) float32.
-        isthing: (C,) bool.
-        size: Native (H, W).
+        image: Its heads.
+        categories: By label.
+        cells: Cells an axis.
         reach: Distance of codes.
         kept: Masks that enter the suppression.
         final: Masks that leave it.
         least_score: Of a mask that is laid down.
     """
-    cells = grid_codes(code.shape[0] // 4)
+    code, isthing = image.instance, torch.tensor([category.isthing for category in categories])
+    grid = grid_codes(len(code) // 4, cells)
+    member = torch.zeros(code.shape[1:], dtype=torch.int64)
     coarse = code[:, ::2, ::2].flatten(1)  # (4L, P')
-    count = coarse.shape[1]
-    area, total = torch.zeros(len(cells)), torch.zeros(len(cells))
+    area, total = torch.zeros(len(grid)), torch.zeros(len(grid))
     for part in coarse.split(CHUNK, 1):
-        closeness = (1 - torch.cdist(cells, part.T) / reach).clamp_min(0)
+        closeness = (1 - torch.cdist(grid, part.T) / reach).clamp_min(0)
         area += (closeness > 0).sum(1)
         total += closeness.sum(1)
     best = area.argsort(descending=True, stable=True)[:kept]
     best = best[area[best] > 0]
-    if len(best) == 0:
-        return _finish(torch.zeros(code.shape[1:], dtype=torch.int64), logits, isthing, size)
-    masks = torch.empty(len(best), count, dtype=torch.bool)
-    for start in range(0, count, CHUNK):
-        part = slice(start, start + CHUNK)
-        masks[:, part] = torch.cdist(cells[best], coarse[:, part].T) < reach
-    thing = logits[isthing].softmax(0)[:, ::2, ::2].flatten(1)  # (things, P')
+    if len(best) == 0 or not isthing.any():
+        return _finish(member, image, categories)
+    masks = torch.cat(
+        [torch.cdist(grid[best], part.T) < reach for part in coarse.split(CHUNK, 1)], 1
+    )  # (masks, P')
+    thing = image.semantic[isthing].softmax(0)[:, ::2, ::2].flatten(1)  # (things, P')
     votes = torch.zeros(len(best), len(thing))
-    for part in torch.arange(count).split(CHUNK * 4):
+    for part in torch.arange(coarse.shape[1]).split(CHUNK * 4):
         votes += masks[:, part].float() @ thing[:, part].T
     confidence, classes = (votes / area[best, None]).max(1)
     scores = confidence * (0.5 + 0.5 * total[best] / area[best])
     scores = matrix_nms(masks, classes, scores)
     order = scores.argsort(descending=True, stable=True)[:final]
-    member = torch.zeros(code.shape[1:], dtype=torch.int64)
     flat, pixels, laid = member.view(-1), code.flatten(1), 0
     for choice in order[scores[order] > least_score].tolist():
-        mask = torch.cdist(cells[best[choice], None], pixels.T)[0] < reach
+        mask = torch.cdist(grid[best[choice], None], pixels.T)[0] < reach
         free = mask & (flat == 0)
         if free.sum() * 2 >= mask.sum():
             laid += 1
             flat[free] = laid
-    return _finish(member, logits, isthing, size)
+    return _finish(member, image, categories)
 
 
 def matrix_nms(masks: Tensor, classes: Tensor, scores: Tensor, sigma: float = 2.0) -> Tensor:
@@ -197,27 +223,89 @@ def matrix_nms(masks: Tensor, classes: Tensor, scores: Tensor, sigma: float = 2.
     return found
 
 
-def grid_codes(harmonics: int) -> Tensor:
-    """(6400, 4L) codes of all cells, row by row."""
-    axis = gamma(cell_centres(GRID_CELLS), harmonics)
-    rows, columns = torch.meshgrid(*[torch.arange(GRID_CELLS)] * 2, indexing="ij")
+def components(
+    image: ImageHeads, categories: tuple[Category, ...], *, least_area: int = MIN_AREA
+) -> PanopticMap:
+    """Connected regions of each thing class of the semantic head; the codes are not looked at."""
+    labels = image.semantic.argmax(0).numpy()
+    isthing = np.array([category.isthing for category in categories])
+    member = connected(np.where(isthing[labels], labels + 1, 0), connectivity=1)
+    member[np.bincount(member.flat)[member] < least_area] = 0
+    return _finish(torch.from_numpy(member), image, categories)
+
+
+def known_instances(image: ImageHeads, categories: tuple[Category, ...]) -> PanopticMap:
+    """What is left to gain: the true instances are known, and the rest is decoded.
+
+    Each true instance has the mean code of its pixels as its prototype. A pixel that the semantic
+    head takes for a thing goes to the nearest prototype, or to void if that is nearer.
+    """
+    things = {category.id for category in categories if category.isthing}
+    true = [s.id for s in image.segments if s.category_id in things and not s.iscrowd]
+    size = image.instance.shape[1], image.instance.shape[2]
+    rows = torch.from_numpy(
+        resize_segment_map(make_segment_map(image.ids, true), size).astype(np.int64)
+    ).flatten()
+    code = image.instance.flatten(1)  # (channels, P)
+    sums = torch.zeros(len(code), len(true) + 1).index_add_(1, rows, code)
+    count = rows.bincount(minlength=len(true) + 1)
+    means = (sums / count.clamp_min(1)).T[1:][count[1:] > 0]
+    isthing = torch.tensor([category.isthing for category in categories])
+    member = nearest_code(image.instance, means) * isthing[image.semantic.argmax(0)]
+    return _finish(member, image, categories)
+
+
+def rivals(size: int) -> dict[str, dict[str, Rival]]:
+    """The rivals by name, each with the settings that it is tried with, in words.
+
+    Args:
+        size: Side of the network's input: a grid may have a fifth of it.
+    """
+    on_grid: dict[str, Callable[..., PanopticMap]] = {
+        "full search": full_search,
+        "grid": grid_peaks,
+        "grid, wider": partial(grid_peaks, reach=2),
+        "soft votes": soft_votes,
+        "soft votes, sharper": partial(soft_votes, sharpness=2.0),
+        "Painter's masks": painter,
+    }
+    grids = sorted({20, 40, GRID_CELLS, min(GRID_CELLS, max(1, size // 5))})
+    found: dict[str, dict[str, Rival]] = {
+        name: {f"{cells} cells": partial(rival, cells=cells) for cells in grids}
+        for name, rival in on_grid.items()
+    }
+    areas = {f"{area} px": partial(components, least_area=area) for area in (4, 16, 24, 64)}
+    return {**found, "components": {**areas}}
+
+
+def grid_codes(harmonics: int, cells: int) -> Tensor:
+    """(cells^2, 4L) codes of all cells, row by row."""
+    axis = gamma(cell_centres(cells), harmonics)
+    rows, columns = torch.meshgrid(*[torch.arange(cells)] * 2, indexing="ij")
     return torch.cat([axis[columns.flatten()], axis[rows.flatten()]], dim=1)
 
 
-def nearest_code(code: Tensor, candidates: Tensor) -> Tensor:
-    """(h, w) int64, the candidate at the smallest distance from each pixel's whole code."""
+def nearest_code(code: Tensor, prototypes: Tensor) -> Tensor:
+    """(h, w) int64: 0 where void is nearest to a pixel's code, k where prototype k - 1 is."""
+    candidates = torch.cat([prototypes.new_zeros(1, len(code)), prototypes])
     pixels = code.flatten(1).T
     found = [torch.cdist(part, candidates).argmin(1) for part in pixels.split(CHUNK)]
     return torch.cat(found).view(code.shape[1:])
 
 
-def _finish(member: Tensor, logits: Tensor, isthing: Tensor, size: tuple[int, int]) -> PanopticMap:
-    """Classes by majority vote, stuff, native size: the same for all."""
-    numbers, member = member.unique(return_inverse=True)  # few of many cells
+def _finish(member: Tensor, image: ImageHeads, categories: tuple[Category, ...]) -> PanopticMap:
+    """Classes by majority vote, stuff, native size: the same for all.
+
+    Args:
+        member: (h, w) integers: 0 = no instance, else the instance of the pixel.
+        image: Its heads.
+        categories: By label.
+    """
+    numbers, member = member.unique(return_inverse=True)
     member += int(numbers[0] > 0)  # 0 stays void, also where there is none
-    owner, labels = (map_.numpy().astype(np.int64) for map_ in (member, logits.argmax(0)))
-    things, count = isthing.numpy(), int(owner.max()) + 1
-    classes = len(things)
+    owner, labels = member.numpy(), image.semantic.argmax(0).numpy()
+    things = np.array([category.isthing for category in categories])
+    count, classes = int(owner.max()) + 1, len(things)
     ballots = np.bincount((owner * classes + labels).ravel(), minlength=count * classes)
     ballots = ballots.reshape(count, classes)
     votes = ballots * things
@@ -227,4 +315,4 @@ def _finish(member: Tensor, logits: Tensor, isthing: Tensor, size: tuple[int, in
     values = np.where(valid[owner], owner + classes, stuff[labels]).astype(np.int32)
     rows = np.concatenate([np.arange(classes), votes.argmax(1)[1:]])
     painting = Painting(values, rows, np.ones(len(rows)), classes)  # nobody ranks them
-    return number(painting, resize_values(values, size), min_stuff_area=MIN_STUFF)
+    return number(painting, resize_values(values, image.size), min_stuff_area=MIN_STUFF)

@@ -1,0 +1,236 @@
+"""Decoders on the same heads: what each scores, how long it takes, and how sure a difference is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from statistics import median
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from panoptic_cache.evaluate.decoder.decode import DecodeConfig, PanopticMap, decode
+from panoptic_cache.evaluate.metric.breakdown import thing_ids
+from panoptic_cache.evaluate.metric.score import ImageScore, Outcome, score_image, total_scores
+from panoptic_cache.evaluate.study.corruption import (
+    Corruption,
+    Quality,
+    corrupted_heads,
+    measure_quality,
+)
+from panoptic_cache.evaluate.study.heads import ImageHeads
+from panoptic_cache.pipeline.base.terminal import progress
+from panoptic_cache.pipeline.coco import Category, CocoPanoptic
+from panoptic_cache.train.encoding import Encoding, PositionalCode
+
+BATCH, LARGEST = 8, 1 << 30
+"""Images that are decoded at once, and bytes that their heads may have."""
+RESAMPLES = 2000
+"""Draws of images for an interval."""
+
+Decoder = Callable[[Sequence[ImageHeads]], list[PanopticMap]]
+
+
+@dataclass
+class Trial:
+    """What one decoder made of a set of images.
+
+    Attributes:
+        images: Their scores, in order.
+        seconds: Of decoding.
+    """
+
+    images: list[ImageScore] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass
+class Comparison:
+    """What several decoders made of the same images.
+
+    Attributes:
+        categories: By label.
+        trials: By the decoder's name.
+        qualities: What the codes of each image look like, of those with clear ones.
+        seconds: Of reading or making the heads, and of scoring all decoders.
+    """
+
+    categories: tuple[Category, ...]
+    trials: dict[str, Trial]
+    qualities: list[Quality] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: {"encode": 0.0, "score": 0.0})
+
+    def outcome(self, name: str) -> Outcome:
+        """The scores of a decoder, with the seconds of `encode`, `decode` and `score`."""
+        trial = self.trials[name]
+        count = len(trial.images)
+        seconds = {
+            "encode": self.seconds["encode"],
+            "decode": trial.seconds,
+            "score": self.seconds["score"] / len(self.trials),
+        }
+        return Outcome(
+            total_scores(trial.images, self.categories),
+            count,
+            {step: round(value / count, 6) for step, value in seconds.items()},
+        )
+
+    def quality(self) -> Quality | None:
+        """Medians over the images; None where no image has clear codes."""
+        if not self.qualities:
+            return None
+        noises, drifts = zip(*((one.noise, one.drift) for one in self.qualities), strict=True)
+        return Quality(median(noises), median(drifts))
+
+    def interval(self, name: str, other: str) -> tuple[float, float]:
+        """95 % interval of the difference of two decoders' PQ, fractions.
+
+        A bootstrap: images are drawn with replacement, the same ones for both decoders.
+        """
+        count = len(self.trials[name].images)
+        draws = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+        weights = np.stack([np.bincount(draw, minlength=count) for draw in draws]).astype(float)
+        first, second = (
+            _mean_pq(weights, self.trials[which].images, self.categories) for which in (name, other)
+        )
+        low, high = np.quantile(first - second, (0.025, 0.975))
+        return float(low), float(high)
+
+
+def _mean_pq(
+    weights: NDArray[np.float64], images: Sequence[ImageScore], categories: Sequence[Category]
+) -> NDArray[np.float64]:
+    """(R,) All PQ where image i counts weights[r, i] times; 0 where no category has a segment."""
+    stats = [[image.pq.stat[category.id] for category in categories] for image in images]
+    iou = np.array([[stat.iou for stat in row] for row in stats])  # (images, categories)
+    whole = np.array([[stat.tp + 0.5 * stat.fp + 0.5 * stat.fn for stat in row] for row in stats])
+    total = weights @ whole  # (R, categories)
+    pq = np.divide(weights @ iou, total, out=np.zeros_like(total), where=total > 0)
+    means: NDArray[np.float64] = pq.sum(1) / np.maximum((total > 0).sum(1), 1)
+    return means
+
+
+def compare_decoders(
+    images: Iterator[ImageHeads],
+    count: int,
+    decoders: Mapping[str, Decoder],
+    *,
+    categories: tuple[Category, ...],
+    encoding: Encoding,
+    title: str = "decode",
+) -> Comparison:
+    """Decodes and scores the same images by several decoders.
+
+    Args:
+        images: Their heads.
+        count: How many these are.
+        decoders: By name.
+        categories: By label.
+        encoding: Of the codes.
+        title: Of the progress bar.
+    """
+    found = Comparison(categories, {name: Trial() for name in decoders})
+    things = thing_ids(categories)
+    with progress(title, count, "images") as advance:
+        while batch := _next_batch(images, found):
+            for name, decoder in decoders.items():
+                start = time.perf_counter()
+                maps = decoder(batch)
+                decoded = time.perf_counter()
+                trial = found.trials[name]
+                trial.seconds += decoded - start
+                trial.images += [
+                    _score(image, result, categories, things)
+                    for image, result in zip(batch, maps, strict=True)
+                ]
+                found.seconds["score"] += time.perf_counter() - decoded
+            measured = (measure_quality(image.positional(encoding), categories) for image in batch)
+            found.qualities += [quality for quality in measured if quality]
+            advance(len(batch))
+    return found
+
+
+def _next_batch(images: Iterator[ImageHeads], found: Comparison) -> list[ImageHeads]:
+    start, batch = time.perf_counter(), list(islice(images, 1))
+    if batch:
+        values = batch[0].instance.numel() + batch[0].semantic.numel()
+        batch += islice(images, max(1, min(BATCH, LARGEST // (4 * values))) - 1)
+    found.seconds["encode"] += time.perf_counter() - start
+    return batch
+
+
+def _score(
+    image: ImageHeads,
+    result: PanopticMap,
+    categories: Sequence[Category],
+    things: frozenset[int],
+) -> ImageScore:
+    return score_image(
+        image.name,
+        image.ids,
+        image.segments,
+        result.ids,
+        {s.id: categories[s.label].id for s in result.segments},
+        scores={s.id: s.score for s in result.segments},
+        things=things,
+    )
+
+
+def our_decoder(
+    categories: Sequence[Category],
+    encoding: Encoding,
+    config: DecodeConfig | None = None,
+) -> Decoder:
+    """The decoder of `evaluate/decoder/decode.py`."""
+    isthing = torch.tensor([category.isthing for category in categories])
+
+    def run(images: Sequence[ImageHeads]) -> list[PanopticMap]:
+        return decode(
+            [image.instance for image in images],
+            [image.semantic for image in images],
+            encoding=encoding,
+            isthing=isthing,
+            sizes=[image.size for image in images],
+            config=config,
+        )
+
+    return run
+
+
+def ceiling(
+    dataset: CocoPanoptic,
+    corruption: Corruption,
+    *,
+    encoding: Encoding | None = None,
+    config: DecodeConfig | None = None,
+) -> tuple[Outcome, Quality | None]:
+    """Scores the ground truth of a split after encoding, corruption and decoding.
+
+    What is missing to 100 is the code's, the resize's and the decoder's, not the network's.
+
+    Args:
+        dataset: The annotated split.
+        corruption: Quality of the network.
+        encoding: Of its codes; the paper's where None.
+        config: Settings of the decoder; defaults where None.
+
+    Returns:
+        Scores, with the seconds of `encode` (reading and corrupting too), `decode` and `score`; and
+        what the codes look like.
+
+    Raises:
+        InputError: The split is empty, or one of its images cannot be used.
+    """
+    code = encoding or PositionalCode()
+    found = compare_decoders(
+        corrupted_heads(dataset, corruption, code),
+        len(dataset.records),
+        {"ours": our_decoder(dataset.categories, code, config)},
+        categories=dataset.categories,
+        encoding=code,
+        title="ceiling",
+    )
+    return found.outcome("ours"), found.quality()
