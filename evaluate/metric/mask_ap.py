@@ -46,7 +46,7 @@ class ImageInstances:
         found: Category, score and outcome of each predicted one, those of a category by descending
             score. An outcome is a byte, `WRONG`, `RIGHT` or `IGNORED`, for each of `AREAS` and in
             it for each of `THRESHOLDS`.
-        scored: Whether every predicted one has a score.
+        scored: Whether every predicted one has a score; else the rest is empty.
     """
 
     true: Mapping[int, tuple[int, ...]]
@@ -78,13 +78,15 @@ def match_instances(
     for id_, category in pred_segments.items():
         if category in things:
             predicted.setdefault(category, []).append(id_)
+    if not all(id_ in scores for ids in predicted.values() for id_ in ids):
+        return ImageInstances({}, (), scored=False)  # without scores there is no AP to match for
     found = []
     for category, ids in predicted.items():
-        ordered = sorted(ids, key=lambda id_: -scores.get(id_, 0.0))[:MOST]
+        ordered = sorted(ids, key=lambda id_: -scores[id_])[:MOST]
         partners = [_partners(overlap, true.get(category, []), id_) for id_ in ordered]
         outcomes = [_match(overlap, ordered, partners, area) for area in AREAS]
         found += [
-            (category, scores.get(id_, 0.0), b"".join(each))
+            (category, scores[id_], b"".join(each))
             for id_, each in zip(ordered, zip(*outcomes, strict=True), strict=True)
         ]
     return ImageInstances(
@@ -93,7 +95,7 @@ def match_instances(
             for category, segments in true.items()
         },
         tuple(found),
-        all(id_ in scores for ids in predicted.values() for id_ in ids),
+        scored=True,
     )
 
 
