@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Sequence
@@ -200,6 +201,7 @@ def score(
         )
 
         reference = import_official()  # before the work, as it may be missing
+    gc.freeze()  # collections, at exit too, need not walk what was imported: 14 of 200 ms
     categories, pairs = read_pairs(truth, prediction, gt_dir, pred_dir)
     workers = workers or useful_workers(len(pairs))
     with progress("score", len(pairs), "images", patience=1.0) as advance:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -116,11 +117,8 @@ class CocoLayout:
         annotations = root / "annotations"
         if not root.is_dir():
             raise InputError("no such folder", where=root, remedy="give the root of the dataset")
-        layout = cls(
-            root / split,
-            annotations / f"panoptic_{split}.json",
-            annotations / f"panoptic_{split}",
-        )
+        pngs = annotations / f"panoptic_{split}"
+        layout = cls(root / split, annotations / f"{pngs.name}.json", pngs)
         if not layout.panoptic_json.is_file():
             known = sorted(
                 p.stem.removeprefix("panoptic_") for p in annotations.glob("panoptic_*.json")
@@ -199,12 +197,9 @@ def read_dataset(layout: CocoLayout) -> CocoPanoptic:
             where=source,
             remedy="it needs images, annotations with segments_info, and categories",
         ) from None
-    return CocoPanoptic(
-        categories=categories,
-        records=tuple(sorted(records, key=lambda record: record.key)),
-        rejections=sort_rejections(rejections),
-        digest=hashlib.sha256(data).hexdigest(),
-    )
+    records.sort(key=lambda record: record.key)
+    digest = hashlib.sha256(data).hexdigest()
+    return CocoPanoptic(categories, tuple(records), sort_rejections(rejections), digest)
 
 
 def read_categories(rows: Iterable[Any], source: Path) -> tuple[Category, ...]:
@@ -259,7 +254,7 @@ def _join(
     """The images that can be tried; adds the others to the rejections."""
     # One listing of each folder: a stat for every image takes minutes on a network disk.
     photos, pngs = list_names(layout.images), list_names(layout.panoptic_dir)
-    records: list[PanopticRecord] = []
+    records = []
     for image_id, rows in images.items():
         annotated = annotations.pop(image_id, [])
         for image in rows:
@@ -276,10 +271,11 @@ def _join(
                 records.append(record)
             except InputError as error:
                 rejections.append(Rejection.of(image_id, image.file_name, error))
-    for image_id, annotated in annotations.items():
-        message = "annotation of an image that the file does not list"
-        file_name = annotated[0].file_name
-        rejections.append(Rejection(image_id, file_name, "image-missing", message))
+    message = "annotation of an image that the file does not list"
+    rejections += [
+        Rejection(image_id, annotated[0].file_name, "image-missing", message)
+        for image_id, annotated in annotations.items()
+    ]
     times = Counter(record.key for record in records)
     for record in records:
         if times[record.key] > 1:
@@ -295,11 +291,10 @@ def _record(
     known: set[int],
 ) -> PanopticRecord:
     """One image with its segments; InputError where it cannot be rendered."""
-    for row in (image, annotation):
-        if isinstance(row, _BadRow):
-            raise InputError(row.problem, code="annotation-malformed")
-    assert isinstance(image, ImageRow)
-    assert isinstance(annotation, AnnotationRow)
+    if isinstance(image, _BadRow):
+        raise InputError(image.problem, code="annotation-malformed")
+    if isinstance(annotation, _BadRow):
+        raise InputError(annotation.problem, code="annotation-malformed")
     key = sample_key(image.id, image.file_name)
     # Names that came from undecodable bytes hold lone surrogates, which no tar header takes.
     plain = key.encode(errors="replace")
@@ -348,7 +343,6 @@ def list_names(folder: Path) -> set[str]:
 
 def is_file(path: Path) -> bool:
     """Whether a file is there; False for a name that no file can have."""
-    try:
+    with suppress(OSError):
         return path.is_file()
-    except OSError:
-        return False
+    return False

@@ -29,7 +29,7 @@ from panoptic_cache.pipeline.cache.index import (
 )
 from panoptic_cache.pipeline.cache.sample import FORMAT_VERSION
 from panoptic_cache.pipeline.cache.shards import finished_shard
-from panoptic_cache.pipeline.coco import Category, CocoPanoptic, Rejection
+from panoptic_cache.pipeline.coco import Category, CocoPanoptic, Rejection, sort_rejections
 from panoptic_cache.pipeline.render.cluster import run_tasks
 from panoptic_cache.pipeline.render.job import FinishedShard, RenderJob, render_shard, tools
 from panoptic_cache.pipeline.render.plan import Plan, RenderConfig, ShardPlan, allowed, make_plan
@@ -222,9 +222,7 @@ def make_index(
 
 def left_out(plan: Plan, shards: Sequence[FinishedShard]) -> tuple[Rejection, ...]:
     """The images left out, before the work and in it, by image id."""
-    found = [*plan.rejections, *(r for shard in shards for r in shard.rejections)]
-    found.sort(key=lambda rejection: (str(rejection.image_id).zfill(12), rejection.code))
-    return tuple(found)
+    return sort_rejections([*plan.rejections, *(r for s in shards for r in s.rejections)])
 
 
 def encode_quarantine(rejections: Sequence[Rejection]) -> bytes:
