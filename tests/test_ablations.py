@@ -63,6 +63,7 @@ def test_a_row_trains_and_evaluates(
     assert 0 <= result["All"]["pq"] <= 1
 
 
+@pytest.mark.slow
 def test_weights_or_their_average_through_the_command_line(
     run: Run, tiny_cache: Path, tiny_root: Path, tmp_path: Path
 ) -> None:

@@ -109,6 +109,7 @@ def test_evaluate_has_few_entries() -> None:
     assert len(entries) <= 14, entries
 
 
+@pytest.mark.slow
 def test_the_pipeline_runs_without_torch() -> None:
     modules = [
         ".".join((TOP, *path.relative_to(ROOT).with_suffix("").parts))

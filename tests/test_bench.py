@@ -30,6 +30,7 @@ TINY = TrainConfig(
 )
 
 
+@pytest.mark.slow
 def test_every_variant_has_a_column_and_every_part_a_line() -> None:
     found = bench_step(TINY, rounds=1)
     assert [t.variant for t in found.timings] == ["plain", "checkpointing"]
@@ -64,12 +65,14 @@ def test_the_matrix_rate_is_that_of_a_real_machine() -> None:
     assert 1e-3 < matrix_rate(torch.device("cpu"), half=False) < 1e3
 
 
+@pytest.mark.slow
 def test_the_small_model_has_the_proportions_of_the_large_ones() -> None:
     (config,) = SMALL.values()
     parts = summarize_model(config, 133).parameters
     assert 0.03 < (parts["decoder"] + parts["heads"]) / parts["encoder"] < 0.1
 
 
+@pytest.mark.slow
 def test_a_compiled_run_has_the_same_losses(
     tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

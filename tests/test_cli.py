@@ -130,6 +130,7 @@ def test_predict_any_pictures(run: Run, trained: Path, tiny_root: Path, tmp_path
     assert len(list((tmp_path / "out" / "overlays").iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_model_meets_the_papers_totals(run: Run) -> None:
     code, out, _ = run("model", "configs/coco_vitb_420.toml", "--json")
     summary = json.loads(out)
@@ -156,6 +157,7 @@ def test_ceiling_with_a_spoiled_semantic_head(run: Run, tiny_root: Path) -> None
     assert json.loads(spoiled)["All"]["pq"] < json.loads(clean)["All"]["pq"]
 
 
+@pytest.mark.slow
 def test_ceiling_on_real_photos(run: Run, coco_sample: Path) -> None:
     code, out, _ = run(
         "ceiling", "--coco", coco_sample, "--split", "val2017", "--size", 420, "--json"
@@ -164,6 +166,7 @@ def test_ceiling_on_real_photos(run: Run, coco_sample: Path) -> None:
     assert json.loads(out)["All"]["pq"] > 0.94
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "more"),
     [("render", ()), ("load", ()), ("decode", ("--size", 84)), ("score", ())],
@@ -236,6 +239,7 @@ def bad_input(root: Path, tmp_path: Path, trained: Path) -> dict[str, tuple[tupl
     }
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line_and_exit_code_1(
     run: Run, tiny_root: Path, trained: Path, tmp_path: Path
 ) -> None:
@@ -275,6 +279,7 @@ def test_golden_scores_through_the_command_line(run: Run) -> None:
                 assert found[group] == pytest.approx(expected[group], abs=1e-12), case.name
 
 
+@pytest.mark.slow
 def test_a_broken_torchvision_is_named(tmp_path: Path) -> None:
     (tmp_path / "torchvision").mkdir()
     broken = 'raise RuntimeError("operator torchvision::nms does not exist")'

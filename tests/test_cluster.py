@@ -190,6 +190,7 @@ def test_workers_that_write_elsewhere_are_found_out(
     assert caught.value.code == "not-shared"
 
 
+@pytest.mark.slow
 def test_workers_that_go_are_waited_for(
     tiny_dataset: CocoPanoptic,
     tiny_cache: Path,

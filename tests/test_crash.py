@@ -131,6 +131,7 @@ def test_kills_at_random_moments_change_no_byte(
     assert hashes(out) == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["open", "fsync", "replace"])
 def test_a_kill_in_the_middle_of_a_write_changes_no_byte(
     many: tuple[Path, dict[str, str]], tmp_path: Path, moment: str
@@ -147,6 +148,7 @@ def test_a_kill_in_the_middle_of_a_write_changes_no_byte(
     assert hashes(out) == wanted
 
 
+@pytest.mark.slow
 def test_workers_that_are_killed_are_replaced(
     many: tuple[Path, dict[str, str]], tmp_path: Path
 ) -> None:
@@ -187,6 +189,7 @@ class DeadlyStorage(Storage):
         return self
 
 
+@pytest.mark.slow
 def test_a_task_that_kills_its_workers_ends_in_one_line(
     tiny_dataset: CocoPanoptic, tiny_cache: Path, tmp_path: Path
 ) -> None:
@@ -200,6 +203,7 @@ def test_a_task_that_kills_its_workers_ends_in_one_line(
     assert hashes(tmp_path) == hashes(tiny_cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "workers", "group"),
     [(signal.SIGINT, 2, True), (signal.SIGTERM, 0, False)],
@@ -229,6 +233,7 @@ def test_a_signal_ends_in_one_line(
     assert hashes(out) == wanted
 
 
+@pytest.mark.slow
 def test_a_signal_while_workers_start_ends_in_one_line(
     many: tuple[Path, dict[str, str]], tmp_path: Path
 ) -> None:
@@ -267,6 +272,7 @@ def test_a_write_that_the_kernel_cuts_short_leaves_nothing(
     assert hashes(tmp_path) == hashes(tiny_cache)
 
 
+@pytest.mark.slow
 def test_a_full_disk_of_a_worker_ends_in_one_line(
     many: tuple[Path, dict[str, str]], tmp_path: Path
 ) -> None:
@@ -296,6 +302,7 @@ def test_a_full_disk_of_a_worker_ends_in_one_line(
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_in_one_line(
     many: tuple[Path, dict[str, str]], tmp_path: Path
 ) -> None:

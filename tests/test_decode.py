@@ -289,6 +289,7 @@ def test_rings_and_centroids_outside_their_instance() -> None:
     assert_recovers(run(index, [0, 1, 0]), index, [0, 1, 0])
 
 
+@pytest.mark.slow
 def test_more_than_a_hundred_instances() -> None:
     index = np.zeros((240, 240), np.int64)
     for cell in range(144):

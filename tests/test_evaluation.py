@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import Run
 from handmade import hashes
+from msgspec import structs
 
 from panoptic_cache.evaluate.metric.score import score_image
 from panoptic_cache.evaluate.photos import predict_photos
@@ -72,6 +73,7 @@ def on_two_processes(trained: Path, root: Path, out: Path) -> subprocess.Complet
     )
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(
     trained: Path, tiny_root: Path, once: Path, tmp_path: Path
 ) -> None:
@@ -83,6 +85,7 @@ def test_two_processes_equal_one(
     assert not list(tmp_path.glob("predictions*"))
 
 
+@pytest.mark.slow
 def test_what_one_process_meets_stops_both_with_one_line(
     trained: Path, root: Path, tmp_path: Path
 ) -> None:
@@ -173,6 +176,7 @@ def test_photos_of_another_folder_are_not_mixed_in(
         evaluate(predictor, replace(tiny_dataset, records=tuple(records)), tmp_path)
 
 
+@pytest.mark.slow
 def test_what_an_earlier_evaluation_left_goes_and_nothing_else(
     predictor: Predictor, tiny_dataset: CocoPanoptic, tmp_path: Path
 ) -> None:
@@ -201,6 +205,7 @@ def test_an_evaluation_that_predicts_nothing_leaves_the_earlier_one(
     assert hashes(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_is_no_finished_one_and_its_next_sweeps(
     predictor: Predictor,
     tiny_dataset: CocoPanoptic,
@@ -251,7 +256,7 @@ def test_areas_that_are_none_are_refused(
     predictor: Predictor, tiny_dataset: CocoPanoptic, tmp_path: Path, area: Any
 ) -> None:
     first, *rest = tiny_dataset.records
-    segments = (replace(first.segments[0], area=area), *first.segments[1:])
+    segments = (structs.replace(first.segments[0], area=area), *first.segments[1:])
     wrong = (replace(first, segments=segments), *rest)
     with pytest.raises(InputError, match="is no number of pixels"):
         evaluate(predictor, replace(tiny_dataset, records=wrong), tmp_path)

@@ -47,6 +47,7 @@ def test_half_an_export_is_none(trained: Path, tmp_path: Path) -> None:
         Predictor(tmp_path)
 
 
+@pytest.mark.slow
 def test_onnx_equals_pytorch(run: Run, trained: Path, tmp_path: Path) -> None:
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name)
@@ -83,6 +84,7 @@ def test_onnx_equals_pytorch(run: Run, trained: Path, tmp_path: Path) -> None:
         assert np.allclose(heads.semantic.numpy(), logit, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_weights_too_large_for_one_file_lie_beside_it(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,6 +141,7 @@ def test_other_encodings_train(tiny_cache: Path, tmp_path: Path, encoding: Any) 
     assert all(math.isfinite(line["loss"]) and line["dice"] == 0 for line in lines)
 
 
+@pytest.mark.slow
 def test_it_learns(tiny_cache: Path, tmp_path: Path) -> None:
     config = make_config(tiny_cache, tmp_path, steps=90, checkpoint_every=100)
     data = replace(config.data, augment=False)
@@ -328,6 +329,7 @@ def test_the_distance_changes_at_its_switch() -> None:
     assert LossConfig(instance="squared").distance_at(1.0) == "squared"
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_that_accumulates(tiny_cache: Path, tmp_path: Path) -> None:
     """And one rank goes on from what two have saved."""
     config = make_config(tiny_cache, tmp_path / "one", steps=4)

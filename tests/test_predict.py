@@ -328,7 +328,7 @@ def test_bad_predictions_are_one_line(
     (tmp_path / "pred.json").write_text("[" * 100_000)
     code, out, err = run(*command)
     assert (code, out, len(err.splitlines())) == (1, "", 1)
-    assert "is no JSON" in err
+    assert "is no annotation file" in err
 
 
 def test_other_categories_are_refused(run: Run, trained: Path, root: Path, tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ def test_two_ranks_hear_the_same(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_folder_that_a_rank_does_not_see_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

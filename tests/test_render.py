@@ -17,6 +17,7 @@ import pytest
 import simplejpeg
 from distributed import LocalCluster
 from handmade import hashes, noise
+from msgspec import structs
 
 import panoptic_cache.pipeline.render.driver
 from panoptic_cache.pipeline.base.errors import InputError
@@ -63,6 +64,7 @@ def test_the_result_counts_what_was_made(tiny_dataset: CocoPanoptic, tmp_path: P
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_workers_change_no_byte(
     tiny_dataset: CocoPanoptic, tiny_cache: Path, tmp_path: Path
 ) -> None:
@@ -323,7 +325,7 @@ def test_renaming_ids_changes_no_target(root: Path) -> None:
         renamed = replace(
             record,
             png=record.png.with_suffix(".renamed.png"),
-            segments=tuple(replace(s, id=rename[s.id]) for s in record.segments),
+            segments=tuple(structs.replace(s, id=rename[s.id]) for s in record.segments),
         )
         cv2.imwrite(str(renamed.png), bgr)
         one, other = (

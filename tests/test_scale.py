@@ -30,6 +30,7 @@ def large(large_root: Path) -> CocoPanoptic:
     return read_dataset(CocoLayout.of(large_root, SPLIT))
 
 
+@pytest.mark.slow
 def test_every_image_is_planned_once(large: CocoPanoptic) -> None:
     plan = make_plan(large, SPLIT, RenderConfig())
     keys = [record.key for shard in plan.shards for record in shard.records]
@@ -57,6 +58,7 @@ def test_reading_needs_little_more_than_the_file_and_the_records(large_root: Pat
     assert peak < 5 * size
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_work(large_root: Path, tmp_path: Path) -> None:
     found = measured(render_step, large_root, tmp_path / "cache", IMAGES, 2)
     assert found["images"] == IMAGES

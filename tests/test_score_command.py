@@ -125,6 +125,7 @@ def share_for_ever(json_file: str) -> None:
     list(map_pairs(pairs, wait_for_signal, workers=2))
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_process_that_was_killed(truth: Path) -> None:
     code = f"import test_score_command; test_score_command.share_for_ever({str(truth)!r})"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}

@@ -27,6 +27,7 @@ TINY = TrainConfig(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "millions", "encoder", "tokens"),
     [
@@ -47,6 +48,7 @@ def test_parameters_meet_the_papers_table(
     assert summary.size == int(name.rsplit("_", 1)[-1])
 
 
+@pytest.mark.slow
 def test_a_training_image_of_the_large_model_takes_about_three_teraflop() -> None:
     summary = summarize_model(load_config(TrainConfig, CONFIGS / "coco_vitl_518.toml"), 133)
     assert 2.5e12 < summary.train_flops_per_image < 4e12
@@ -71,6 +73,7 @@ def test_a_small_models_numbers_are_those_of_the_model() -> None:
     assert summary.to_json()["parameters"] == summary.parameters
 
 
+@pytest.mark.slow
 def test_activations_and_operations_grow_as_they_should() -> None:
     small = summarize_model(TINY, 5)
     half = summarize_model(replace(TINY, precision="bf16"), 5)
