@@ -20,23 +20,14 @@ Flag = bool | Literal[0, 1]
 
 
 class SegmentInfo(Struct, frozen=True, gc=False):
-    """A row of `segments_info`. COCO's train2017 has 1.3 million of them.
+    """A row of `segments_info`. COCO's train2017 has 1.3 million of them."""
 
-    Attributes:
-        id: R + 256 G + 65536 B of its pixels.
-        category_id: As annotated.
-        iscrowd: A group that is not split into instances.
-        area: Pixels, unchecked: rendering counts anew, scoring checks and trusts it.
-        bbox: x, y, width, height; rendering computes it anew.
-        score: Confidence, which predictions may have; unchecked.
-    """
-
-    id: int
-    category_id: int
-    iscrowd: Flag = False
-    area: Any = None
-    bbox: tuple[int | float, ...] | None = None
-    score: Any = None
+    id: int  # R + 256 G + 65536 B of its pixels
+    category_id: int  # As annotated
+    iscrowd: Flag = False  # A group that is not split into instances
+    area: Any = None  # Pixels, unchecked: rendering counts anew, scoring checks and trusts it
+    bbox: tuple[int | float, ...] | None = None  # x, y, width, height; rendering computes it anew
+    score: Any = None  # Confidence, which predictions may have; unchecked
 
 
 class AnnotationRow(Struct, frozen=True, gc=False):

@@ -35,44 +35,26 @@ MAX_KEY_BYTES = 80
 
 @dataclass(frozen=True, slots=True)
 class Category:
-    """A category of the annotation file.
+    """A category of the annotation file."""
 
-    Attributes:
-        id: As annotated.
-        name: As annotated.
-        isthing: Has instances; stuff has none.
-        label: 0..C-1 in the order of ascending ids; what the network predicts.
-    """
-
-    id: int
-    name: str
-    isthing: bool
-    label: int
+    id: int  # As annotated
+    name: str  # As annotated
+    isthing: bool  # Has instances; stuff has none
+    label: int  # 0..C-1 in the order of ascending ids; what the network predicts
 
 
 @dataclass(frozen=True, slots=True)
 class PanopticRecord:
-    """One annotated image.
+    """One annotated image."""
 
-    Attributes:
-        image_id: As annotated.
-        key: The sample's name in a shard: the id in 12 digits, or the file's stem without dots.
-        file_name: Of the photo, relative to the folder of photos.
-        photo: Path of the photo.
-        png: Path of the panoptic PNG.
-        height: Pixels, as the JSON says.
-        width: Pixels, as the JSON says.
-        segments: The annotated segments.
-    """
-
-    image_id: ImageId
-    key: str
-    file_name: str
-    photo: Path
-    png: Path
-    height: int
-    width: int
-    segments: tuple[SegmentInfo, ...]
+    image_id: ImageId  # As annotated
+    key: str  # The sample's name in a shard: the id in 12 digits, or the file's stem without dots
+    file_name: str  # Of the photo, relative to the folder of photos
+    photo: Path  # Path of the photo
+    png: Path  # Path of the panoptic PNG
+    height: int  # Pixels, as the JSON says
+    width: int  # Pixels, as the JSON says
+    segments: tuple[SegmentInfo, ...]  # The annotated segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +81,11 @@ def sort_rejections(rejections: Iterable[Rejection]) -> tuple[Rejection, ...]:
 
 @dataclass(frozen=True, slots=True)
 class CocoLayout:
-    """Where a split of a COCO panoptic dataset lies.
+    """Where a split of a COCO panoptic dataset lies."""
 
-    Attributes:
-        images: Folder of photos.
-        panoptic_json: The annotation file.
-        panoptic_dir: Folder of panoptic PNGs.
-    """
-
-    images: Path
-    panoptic_json: Path
-    panoptic_dir: Path
+    images: Path  # Folder of photos
+    panoptic_json: Path  # The annotation file
+    panoptic_dir: Path  # Folder of panoptic PNGs
 
     @classmethod
     def of(cls, root: Path, split: str) -> CocoLayout:
@@ -144,19 +120,12 @@ class CocoLayout:
 
 @dataclass(frozen=True, slots=True)
 class CocoPanoptic:
-    """A whole split.
+    """A whole split."""
 
-    Attributes:
-        categories: By label.
-        records: The images that can be tried, by ascending key.
-        rejections: The images that cannot, by ascending id.
-        digest: SHA-256 of the annotation file.
-    """
-
-    categories: tuple[Category, ...]
-    records: tuple[PanopticRecord, ...]
-    rejections: tuple[Rejection, ...]
-    digest: str
+    categories: tuple[Category, ...]  # By label
+    records: tuple[PanopticRecord, ...]  # The images that can be tried, by ascending key
+    rejections: tuple[Rejection, ...]  # The images that cannot, by ascending id
+    digest: str  # SHA-256 of the annotation file
 
     def head(self, limit: int | None) -> CocoPanoptic:
         """The first `limit` records, or all; without rejections, if limited."""

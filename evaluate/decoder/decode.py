@@ -30,27 +30,21 @@ TOGETHER = 1 << 22
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Settings of the decoder; one setting serves all networks and sizes that it was tried on.
+    """Settings of the decoder; one setting serves all networks and sizes that it was tried on."""
 
-    Attributes:
-        least_class: Mean probability that a class must have where it wins, to be in the image.
-        smoothing: Pixels of the network's output over which codes are averaged to each side, for a
-            noise of 1 (a variance a channel; of trained networks 0.003, of poor ones 0.1).
-        trust: How far the semantic head moves the border between instance and void, in lengths of
-            a typical code: to 1/2 - trust where it is sure of a thing, 1/2 + trust of stuff.
-        blur: Width of the Gaussian over the votes, in distances between the votes of neighbours.
-        bias: Log odds, added to those that two groups of votes are one instance.
-        least_score: An instance with a lower score is dropped, see `segments.draw`.
-        min_stuff_area: Native pixels below which a stuff segment is dropped.
-    """
-
+    # Mean probability that a class must have where it wins, to be in the image.
     least_class: float = 0.55
+    # Pixels of the network's output over which codes are averaged to each side, for a noise of 1 (a
+    # variance a channel; of trained networks 0.003, of poor ones 0.1).
     smoothing: float = 58.0
+    # How far the semantic head moves the border between instance and void, in lengths of a typical
+    # code: to 1/2 - trust where it is sure of a thing, 1/2 + trust of stuff.
     trust: float = 0.2
+    # Width of the Gaussian over the votes, in distances between the votes of neighbours.
     blur: float = 1.0
-    bias: float = 0.0
-    least_score: float = 0.4
-    min_stuff_area: int = 64
+    bias: float = 0.0  # Log odds, added to those that two groups of votes are one instance
+    least_score: float = 0.4  # An instance with a lower score is dropped, see `segments.draw`
+    min_stuff_area: int = 64  # Native pixels below which a stuff segment is dropped
 
 
 def decode(

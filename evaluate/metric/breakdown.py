@@ -31,22 +31,19 @@ CategoryPair = tuple[int, int | None]
 
 @dataclass(frozen=True, slots=True)
 class Breakdown:
-    """Sums over images; `+` adds, in the order of the images.
+    """Sums over images; `+` adds, in the order of the images."""
 
-    Attributes:
-        size_counts: True thing instances (no crowd) in each bin of `SIZE_EDGES`.
-        size_ious: Sum of their best IoU with a predicted thing segment of any category.
-        agnostic: Counts of PQ with all things as one category.
-        pixels: Pixels of (true category, predicted category or None where void); unlabelled
-            pixels are left out, crowd has its category.
-        confusion: True segments (no crowd) of (true category, category of the prediction that
-            covers them with IoU > 0.5, or None).
-    """
-
+    # True thing instances (no crowd) in each bin of `SIZE_EDGES`.
     size_counts: tuple[int, ...] = (0,) * len(SIZE_EDGES)
+    # Sum of their best IoU with a predicted thing segment of any category.
     size_ious: tuple[float, ...] = (0.0,) * len(SIZE_EDGES)
+    # Counts of PQ with all things as one category.
     agnostic: CategoryStat = field(default_factory=CategoryStat)
+    # Pixels of (true category, predicted category or None where void); unlabelled pixels are left
+    # out, crowd has its category.
     pixels: Mapping[CategoryPair, int] = field(default_factory=dict)
+    # True segments (no crowd) of (true category, category of the prediction that covers them with
+    # IoU > 0.5, or None).
     confusion: Mapping[CategoryPair, int] = field(default_factory=dict)
 
     def __add__(self, other: Breakdown) -> Breakdown:

@@ -39,19 +39,14 @@ WRONG, RIGHT, IGNORED = range(3)
 
 @dataclass(frozen=True, slots=True)
 class ImageInstances:
-    """The instances of one image after matching.
+    """The instances of one image after matching."""
 
-    Attributes:
-        true: By category, how many true ones count in each of `AREAS`.
-        found: Category, score and outcome of each predicted one, those of a category by descending
-            score. An outcome is a byte, `WRONG`, `RIGHT` or `IGNORED`, for each of `AREAS` and in
-            it for each of `THRESHOLDS`.
-        scored: Whether every predicted one has a score; else the rest is empty.
-    """
-
-    true: Mapping[int, tuple[int, ...]]
+    true: Mapping[int, tuple[int, ...]]  # By category, how many true ones count in each of `AREAS`
+    # Category, score and outcome of each predicted one, those of a category by descending score. An
+    # outcome is a byte, `WRONG`, `RIGHT` or `IGNORED`, for each of `AREAS` and in it for each of
+    # `THRESHOLDS`.
     found: tuple[tuple[int, float, bytes], ...]
-    scored: bool
+    scored: bool  # Whether every predicted one has a score; else the rest is empty
 
 
 def match_instances(

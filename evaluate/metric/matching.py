@@ -26,17 +26,12 @@ LEAST_IOU = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """The pixels that the segments of two maps share; 0 is void.
+    """The pixels that the segments of two maps share; 0 is void."""
 
-    Attributes:
-        shared: Pixels of each (true id, predicted id) that occurs, in ascending order.
-        true_area: Pixels of each true id.
-        area: Pixels of each predicted id.
-    """
-
+    # Pixels of each (true id, predicted id) that occurs, in ascending order.
     shared: Mapping[tuple[int, int], int]
-    true_area: Mapping[int, int]
-    area: Mapping[int, int]
+    true_area: Mapping[int, int]  # Pixels of each true id
+    area: Mapping[int, int]  # Pixels of each predicted id
 
     @classmethod
     def of(cls, gt_ids: NDArray[np.integer[Any]], pred_ids: NDArray[np.integer[Any]]) -> Overlap:
@@ -82,17 +77,12 @@ class Overlap:
 
 @dataclass(frozen=True, slots=True)
 class Matching:
-    """Which segments are right and wrong; all by id.
+    """Which segments are right and wrong; all by id."""
 
-    Attributes:
-        ious: IoU of each matched (true id, predicted id), in ascending order.
-        missed: True segments without match (FN).
-        false: Predicted segments without match that count as wrong (FP).
-    """
-
+    # IoU of each matched (true id, predicted id), in ascending order.
     ious: Mapping[tuple[int, int], float]
-    missed: tuple[int, ...]
-    false: tuple[int, ...]
+    missed: tuple[int, ...]  # True segments without match (FN)
+    false: tuple[int, ...]  # Predicted segments without match that count as wrong (FP)
 
 
 def match_segments(

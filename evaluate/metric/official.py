@@ -33,30 +33,20 @@ Values = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Official:
-    """What the reference says.
+    """What the reference says."""
 
-    Attributes:
-        groups: `pq`, `sq`, `rq` and `n` of All, Things and Stuff; None where it divides by zero.
-        per_class: `tp`, `fp`, `fn`, `iou`, `pq`, `sq` and `rq` by category id.
-    """
-
+    # `pq`, `sq`, `rq` and `n` of All, Things and Stuff; None where it divides by zero.
     groups: Mapping[str, Values | None]
-    per_class: Mapping[int, Values]
+    per_class: Mapping[int, Values]  # `tp`, `fp`, `fn`, `iou`, `pq`, `sq` and `rq` by category id
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """What the reference says, and how far ours is from it.
+    """What the reference says, and how far ours is from it."""
 
-    Attributes:
-        groups: See `Official`.
-        difference: Largest absolute difference of any number, of groups or categories.
-        at: Where that is, such as `All pq` or `category 17 sq`; `nowhere` where it is 0.
-    """
-
-    groups: Mapping[str, Values | None]
-    difference: float
-    at: str
+    groups: Mapping[str, Values | None]  # See `Official`
+    difference: float  # Largest absolute difference of any number, of groups or categories
+    at: str  # Where that is, such as `All pq` or `category 17 sq`; `nowhere` where it is 0
 
     @property
     def agrees(self) -> bool:

@@ -33,22 +33,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ImagePair:
-    """Ground truth and prediction of one image, as the two JSONs describe them.
+    """Ground truth and prediction of one image, as the two JSONs describe them."""
 
-    Attributes:
-        image_id: As annotated.
-        gt_png: Path of the ground truth's PNG.
-        gt_segments: As listed, with area.
-        pred_png: Path of the predicted PNG.
-        pred_segments: Category id by segment id.
-        pred_scores: Confidence by segment id, of those that have one.
-    """
-
-    image_id: ImageId
-    gt_png: Path
-    gt_segments: tuple[SegmentInfo, ...]
-    pred_png: Path
-    pred_segments: Mapping[int, int]
+    image_id: ImageId  # As annotated
+    gt_png: Path  # Path of the ground truth's PNG
+    gt_segments: tuple[SegmentInfo, ...]  # As listed, with area
+    pred_png: Path  # Path of the predicted PNG
+    pred_segments: Mapping[int, int]  # Category id by segment id
+    # Confidence by segment id, of those that have one.
     pred_scores: Mapping[int, float] = field(default_factory=dict)
 
 

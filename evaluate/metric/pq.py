@@ -31,19 +31,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class CategoryStat:
-    """Counts of one category; they add up over images.
+    """Counts of one category; they add up over images."""
 
-    Attributes:
-        tp: Matched pairs.
-        fp: Predicted segments without match.
-        fn: Ground-truth segments without match.
-        iou: Sum of the IoU of the matched pairs.
-    """
-
-    tp: int = 0
-    fp: int = 0
-    fn: int = 0
-    iou: float = 0.0
+    tp: int = 0  # Matched pairs
+    fp: int = 0  # Predicted segments without match
+    fn: int = 0  # Ground-truth segments without match
+    iou: float = 0.0  # Sum of the IoU of the matched pairs
 
     def __add__(self, other: CategoryStat) -> CategoryStat:
         return CategoryStat(
@@ -98,17 +91,12 @@ class PQStat:
 
 @dataclass(frozen=True, slots=True)
 class ImageStat:
-    """What one image adds.
+    """What one image adds."""
 
-    Attributes:
-        image_id: As annotated.
-        stat: Its counts.
-        wrong_areas: Ids of ground-truth segments (no crowd) whose area in the JSON, which PQ
-            trusts, differs from the PNG.
-    """
-
-    image_id: ImageId
-    stat: PQStat
+    image_id: ImageId  # As annotated
+    stat: PQStat  # Its counts
+    # Ids of ground-truth segments (no crowd) whose area in the JSON, which PQ trusts, differs from
+    # the PNG.
     wrong_areas: tuple[int, ...] = ()
 
 
@@ -124,18 +112,12 @@ class GroupPQ:
 
 @dataclass(frozen=True, slots=True)
 class PQResult:
-    """The metric of a split.
+    """The metric of a split."""
 
-    Attributes:
-        all: Over all categories; None (undefined) where no category has a segment.
-        things: The same, over things.
-        stuff: The same, over stuff.
-        per_class: Counts of every category of the ground truth, by ascending id.
-    """
-
-    all: GroupPQ | None
-    things: GroupPQ | None
-    stuff: GroupPQ | None
+    all: GroupPQ | None  # Over all categories; None (undefined) where no category has a segment
+    things: GroupPQ | None  # The same, over things
+    stuff: GroupPQ | None  # The same, over stuff
+    # Counts of every category of the ground truth, by ascending id.
     per_class: Mapping[int, CategoryStat]
 
     def to_json(self) -> dict[str, Any]:

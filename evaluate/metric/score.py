@@ -28,17 +28,11 @@ from panoptic_cache.pipeline.coco import Category, CocoPanoptic
 
 @dataclass(frozen=True, slots=True)
 class ImageScore:
-    """What one image adds.
+    """What one image adds."""
 
-    Attributes:
-        pq: Its counts.
-        breakdown: Its other sums.
-        instances: Its instances, for AP.
-    """
-
-    pq: ImageStat
-    breakdown: Breakdown
-    instances: ImageInstances
+    pq: ImageStat  # Its counts
+    breakdown: Breakdown  # Its other sums
+    instances: ImageInstances  # Its instances, for AP
 
     @property
     def value(self) -> float | None:
@@ -48,19 +42,12 @@ class ImageScore:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """The metrics of a split.
+    """The metrics of a split."""
 
-    Attributes:
-        pq: Panoptic quality.
-        breakdown: The other sums.
-        mask_ap: See `mask_ap.mask_ap`.
-        worst: See `breakdown.worst_images`.
-    """
-
-    pq: PQResult
-    breakdown: Breakdown
-    mask_ap: dict[str, float | None] | None
-    worst: list[dict[str, Any]]
+    pq: PQResult  # Panoptic quality
+    breakdown: Breakdown  # The other sums
+    mask_ap: dict[str, float | None] | None  # See `mask_ap.mask_ap`
+    worst: list[dict[str, Any]]  # See `breakdown.worst_images`
 
     def to_json(self) -> dict[str, Any]:
         """What `panoptic score --json` prints.
@@ -79,17 +66,11 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Scores, and how long they took.
+    """Scores, and how long they took."""
 
-    Attributes:
-        scores: The metrics.
-        images: How many were scored.
-        seconds_per_image: Mean wall time of a process for an image, by step.
-    """
-
-    scores: Scores
-    images: int
-    seconds_per_image: dict[str, float]
+    scores: Scores  # The metrics
+    images: int  # How many were scored
+    seconds_per_image: dict[str, float]  # Mean wall time of a process for an image, by step
 
     @property
     def pq(self) -> PQResult:

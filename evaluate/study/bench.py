@@ -43,63 +43,37 @@ OURS, KNOWN = "ours", "known instances"
 
 @dataclass(frozen=True, slots=True)
 class DecoderResult:
-    """What a decoder reached on one set of heads; PQ in percent, None where it is undefined.
+    """What a decoder reached on one set of heads; PQ in percent, None where it is undefined."""
 
-    Attributes:
-        decoder: Its name.
-        setting: The one of several that suits a rival best on these heads; empty for ours.
-        All: PQ.
-        Things: The same.
-        Stuff: The same.
-        agnostic: PQ of things as one category.
-        tp: Of that.
-        fp: Of that.
-        fn: Of that.
-        ms: Wall milliseconds an image, from heads to the native panoptic map.
-        behind: All PQ of ours less this one's; None for ours.
-        interval: 95 % interval of that, over images.
-    """
-
-    decoder: str
-    setting: str
-    All: float | None
-    Things: float | None
-    Stuff: float | None
-    agnostic: float
-    tp: int
-    fp: int
-    fn: int
-    ms: float
-    behind: float | None = None
-    interval: tuple[float, float] | None = None
+    decoder: str  # Its name
+    setting: str  # The one of several that suits a rival best on these heads; empty for ours
+    All: float | None  # PQ
+    Things: float | None  # The same
+    Stuff: float | None  # The same
+    agnostic: float  # PQ of things as one category
+    tp: int  # Of that
+    fp: int  # Of that
+    fn: int  # Of that
+    ms: float  # Wall milliseconds an image, from heads to the native panoptic map
+    behind: float | None = None  # All PQ of ours less this one's; None for ours
+    interval: tuple[float, float] | None = None  # 95 % interval of that, over images
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """The decoders on one set of heads.
+    """The decoders on one set of heads."""
 
-    Attributes:
-        name: Of the set.
-        results: Ours first.
-        quality: What its codes look like.
-    """
-
-    name: str
-    results: tuple[DecoderResult, ...]
-    quality: Quality | None
+    name: str  # Of the set
+    results: tuple[DecoderResult, ...]  # Ours first
+    quality: Quality | None  # What its codes look like
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeBench:
-    """Decoders on one or several sets of heads.
+    """Decoders on one or several sets of heads."""
 
-    Attributes:
-        title: What was measured, on what.
-        cases: With the same decoders.
-    """
-
-    title: str
-    cases: tuple[Case, ...]
+    title: str  # What was measured, on what
+    cases: tuple[Case, ...]  # With the same decoders
 
     @property
     def columns(self) -> tuple[str, ...]:

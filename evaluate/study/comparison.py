@@ -36,31 +36,21 @@ Decoder = Callable[[Sequence[ImageHeads]], list[PanopticMap]]
 
 @dataclass
 class Trial:
-    """What one decoder made of a set of images.
+    """What one decoder made of a set of images."""
 
-    Attributes:
-        images: Their scores, in order.
-        seconds: Of decoding.
-    """
-
-    images: list[ImageScore] = field(default_factory=list)
-    seconds: float = 0.0
+    images: list[ImageScore] = field(default_factory=list)  # Their scores, in order
+    seconds: float = 0.0  # Of decoding
 
 
 @dataclass
 class Comparison:
-    """What several decoders made of the same images.
+    """What several decoders made of the same images."""
 
-    Attributes:
-        categories: By label.
-        trials: By the decoder's name.
-        qualities: What the codes of each image look like, of those with clear ones.
-        seconds: Of reading or making the heads, and of scoring all decoders.
-    """
-
-    categories: tuple[Category, ...]
-    trials: dict[str, Trial]
+    categories: tuple[Category, ...]  # By label
+    trials: dict[str, Trial]  # By the decoder's name
+    # What the codes of each image look like, of those with clear ones.
     qualities: list[Quality] = field(default_factory=list)
+    # Of reading or making the heads, and of scoring all decoders.
     seconds: dict[str, float] = field(default_factory=lambda: {"encode": 0.0, "score": 0.0})
 
     def outcome(self, name: str) -> Outcome:

@@ -42,21 +42,13 @@ CLEAR = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Corruption:
-    """How good a network is.
+    """How good a network is."""
 
-    Attributes:
-        size: Side of its square input, pixels.
-        noise: Level of corruption of the codes, see `corrupt`.
-        semantic_noise: The same of the logits, see `corrupt_logits`.
-        drift: Cells that centroids drift within an instance, see `Drift`.
-        seed: Each image draws from generators of its own.
-    """
-
-    size: int = 420
-    noise: float = 0.0
-    semantic_noise: float = 0.0
-    drift: float = 0.0
-    seed: int = 0
+    size: int = 420  # Side of its square input, pixels
+    noise: float = 0.0  # Level of corruption of the codes, see `corrupt`
+    semantic_noise: float = 0.0  # The same of the logits, see `corrupt_logits`
+    drift: float = 0.0  # Cells that centroids drift within an instance, see `Drift`
+    seed: int = 0  # Each image draws from generators of its own
 
 
 def corrupted_heads(
@@ -99,15 +91,10 @@ def corrupted_heads(
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """How the centroids that a network names slide over an instance, on the curve of the codes.
+    """How the centroids that a network names slide over an instance, on the curve of the codes."""
 
-    Attributes:
-        cells: Cells of 80 that the farthest places named are apart, at most.
-        generator: Of the direction, on the processor.
-    """
-
-    cells: float
-    generator: torch.Generator
+    cells: float  # Cells of 80 that the farthest places named are apart, at most
+    generator: torch.Generator  # Of the direction, on the processor
 
     def displacement(self, index: NDArray[np.int64], row: int) -> Tensor:
         """(P, 2) what to add to (u, v) at the pixels of a row of the segment table; mean 0."""
@@ -258,14 +245,10 @@ def _disturbed(
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """What the codes of a network look like, to be compared with those of corrupted codes.
+    """What the codes of a network look like, to be compared with those of corrupted codes."""
 
-    Attributes:
-        noise: Median variance a channel of what codes hold beside their curve.
-        drift: Mean distance, in cells, of the centroids that neighbouring pixels of one class name.
-    """
-
-    noise: float
+    noise: float  # Median variance a channel of what codes hold beside their curve
+    # Mean distance, in cells, of the centroids that neighbouring pixels of one class name.
     drift: float
 
 

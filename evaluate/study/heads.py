@@ -55,21 +55,13 @@ class Heads(Protocol):
 
 @dataclass(frozen=True)
 class ImageHeads:
-    """One annotated image and what a network says of it.
+    """One annotated image and what a network says of it."""
 
-    Attributes:
-        name: Of the file, without its ending; or the image id.
-        instance: (channels, h, w) float32 codes.
-        semantic: (C, h, w) float32 logits.
-        ids: (H, W) int32 true segment ids, 0 = void.
-        segments: As annotated.
-    """
-
-    name: str
-    instance: Tensor
-    semantic: Tensor
-    ids: NDArray[np.int32]
-    segments: tuple[SegmentInfo, ...]
+    name: str  # Of the file, without its ending; or the image id
+    instance: Tensor  # (channels, h, w) float32 codes
+    semantic: Tensor  # (C, h, w) float32 logits
+    ids: NDArray[np.int32]  # (H, W) int32 true segment ids, 0 = void
+    segments: tuple[SegmentInfo, ...]  # As annotated
 
     @property
     def size(self) -> tuple[int, int]:

@@ -28,12 +28,9 @@ class Storage:
     object stores make atomic; there is no lock there, and nothing to sweep. On a remote
     filesystem that is no object store, a kill can leave half a file under its name. Rendering
     goes on from there all the same: half a tar has no sidecar, and half a sidecar is none.
-
-    Attributes:
-        url: A local path or an fsspec URL such as `s3://bucket/coco`.
     """
 
-    url: str
+    url: str  # A local path or an fsspec URL such as `s3://bucket/coco`
 
     @property
     def local(self) -> Path | None:

@@ -53,32 +53,20 @@ class BenchResult(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One way of doing the work.
+    """One way of doing the work."""
 
-    Attributes:
-        name: What was done.
-        ms: Milliseconds an image, the best of the repeats.
-        kilobytes: Of output an image; 0 where it has none.
-    """
-
-    name: str
-    ms: float
-    kilobytes: float = 0.0
+    name: str  # What was done
+    ms: float  # Milliseconds an image, the best of the repeats
+    kilobytes: float = 0.0  # Of output an image; 0 where it has none
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Timings of one run, and the ratios that count.
+    """Timings of one run, and the ratios that count."""
 
-    Attributes:
-        title: What was measured, on what.
-        timings: In the order of the table.
-        ratios: By name.
-    """
-
-    title: str
-    timings: tuple[Timing, ...]
-    ratios: dict[str, float]
+    title: str  # What was measured, on what
+    timings: tuple[Timing, ...]  # In the order of the table
+    ratios: dict[str, float]  # By name
 
     @property
     def columns(self) -> tuple[str, ...]:

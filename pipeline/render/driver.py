@@ -39,25 +39,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RenderResult:
-    """The outcome, as `preprocess --json` prints it.
+    """The outcome, as `preprocess --json` prints it."""
 
-    Attributes:
-        images: Annotated images of the split.
-        written: Samples in the cache.
-        quarantined: Images left out.
-        shards: Tars.
-        bytes: Of all tars.
-        seconds: This run took.
-        too_many: More was left out than allowed.
-    """
-
-    images: int
-    written: int
-    quarantined: int
-    shards: int
-    bytes: int
-    seconds: float
-    too_many: bool
+    images: int  # Annotated images of the split
+    written: int  # Samples in the cache
+    quarantined: int  # Images left out
+    shards: int  # Tars
+    bytes: int  # Of all tars
+    seconds: float  # This run took
+    too_many: bool  # More was left out than allowed
 
     def to_json(self) -> dict[str, Any]:
         """The fields that `preprocess --json` prints."""

@@ -23,38 +23,23 @@ from panoptic_cache.pipeline.render.plan import RenderConfig, ShardPlan
 
 @dataclass(frozen=True, slots=True)
 class RenderJob:
-    """What every shard's task has in common.
+    """What every shard's task has in common."""
 
-    Attributes:
-        config: What decides the bytes.
-        plan: The plan's fingerprint.
-        categories: By label.
-        storage: The cache's folder.
-        strict: Every warning aborts.
-        tools: See `tools`; a worker with others would write other bytes.
-    """
-
-    config: RenderConfig
-    plan: str
-    categories: tuple[Category, ...]
-    storage: Storage
-    strict: bool
-    tools: str
+    config: RenderConfig  # What decides the bytes
+    plan: str  # The plan's fingerprint
+    categories: tuple[Category, ...]  # By label
+    storage: Storage  # The cache's folder
+    strict: bool  # Every warning aborts
+    tools: str  # See `tools`; a worker with others would write other bytes
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedShard:
-    """What the driver keeps of a shard: little, so that its memory does not grow with the work.
+    """What the driver keeps of a shard: little, so that its memory does not grow with the work."""
 
-    Attributes:
-        entry: The shard's line in the index.
-        rejections: Images of it that were left out.
-        repairs: Counts by code.
-    """
-
-    entry: ShardEntry
-    rejections: tuple[Rejection, ...]
-    repairs: Mapping[str, int]
+    entry: ShardEntry  # The shard's line in the index
+    rejections: tuple[Rejection, ...]  # Images of it that were left out
+    repairs: Mapping[str, int]  # Counts by code
 
     @classmethod
     def of(cls, sidecar: Sidecar) -> FinishedShard:

@@ -17,23 +17,16 @@ from panoptic_cache.pipeline.coco import CocoPanoptic, PanopticRecord, Rejection
 
 @dataclass(frozen=True, slots=True)
 class RenderConfig:
-    """Everything besides the input that decides the bytes of a cache.
+    """Everything besides the input that decides the bytes of a cache."""
 
-    Attributes:
-        fit: `native` keeps COCO's own size and the photo's own bytes; `squash` resizes to a square
-            of `size` and computes the targets after it, as the paper trains; `longest` scales
-            the longer side to `size`.
-        size: Pixels; none with `native`.
-        samples_per_shard: Images planned into one tar.
-        jpeg_quality: Of photos that were resized or converted.
-        seed: Of the fixed permutation that spreads the images over the shards.
-    """
-
+    # `native` keeps COCO's own size and the photo's own bytes; `squash` resizes to a square of
+    # `size` and computes the targets after it, as the paper trains; `longest` scales the longer
+    # side to `size`.
     fit: Literal["native", "squash", "longest"] = "native"
-    size: int | None = None
-    samples_per_shard: int = 256
-    jpeg_quality: int = 95
-    seed: int = 0
+    size: int | None = None  # Pixels; none with `native`
+    samples_per_shard: int = 256  # Images planned into one tar
+    jpeg_quality: int = 95  # Of photos that were resized or converted
+    seed: int = 0  # Of the fixed permutation that spreads the images over the shards
 
     def __post_init__(self) -> None:
         if self.fit == "native" and self.size is not None:
@@ -66,22 +59,15 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What will be rendered, before anything is.
+    """What will be rendered, before anything is."""
 
-    Attributes:
-        split: Names the shards.
-        config: The settings.
-        fingerprint: Of settings, annotation file, format version and the images to be tried:
-            which ones lie on the disk decides what goes into which shard.
-        shards: By name.
-        rejections: Images that are left out already.
-    """
-
-    split: str
-    config: RenderConfig
+    split: str  # Names the shards
+    config: RenderConfig  # The settings
+    # Of settings, annotation file, format version and the images to be tried: which ones lie on the
+    # disk decides what goes into which shard.
     fingerprint: str
-    shards: tuple[ShardPlan, ...]
-    rejections: tuple[Rejection, ...]
+    shards: tuple[ShardPlan, ...]  # By name
+    rejections: tuple[Rejection, ...]  # Images that are left out already
 
     @property
     def settings(self) -> dict[str, Any]:
