@@ -206,6 +206,8 @@ def score(
     workers = workers or useful_workers(len(pairs))
     with progress("score", len(pairs), "images", patience=1.0) as advance:
         scores = score_pairs(categories, pairs, workers=workers, advance=advance)
+    # Else the collections at exit walk all that was imported: 195 instead of 165 ms on 12 images.
+    gc.freeze()
     values = scores.to_json()
     if not official:
         _show_scores(scores.pq, categories, values, as_json)
