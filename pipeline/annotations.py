@@ -80,8 +80,20 @@ def parse_file(data: bytes) -> AnnotationFile[Any]:
 def parse_row(row: Any, kind: type[T]) -> T:
     """One row of a file; ValueError names the field that is missing or of another type."""
     if isinstance(row, Raw):
-        return msgspec.json.decode(row, type=kind)
-    return msgspec.convert(row, kind)
+        try:
+            return msgspec.json.decode(row, type=kind)
+        except msgspec.ValidationError:
+            row = msgspec.json.decode(row)
+    return msgspec.convert(_whole_numbers(row), kind)
+
+
+def _whole_numbers(value: Any) -> Any:
+    """640.0 as 640, at any depth: some tools write every number with a point."""
+    if isinstance(value, dict):
+        return {name: _whole_numbers(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def loose_row(row: Any) -> dict[str, Any]:

@@ -236,6 +236,20 @@ def test_a_flag_is_0_or_1(root: Path, value: Any) -> None:
         reject(root, edit("categories", isthing=value))
 
 
+def test_whole_numbers_may_have_a_point(root: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        for row in content["images"]:
+            row.update(width=float(row["width"]), height=float(row["height"]))
+        for row in content["annotations"]:
+            for segment in row["segments_info"]:
+                segment |= {name: float(segment[name]) for name in ("id", "category_id", "iscrowd")}
+
+    before = read_dataset(CocoLayout.of(root, "val"))
+    after = read_dataset(change_json(root, change))
+    assert after.records == before.records
+    assert not after.rejections
+
+
 def test_two_categories_of_one_id_are_refused(root: Path) -> None:
     with pytest.raises(InputError, match="share an id"):
         reject(root, double("categories"))
