@@ -36,6 +36,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS)
 def test_a_row_trains_and_evaluates(
     run: Run, tiny_cache: Path, tiny_root: Path, tmp_path: Path, row: str

@@ -162,6 +162,7 @@ def test_perfect_heads_say_the_truth(tiny_dataset: CocoPanoptic) -> None:
     assert isthing[logits.argmax(0)][length > 1].all()
 
 
+@pytest.mark.slow
 def test_made_up_scenes_score_high_and_noise_costs(tiny_dataset: CocoPanoptic) -> None:
     clean = scored(tiny_dataset, size=160)
     noisy = scored(tiny_dataset, size=160, noise=3)

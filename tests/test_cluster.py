@@ -131,6 +131,7 @@ def run(dataset: CocoPanoptic, url: str, **settings: Any) -> None:
     render(dataset, "train", Storage(url), CONFIG, **{"workers": 0, **settings})
 
 
+@pytest.mark.slow
 def test_a_scheduler_with_two_workers_changes_no_byte(
     cluster: Cluster, tiny_root: Path, tiny_cache: Path, tmp_path: Path
 ) -> None:
@@ -150,6 +151,7 @@ def test_a_scheduler_with_two_workers_changes_no_byte(
     assert hashes(out) == before
 
 
+@pytest.mark.slow
 def test_four_workers_change_no_byte(
     tiny_dataset: CocoPanoptic, tiny_cache: Path, tmp_path: Path
 ) -> None:
@@ -231,6 +233,7 @@ def test_no_scheduler_is_said(
         run(tiny_dataset, str(tmp_path), scheduler="tcp://127.0.0.1:9")
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_goes_away_ends_in_one_line(
     tiny_root: Path, tiny_cache: Path, tmp_path: Path
 ) -> None:
@@ -257,6 +260,7 @@ def test_a_scheduler_that_goes_away_ends_in_one_line(
     assert hashes(out) == hashes(tiny_cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_any_filesystem_holds_the_same_bytes(
     tiny_dataset: CocoPanoptic, tiny_cache: Path, tmp_path: Path, workers: int

@@ -202,6 +202,7 @@ def kill_in(config: TrainConfig, module: str, name: str, call: int) -> list[int]
     return saved_steps(Path(config.out))
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_saves_goes_on_bit_for_bit(
     whole: Path, tiny_cache: Path, tmp_path: Path
 ) -> None:

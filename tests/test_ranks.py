@@ -58,6 +58,7 @@ def two_ranks(rank: int, store: str, answers: Any) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_hear_the_same(tmp_path: Path) -> None:
     answers = PROCESSES.Queue()
     children = [

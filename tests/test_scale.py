@@ -38,6 +38,7 @@ def test_every_image_is_planned_once(large: CocoPanoptic) -> None:
     assert len(plan.shards) == -(-IMAGES // 256)
 
 
+@pytest.mark.slow
 def test_a_task_carries_its_own_slice_and_no_more(large: CocoPanoptic) -> None:
     shard = make_plan(large, SPLIT, RenderConfig()).shards[0]
     # About 11 segments an image: a scheduler holds one task for each thread.

@@ -55,6 +55,7 @@ def test_a_training_image_of_the_large_model_takes_about_three_teraflop() -> Non
     assert summary.flops_per_image < summary.train_flops_per_image / 2
 
 
+@pytest.mark.slow
 def test_a_small_models_numbers_are_those_of_the_model() -> None:
     summary = summarize_model(TINY, 5)
     model = PanopticModel(TINY.model, 16, 5)

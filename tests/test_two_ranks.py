@@ -207,6 +207,7 @@ def train_and_note(config: TrainConfig, notes: Path) -> None:
     train_run(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "workers", "batch", "micro"),
     [
