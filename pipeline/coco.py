@@ -104,7 +104,7 @@ class CocoLayout:
         return layout
 
     def absolute(self) -> CocoLayout:
-        """The same for whoever works in another folder, such as a Dask worker."""
+        """The same with absolute paths, for processes with another working directory."""
         return CocoLayout(
             self.images.absolute(), self.panoptic_json.absolute(), self.panoptic_dir.absolute()
         )

@@ -50,7 +50,7 @@ TASKS: tuple[Task, ...] = ("instance", "semantic")
 def train(  # noqa: PLR0912, PLR0915 - one visible function
     config: TrainConfig, *, resume: bool = False, trust_config: bool = False
 ) -> Path:
-    """Trains a model from a cache, or goes on where the last complete checkpoint was taken.
+    """Trains a model from a cache, or continues from the last complete checkpoint.
 
     Args:
         config: The whole run.

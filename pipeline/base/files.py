@@ -1,4 +1,4 @@
-"""Where a cache lies: a local folder or an fsspec URL; a file appears there whole or not at all."""
+"""Files of a cache, in a local folder or behind an fsspec URL; each is whole or not there."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Storage:
     """A folder that holds a cache.
 
     On a local disk a file is written under a temporary name, synced and renamed, so a kill at any
-    moment leaves the old file or the new one. Elsewhere an object is put in one call, which
-    object stores make atomic; there is no lock there, and nothing to sweep. On a remote
-    filesystem that is no object store, a kill can leave half a file under its name. Rendering
-    goes on from there all the same: half a tar has no sidecar, and half a sidecar is none.
+    moment leaves the old file or the new one. Elsewhere an object is put in one call, which object
+    stores make atomic; there is no lock there, and nothing to sweep. On other remote filesystems a
+    kill can leave half a file under its final name. Rendering can still continue: half a tar has
+    no sidecar, and half a sidecar is not accepted as one.
     """
 
     url: str  # A local path or an fsspec URL such as `s3://bucket/coco`
@@ -41,7 +41,7 @@ class Storage:
         return Path(path) if scheme == "file" else None
 
     def absolute(self) -> Storage:
-        """The same for whoever works in another folder, such as a Dask worker."""
+        """The same place as an absolute path, for processes with another working directory."""
         return self if "://" in self.url else replace(self, url=str(Path(self.url).absolute()))
 
     def path(self, name: str) -> str:
@@ -84,7 +84,7 @@ class Storage:
         if folder is None:
             self._put(name, data)
             return
-        temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"  # as short as any name
+        temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"  # no longer than other names
         try:
             with temporary.open("xb") as file:
                 file.write(data)
@@ -94,7 +94,7 @@ class Storage:
                 raise InputError("the disk returns other bytes than written", where=folder / name)
             temporary.replace(folder / name)
             _sync_folder(folder)
-        except BaseException as error:  # also when somebody stops the program right here
+        except BaseException as error:  # KeyboardInterrupt too
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             if isinstance(error, OSError):
@@ -173,11 +173,10 @@ class Storage:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the folder for one run, and sweeps what was left half written.
+        """Locks the folder for one run, and removes half-written files before and after it.
 
-        Before the work: by a run that was killed. After it: by a worker that was.
-
-        The kernel frees the lock when its process ends, however it ends.
+        Those before come from a killed run, those after from a killed worker. The kernel frees
+        the lock when its process ends, however it ends.
 
         Raises:
             InputError: Another run holds the folder, or it cannot be locked.
@@ -223,9 +222,9 @@ class Storage:
 
 @contextmanager
 def _said(where: str) -> Iterator[None]:
-    """Makes an OSError with a place of whatever a library behind fsspec raises.
+    """Turns any error of a library behind fsspec into an OSError that names the place.
 
-    HTTP's, for one, raises errors of its own for a server that refuses or cuts an answer short.
+    The HTTP library, for example, has its own errors for a refused or truncated answer.
     """
     try:
         yield
@@ -242,12 +241,12 @@ def _sweep(folder: Path) -> None:
 
 
 def cannot_read(error: OSError, where: Path | str) -> InputError:
-    """For a file that is there."""
+    """The error for a file that exists but cannot be read."""
     return InputError(f"cannot read: {error.strerror or error}", where=where, code="unreadable")
 
 
 def cannot_write(error: OSError, where: Path | str) -> InputError:
-    """For a file that is to be there."""
+    """The error for a file that cannot be written."""
     return InputError(
         f"cannot write: {error.strerror or error}",
         where=where,
@@ -257,7 +256,7 @@ def cannot_write(error: OSError, where: Path | str) -> InputError:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename survive a power cut."""
+    """Syncs a folder, so that a rename in it survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

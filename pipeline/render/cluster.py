@@ -1,4 +1,4 @@
-"""Dask: a task a shard with a bounded number under way, and one clear line for what goes wrong."""
+"""Dask: one job for each shard, a bounded number at a time, and one clear line for each failure."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ POLL_SECONDS, LOOK_SECONDS, DESERTED_SECONDS = 0.02, 2, 10
 
 log = logging.getLogger(__name__)
 
-# All that Dask gives a level of their own, and the two it works through.
+# All loggers to which Dask gives a level of their own, and the two that it uses.
 _DASK_LOGGERS = ("distributed", "distributed.client", "distributed.gc", "tornado", "asyncio")
 
 
@@ -45,26 +45,25 @@ def run_tasks(
 
     Args:
         work: At module level, as it is pickled by name.
-        shards: Each task carries its own slice of the annotations, and no other.
-        arguments: The same for each; small.
-        workers: Processes of an own cluster.
-        scheduler: Address of a running scheduler, used instead.
+        shards: Each job carries its own slice of the annotations only.
+        arguments: The same for every job; small.
+        workers: Processes of a cluster that this run starts.
+        scheduler: Address of a running scheduler to use instead.
 
     Raises:
-        InputError: A task raised one, killed its worker again and again, or the scheduler went
-            away.
+        InputError: A job raised one, killed its worker repeatedly, or the scheduler went away.
     """
     with _quiet(), connect(workers, scheduler) as client:
-        # Names are new for each run: a scheduler remembers the failed tasks of the last one.
+        # New names for each run: a scheduler remembers the failed jobs of the last one.
         run = uuid.uuid4().hex[:8]
         waiting = iter(shards)
         names: dict[str, str] = {}
         futures = as_completed()
 
         def submit() -> None:
-            # One task a thread. More would lie waiting on the workers, take memory, and share the
-            # blame when a worker dies, and they would win milliseconds in a task of seconds. The
-            # threads are counted anew, for workers come and go.
+            # One job a thread. More would wait on the workers, take memory, and share the
+            # blame when a worker dies, to save milliseconds in a job of seconds. The
+            # threads are counted again each time, because workers come and go.
             free = max(1, _threads(client) or 0) - len(names)
             for shard in itertools.islice(waiting, max(0, free)):
                 key = f"{shard.name}-{run}"
@@ -81,7 +80,7 @@ def run_tasks(
 
 
 def _completed(futures: as_completed, client: Client) -> Iterator[Future]:
-    """The futures as they end; a line says so where nobody is left to work on them."""
+    """The futures as they finish; logs a line while no worker is left to run them."""
     looked = seen = time.monotonic()
     told = False
     while not futures.is_empty():
@@ -101,7 +100,7 @@ def _completed(futures: as_completed, client: Client) -> Iterator[Future]:
 
 
 def _threads(client: Client) -> int | None:
-    """Those of all workers; None where the scheduler is gone, which its futures will tell."""
+    """Threads of all workers; None if the scheduler is gone, which its futures will report."""
     try:
         return sum(client.nthreads().values()) if client.status == "running" else None
     except (OSError, TimeoutError):
@@ -138,7 +137,7 @@ def _result(future: Future, name: str, scheduler: str | None) -> Any:
 
 @contextmanager
 def connect(workers: int, scheduler: str | None) -> Iterator[Client]:
-    """A client of an own cluster of `workers` processes, or of the scheduler at an address.
+    """A client of a new cluster of `workers` processes, or of the scheduler at an address.
 
     Raises:
         InputError: No scheduler answers there, or it has no workers.
@@ -178,9 +177,9 @@ def connect(workers: int, scheduler: str | None) -> Iterator[Client]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences Dask, whose news of lost workers and closed connections are no user's concern.
+    """Silences Dask's messages about lost workers and closed connections.
 
-    Its own switch reaches only its own handlers, not those of a program that has set up logging.
+    Its own switch reaches only its own handlers, not those that a program has set up.
     """
     loggers = [logging.getLogger(name) for name in _DASK_LOGGERS]
     before = [logger.level for logger in loggers]
@@ -194,6 +193,6 @@ def _quiet() -> Iterator[None]:
 
 
 def prepare_worker() -> None:
-    """In each process that renders: no threads below, and memory that is kept."""
+    """Called in each process that renders: one thread for OpenCV, and memory is kept."""
     cv2.setNumThreads(1)  # the workers are the parallelism
     keep_heap()

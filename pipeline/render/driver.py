@@ -1,7 +1,7 @@
-"""The Dask driver: plan, skip what is done, submit a task a shard, collect, write the index last.
+"""The driver: plan, skip finished shards, submit a job for each other one, write the index last.
 
-A shard depends on its own records only, so the bytes are the same for any number of workers and of
-interruptions.
+A shard depends on its own records only. So the bytes are the same for any number of workers and
+any number of interruptions.
 """
 
 from __future__ import annotations
@@ -66,15 +66,15 @@ def render(
     strict: bool = False,
     retry: bool = False,
 ) -> RenderResult:
-    """Renders a split into a cache, going on where an earlier run stopped.
+    """Renders a split into a cache, or continues where an earlier run stopped.
 
     Args:
         dataset: The annotated split.
         split: Its name.
         storage: The cache's folder.
         config: What decides the bytes.
-        workers: Processes of an own Dask cluster; 0 renders in this process.
-        scheduler: Address of a running Dask scheduler, used instead.
+        workers: Processes of a Dask cluster that this run starts; 0 renders in this process.
+        scheduler: Address of a running Dask scheduler to use instead.
         max_bad: Images that may be left out, as a fraction (below 1) or a count.
         strict: Every warning aborts.
         retry: Shards from which an image was left out are rendered again.
@@ -99,14 +99,14 @@ def render(
             log.info("%d of %d shards are done already", len(done), len(plan.shards))
         todo = [shard for shard in plan.shards if shard.name not in done]
         if todo:
-            storage.remove(INDEX_NAME)  # it says that the cache is finished
+            storage.remove(INDEX_NAME)  # an index says that the cache is finished
         finished = sum(len(shard.records) for shard in plan.shards if shard.name in done)
         job = RenderJob(config, plan.fingerprint, dataset.categories, storage, strict, tools())
         try:
             with (
                 progress("render", len(dataset.records), "images", finished) as advance,
-                # Closed before the lock is given up: no worker of an own cluster writes after that,
-                # and what another scheduler's still writes, `write_shard` holds to the plan.
+                # Closed before the lock is released: no worker of our cluster writes after that.
+                # What workers of another scheduler still write, `write_shard` holds to the plan.
                 closing(_run(todo, job, workers, scheduler)) as results,
             ):
                 for shard in results:
@@ -137,7 +137,7 @@ def render(
 
 
 def check_rejections(plan: Plan, images: int, limit: int) -> None:
-    """Raises InputError where more of all images are left out already than is allowed."""
+    """Raises InputError if more images cannot be tried than `max_bad` allows."""
     if len(plan.rejections) > limit:
         first = plan.rejections[0]
         raise InputError(
@@ -163,7 +163,7 @@ def finished_shards(
 
 
 def check_places(storage: Storage, shards: Sequence[FinishedShard]) -> None:
-    """Raises InputError where a tar or sidecar is not there: workers have disks of their own."""
+    """Raises InputError if a tar or sidecar is missing here: workers may have other disks."""
     sizes = storage.sizes()
     for shard in shards:
         name = shard.entry.name
@@ -196,7 +196,7 @@ def make_index(
     quarantined: int,
     quarantine: bytes,
 ) -> ShardIndex:
-    """The index of finished shards and of the quarantine's bytes."""
+    """The index, from finished shards and the bytes of `quarantine.jsonl`."""
     return ShardIndex(
         format_version=FORMAT_VERSION,
         split=plan.split,
@@ -211,7 +211,7 @@ def make_index(
 
 
 def left_out(plan: Plan, shards: Sequence[FinishedShard]) -> tuple[Rejection, ...]:
-    """The images left out, before the work and in it, by image id."""
+    """The images left out, before and during the work, in the order of their ids."""
     return sort_rejections([*plan.rejections, *(r for s in shards for r in s.rejections)])
 
 

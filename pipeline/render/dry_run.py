@@ -39,10 +39,10 @@ def dry_run(
     retry: bool = False,
     tried: int = 8,
 ) -> dict[str, Any]:
-    """What rendering would do, found without decoding more than a few images.
+    """What rendering would do, found by decoding only a few images.
 
-    Every file is read and its headers and checksums are held to the annotations; only damage
-    inside a photo's pixels and ids that the JSON does not know are left to the work.
+    Every file is read, and its header and checksums are compared with the annotations. Only damage
+    inside the pixels of a photo, and ids that the JSON does not list, are found later.
 
     Args:
         dataset: The annotated split.
@@ -50,14 +50,14 @@ def dry_run(
         workers: Processes that would render.
         max_bad: See `render`.
         split: Its name.
-        storage: The cache's folder, if it is to be looked at: nothing is written.
+        storage: The cache's folder; nothing is written there.
         retry: See `render`.
-        tried: Images that are rendered, in memory, to tell bytes and time.
+        tried: Images to render in memory, to estimate bytes and time.
 
     Returns:
         Counts of `images`, `quarantined` and `shards`, whether they are `too_many`, how many
-        shards are `done` already, the `bytes` of the whole cache, the `seconds` that are left,
-        and the disk's `free_bytes`, null where unknown.
+        shards are `done` already, the `bytes` of the whole cache, the `seconds` left, and the
+        `free_bytes` of the disk, null if unknown.
 
     Raises:
         InputError: The folder was begun with other settings.
@@ -67,7 +67,7 @@ def dry_run(
     plan, limit = make_plan(dataset, split, config), allowed(max_bad, images)
     done: dict[str, FinishedShard] = {}
     if storage is not None:
-        is_claimed(storage, plan.fingerprint, plan.settings)  # else it raises
+        is_claimed(storage, plan.fingerprint, plan.settings)  # raises if it holds another plan
         done = finished_shards(storage, plan, retry=retry)
     found = list(left_out(plan, list(done.values())))
     known = {rejection.image_id for rejection in found}
@@ -100,7 +100,7 @@ def dry_run(
 
 
 def find_damage(records: Sequence[PanopticRecord]) -> list[Rejection]:
-    """The images whose files are damaged or of another size, as far as headers tell."""
+    """The images whose files are damaged or have another size, judged by their headers."""
 
     def check(record: PanopticRecord) -> Rejection | None:
         try:
@@ -120,7 +120,7 @@ def find_damage(records: Sequence[PanopticRecord]) -> list[Rejection]:
 
 
 def free_bytes(storage: Storage) -> int | None:
-    """Room on the disk where a cache lies or would lie; None where nobody knows."""
+    """Free bytes on the disk where a cache lies or would lie; None if unknown."""
     folder = storage.absolute().local
     while folder is not None and not folder.exists() and folder != folder.parent:
         folder = folder.parent

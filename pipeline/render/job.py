@@ -1,4 +1,4 @@
-"""One shard on one worker: the Dask task, what it is given and what it gives back."""
+"""One shard on one worker: the Dask job, its input and its result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from panoptic_cache.pipeline.render.plan import RenderConfig, ShardPlan
 
 @dataclass(frozen=True, slots=True)
 class RenderJob:
-    """What every shard's task has in common."""
+    """What the jobs of all shards have in common."""
 
     config: RenderConfig  # What decides the bytes
     plan: str  # The plan's fingerprint
@@ -35,7 +35,7 @@ class RenderJob:
 
 @dataclass(frozen=True, slots=True)
 class FinishedShard:
-    """What the driver keeps of a shard: little, so that its memory does not grow with the work."""
+    """What the driver keeps of a shard: little, so that its memory stays small."""
 
     entry: ShardEntry  # The shard's line in the index
     rejections: tuple[Rejection, ...]  # Images of it that were left out
@@ -43,7 +43,7 @@ class FinishedShard:
 
     @classmethod
     def of(cls, sidecar: Sidecar) -> FinishedShard:
-        """From a sidecar that is on the disk."""
+        """From a sidecar on disk."""
         return cls(sidecar.entry(), sidecar.rejections, sidecar.repairs)
 
 
@@ -53,11 +53,11 @@ def tools() -> str:
 
 
 def render_shard(shard: ShardPlan, job: RenderJob) -> FinishedShard:
-    """Renders and writes one shard: a Dask task. One bad image costs one sample.
+    """Renders and writes one shard: a Dask job. A bad image costs one sample.
 
     Raises:
-        InputError: It cannot be written, a file is there no longer, this worker would write other
-            bytes than the driver, or, under `strict`, anything is wrong with an image.
+        InputError: It cannot be written, a file has disappeared, this worker would write other
+            bytes than the driver, or, with `strict`, anything is wrong with an image.
     """
     if job.tools != tools():
         raise InputError(
@@ -95,9 +95,9 @@ def render_shard(shard: ShardPlan, job: RenderJob) -> FinishedShard:
 
 
 def _check_there(record: PanopticRecord) -> None:
-    """Raises InputError where a file is gone that the plan had seen.
+    """Raises InputError if a file that the plan has seen is gone.
 
-    That is no fault of the image: the disk was unmounted, or this worker does not share it.
+    The image is not at fault: the disk was unmounted, or this worker does not share it.
     """
     for path in (record.photo, record.png):
         if not path.exists():
