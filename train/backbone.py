@@ -56,12 +56,7 @@ def backbone_classes(model_type: str, where: str | Path) -> tuple[Any, Any]:
 def make_backbone(
     config: ModelConfig, *, load_weights: bool = True, architecture: Path | None = None
 ) -> Any:
-    """A backbone whose feature maps are the taps; see `PanopticModel` for the arguments.
-
-    Raises:
-        InputError: No such backbone, one of another family, no weights, or taps beyond its last
-            block.
-    """
+    """A backbone whose feature maps are the taps; see `PanopticModel` for the arguments."""
     if architecture is not None:
         design = _read_design(architecture.parent, architecture.name)
     else:

@@ -57,17 +57,8 @@ def save_checkpoint(
 ) -> Path:
     """Writes a checkpoint, whole or not at all; call on every rank.
 
-    Args:
-        ranks: Of the run; the main one writes what is the same on all.
-        checkpoints: Folder of the run's checkpoints.
-        state: Where the run stands.
-        model: Not wrapped.
-        optimizer: Of the model.
-        ema: Holds the moving average.
-        keep: Complete checkpoints that stay, this one included.
-
-    Raises:
-        InputError: It cannot be written. What there is of it is removed, earlier ones stay.
+    Of the complete ones, `keep` stay, this one included. Where it cannot be written, InputError:
+    what there is of it is removed, earlier ones stay.
     """
     folder = checkpoints / f"{_TEMPORARY}step_{state.step:07d}"
 

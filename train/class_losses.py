@@ -23,8 +23,6 @@ from torch.nn import functional as F
 STRIP_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
 """Resized logits of a strip: what a processor's cache holds, or enough to keep a GPU busy."""
 
-Count = Callable[..., tuple[Tensor, Tensor]]
-
 
 @dataclass(frozen=True)
 class PixelTerms:
@@ -96,7 +94,7 @@ def _strip(
     strip: slice,
     *,
     gradient: Tensor | None,
-    count: Count,
+    count: Callable[..., tuple[Tensor, Tensor]],
 ) -> Tensor:
     """(2,) pixel and variation terms of some rows of some maps; adds to the maps' gradient."""
     height, width = terms.target.shape[1:]
@@ -128,7 +126,7 @@ def _strip(
 
 
 @cache
-def _compiled() -> Count:
+def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.compile(_count, dynamic=True)  # strips differ in height
 
 
@@ -138,9 +136,8 @@ def _rows_between(
 ) -> tuple[slice, Tensor, Tensor, Tensor]:
     """Which coarse rows the full-size rows `start` to `stop` lie between, as `interpolate` has it.
 
-    Returns:
-        The coarse rows needed; of these, the row above and the one below each full-size row;
-        (rows, 1, 1) float32, how far towards the one below.
+    The coarse rows needed; of these, the row above and the one below each full-size row; and
+    (rows, 1, 1) float32, how far towards the one below.
     """
     place = torch.arange(start, stop, dtype=torch.float64)
     place = ((place + 0.5) * (coarse / full) - 0.5).clamp_min(0)  # of pixel centres
@@ -163,15 +160,8 @@ def _count(
         down (P - P_first)              as the second pixel of a vertical pair,
         -down P (log P_second + H)      as the first one; and the same for horizontal pairs.
 
-    Args:
-        logits: (n, h, W, K) float32.
-        target: (n, h, W) int64.
-        weight: (n, h, W).
-        down: (n, h - 1, W).
-        right: (n, h, W - 1).
-
-    Returns:
-        (2,) sums; (n, h, W, K) gradient of their sum.
+    Of (n, h, W, K) float32 logits and `PixelTerms` of n maps: (2,) sums, and the (n, h, W, K)
+    gradient of their sum.
     """
     log_p = logits.log_softmax(-1)  # (n, h, W, K)
     p = log_p.exp()

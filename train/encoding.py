@@ -1,9 +1,7 @@
 """How a centroid becomes a code that a network can regress, and how codes are compared and turned.
 
 The paper's code is positional (section 3.3); its ablation (Table 3, appendix B) also regresses the
-coordinates directly and classifies them. All that depends on the kind of code is here: the training
-target, the distance to the cells of a centroid grid, the code of the mirrored image, and the same
-prediction as a positional code.
+coordinates directly and classifies them. All that depends on the kind of code is here.
 
 Centroids are (u, v) in [-1, 1], u to the right, v down; pixel centres lie at (x + 0.5) / W.
 """
@@ -116,12 +114,9 @@ def grid_cells(size: int) -> int:
 
 
 def nearest_cells(code: Tensor, encoding: Encoding, cells: int) -> tuple[Tensor, Tensor]:
-    """The cell of a grid that each code (K, P) is nearest to.
+    """(2, P) column and row of the cell that each code (K, P) is nearest to; (P,) void is nearer.
 
     The cost is a sum over the axes, so `cells` + `cells` costs find the best of cells x cells.
-
-    Returns:
-        (2, P) int64 column and row; (P,) bool, void is nearer than every cell.
     """
     costs = encoding.axis_costs(code, cells)
     (u_cost, u), (v_cost, v) = costs.u.min(-1), costs.v.min(-1)
@@ -131,8 +126,7 @@ def nearest_cells(code: Tensor, encoding: Encoding, cells: int) -> tuple[Tensor,
 def nearest_centroids(code: Tensor, encoding: Encoding, cells: int) -> NDArray[np.float32]:
     """The nearest centroid of a grid at each pixel of codes (K, h, w), for pictures.
 
-    Returns:
-        (2, h, w) float32, (u, v) in [-1, 1]; nan where void is nearer than every cell.
+    (2, h, w) float32, (u, v) in [-1, 1]; nan where void is nearer than every cell.
     """
     cell, void = nearest_cells(code.flatten(1), encoding, cells)
     uv = cell_centres(cells, device=code.device)[cell]  # (2, P)
@@ -262,9 +256,6 @@ class ClassificationCode:
 
 def make_encoding(name: str, harmonics: int) -> Encoding:
     """The encoding a configuration names: `positional`, `direct` or `classification`."""
-    kinds: dict[str, Encoding] = {
-        "positional": PositionalCode(harmonics),
-        "direct": DirectCode(),
-        "classification": ClassificationCode(),
-    }
-    return kinds[name]
+    if name == "positional":
+        return PositionalCode(harmonics)
+    return DirectCode() if name == "direct" else ClassificationCode()

@@ -48,15 +48,10 @@ def instance_loss(
     *,
     compiled: bool = False,
 ) -> Losses:
-    """The instance task's losses.
+    """The instance task's losses of a (B, channels, h, w) output of the instance head.
 
-    Args:
-        prediction: (B, channels, h, w) output of the instance head.
-        batch: The samples.
-        encoding: How centroids are coded.
-        config: Weights and switches.
-        distance: The Euclidean distance or its square.
-        compiled: Use `torch.compile` where it pays.
+    The `distance` is the Euclidean one or its square; `compiled` uses `torch.compile` where it
+    pays.
     """
     target = gather_rows(encoding.encode(batch.centroid, batch.instance), batch.segment_map)
     weight = pixel_weight(instance_weight(batch, config), config.reduction)  # (B, H, W)
@@ -80,14 +75,7 @@ def instance_loss(
 def semantic_loss(
     prediction: Tensor, batch: Batch, config: LossConfig, *, compiled: bool = False
 ) -> Losses:
-    """The semantic task's losses.
-
-    Args:
-        prediction: (B, C, h, w) logits.
-        batch: The samples.
-        config: Weights and switches.
-        compiled: Use `torch.compile` where it pays.
-    """
+    """The semantic task's losses of (B, C, h, w) logits; see `instance_loss`."""
     label = gather_rows(batch.label[..., None], batch.segment_map)[:, 0]  # (B, H, W)
     weight = pixel_weight(eds_weight(batch, config) * (label >= 0), config.reduction)
     inside = batch.void != PADDING
@@ -154,12 +142,8 @@ def instance_weight(batch: Batch, config: LossConfig) -> Tensor:
 def pixel_weight(weight: Tensor, reduction: str) -> Tensor:
     """What each pixel's loss is multiplied by, so that the sum is the loss of a batch.
 
-    The mean over images of each image's weighted mean, or of its weighted sum. An image without
-    weight contributes 0.
-
-    Args:
-        weight: (B, H, W).
-        reduction: `mean` or `sum`.
+    The mean over images of each image's weighted mean, or of its weighted sum (`reduction`). An
+    image without weight contributes 0.
     """
     if reduction == "mean":
         weight = weight / weight.sum((1, 2), keepdim=True).clamp_min(1e-6)
@@ -169,13 +153,7 @@ def pixel_weight(weight: Tensor, reduction: str) -> Tensor:
 def code_distance(difference: Tensor, encoding: Encoding, distance: Distance) -> Tensor:
     """L_inst (section 3.3): the mean over u and v of the Euclidean distance, or of its square.
 
-    Args:
-        difference: (B, channels, ...) of two codes. A direct code is one vector, not two.
-        encoding: The kind of code.
-        distance: The distance itself or its square.
-
-    Returns:
-        (B, ...).
+    Of a (B, channels, ...) difference of two codes, (B, ...). A direct code is one vector, not two.
     """
     parts = 2 if isinstance(encoding, PositionalCode) else 1
     squared = torch.unflatten(difference, 1, (parts, -1)).square().sum(2)  # (B, parts, ...)
@@ -191,12 +169,8 @@ def safe_sqrt(squared: Tensor) -> Tensor:
 def code_variation(code: Tensor, encoding: Encoding, inside: Tensor) -> Tensor:
     """Total variation of codes (appendix A): distances to the pixels below and on the right.
 
-    Void counts; padding does not. Mean over each image's pixels, then over images.
-
-    Args:
-        code: (B, channels, H, W).
-        encoding: The kind of code.
-        inside: (B, H, W) float, 1 inside the image.
+    Void counts; padding, where `inside` (B, H, W) is 0, does not. Mean over each image's pixels,
+    then over images.
     """
     down = code_distance(code[:, :, 1:] - code[:, :, :-1], encoding, "norm")  # (B, H - 1, W)
     right = code_distance(code[..., 1:] - code[..., :-1], encoding, "norm")  # (B, H, W - 1)
@@ -211,12 +185,7 @@ def dice(prediction: Tensor, batch: Batch, encoding: PositionalCode) -> Tensor:
     1 - 2 sum_l w_l sum_ij r p / sum_l w_l sum_ij (r + p), w_l = 1 / area_l,
     p_l = exp(-dx^2) exp(-dy^2), where dx and dy are the distances of the prediction's halves to
     the instance's code. Sums go over all pixels but padding and crowd. An image without instance
-    contributes 0.
-
-    Args:
-        prediction: (B, 4L, H, W).
-        batch: The samples.
-        encoding: Codes the instances' centroids.
+    contributes 0. The prediction is (B, 4L, H, W).
     """
     counted = ((batch.void != PADDING) & (batch.void != CROWD)).flatten(1)  # (B, P)
     code = encoding.encode(batch.centroid, batch.instance)  # (B, R, 4L)

@@ -34,12 +34,8 @@ class Prediction:
 
     def resized(self, size: Sequence[int]) -> Prediction:
         """Both at (H, W), in float32."""
-        return Prediction(
-            *(
-                None if maps is None else resize_maps(maps.float(), size)
-                for maps in (self.instance, self.semantic)
-            )
-        )
+        heads = (self.instance, self.semantic)
+        return Prediction(*(None if m is None else resize_maps(m.float(), size) for m in heads))
 
 
 def resize_maps(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -52,13 +48,8 @@ def resize_maps(maps: Tensor, size: Sequence[int]) -> Tensor:
 class PanopticModel(nn.Module):
     """Photos to centroid codes and category logits.
 
-    Args:
-        config: The architecture.
-        code_channels: Channels of the instance head.
-        classes: Categories.
-        load_weights: Load a pretrained backbone's weights; else only its architecture, as when a
-            checkpoint follows.
-        architecture: A checkpoint's `backbone.json`, which needs neither hub nor folder.
+    Without `load_weights`, a pretrained backbone is built but not loaded, as when a checkpoint
+    follows; `architecture` is a checkpoint's `backbone.json`, which needs neither hub nor folder.
     """
 
     mean: Tensor
@@ -85,12 +76,7 @@ class PanopticModel(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
 
     def forward(self, photo: Tensor, task: Task = "both") -> Prediction:
-        """Predicts.
-
-        Args:
-            photo: (B, 3, S, T) uint8 RGB, or float in [0, 1]; S and T multiples of the patch size.
-            task: Which heads to run.
-        """
+        """Of (B, 3, S, T) uint8 RGB, or float in [0, 1]; sides are multiples of the patch size."""
         features = self.features(photo)
         return Prediction(
             instance=None if task == "semantic" else self.instance_head(features),

@@ -30,11 +30,6 @@ def parameter_groups(model: nn.Module, blocks: int, config: OptimConfig) -> list
     """AdamW groups; `scale` is layer_decay^(blocks + 1 - id), 1 after the encoder.
 
     No weight decay on vectors (biases, norms, LayerScale), position embeddings and tokens.
-
-    Args:
-        model: With an `encoder`.
-        blocks: Transformer blocks of the encoder.
-        config: Decays.
     """
     groups: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
@@ -52,14 +47,7 @@ def parameter_groups(model: nn.Module, blocks: int, config: OptimConfig) -> list
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, then a cosine to `min_lr` at the last step.
-
-    Args:
-        config: Peak and end.
-        step: 0-based optimizer step.
-        steps: Steps of the whole run.
-        warmup: Steps of the warm-up.
-    """
+    """Of a 0-based step: linear warm-up, then a cosine to `min_lr` at the last step."""
     if step < warmup:
         return config.lr * (step + 1) / warmup
     part = (step - warmup) / max(1, steps - 1 - warmup)
@@ -75,14 +63,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 class Ema:
     """An exponential moving average of the weights, which often predicts better than the last ones.
 
-    Every rank keeps its own: weights are the same on all of them, so averages are too, bit for bit.
-
-    Args:
-        model: On its device, before it is wrapped; the average begins as its weights.
-        decay: What is left of the average after a step; 0.9999 looks back over 10,000 steps.
-
-    Attributes:
-        model: Holds the average; in evaluation mode, without gradients.
+    `Ema.model` holds it, in evaluation mode. A decay of 0.9999 looks back over 10,000 steps. Every
+    rank keeps its own: weights are the same on all of them, so averages are too, bit for bit.
     """
 
     def __init__(self, model: PanopticModel, decay: float) -> None:

@@ -57,12 +57,7 @@ class TrainState:
 
 
 def latest_checkpoint(checkpoints: Path, *, deep: bool = False) -> Path | None:
-    """The newest complete checkpoint, or None; newer ones that are incomplete are logged.
-
-    Args:
-        checkpoints: Folder of checkpoints.
-        deep: Read every byte, see `incomplete`.
-    """
+    """The newest complete checkpoint, or None; newer ones that are incomplete are logged."""
     for folder in sorted(checkpoints.glob("step_*"), reverse=True):
         problem = incomplete(folder, deep=deep)
         if not problem:
@@ -72,12 +67,7 @@ def latest_checkpoint(checkpoints: Path, *, deep: bool = False) -> Path | None:
 
 
 def incomplete(folder: Path, *, deep: bool = False) -> str | None:
-    """What makes a checkpoint unusable; None if it is whole.
-
-    Args:
-        folder: The checkpoint.
-        deep: Compare SHA-256 too, not only names and sizes.
-    """
+    """What makes a checkpoint unusable, or None; `deep` compares SHA-256 too, not only sizes."""
     try:
         files = json.loads((folder / "complete.json").read_text())
         for name, facts in files.items():
@@ -93,11 +83,7 @@ def incomplete(folder: Path, *, deep: bool = False) -> str | None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint from its folder, or the newest of a run's folder.
-
-    Raises:
-        InputError: There is none, or it is not complete.
-    """
+    """A checkpoint from its folder, or the newest of a run's folder."""
     for folder in (path / "checkpoints", path):
         if found := latest_checkpoint(folder):
             return found
@@ -131,14 +117,7 @@ def load_model(
 ) -> tuple[PanopticModel, TrainState]:
     """The trained model of a checkpoint or run folder, in evaluation mode.
 
-    Args:
-        path: Of the checkpoint or the run.
-        device: To put it on.
-        weights: The last ones or their moving average; by default the average if there is one.
-
-    Raises:
-        InputError: No complete checkpoint, none of those weights in it, or they are of another
-            configuration.
+    The weights are the last ones or their moving average; by default the average if there is one.
     """
     folder = find_checkpoint(path)
     state = read_state(folder)
@@ -161,14 +140,7 @@ def load_weights(
 ) -> None:
     """Loads weights strictly.
 
-    Args:
-        model: To put them into.
-        folder: The checkpoint.
-        kind: Which of them.
-        checked: Compare their SHA-256 first: a model with damaged weights still predicts.
-
-    Raises:
-        InputError: There are none, they are damaged, or they do not fit.
+    `checked` compares their SHA-256 first: a model with damaged weights still predicts.
     """
     path = weights_file(folder, kind)
     if kind == "ema" and not path.exists():
@@ -202,11 +174,7 @@ def load_training(
     rank: int,
     ema: PanopticModel | None = None,
 ) -> TrainState:
-    """Puts a run back to where a checkpoint was taken.
-
-    Raises:
-        InputError: The weights do not fit the model, or the rest cannot be read.
-    """
+    """Puts a run back to where a checkpoint was taken."""
     state = read_state(folder)
     load_weights(model, folder)
     if ema is not None:
