@@ -19,7 +19,7 @@ from panoptic_cache.pipeline.base.terminal import table
 
 if TYPE_CHECKING:
     from panoptic_cache.pipeline.coco import CocoLayout
-    from panoptic_cache.pipeline.render.bench import BenchResult
+    from panoptic_cache.pipeline.render.bench import BenchTable
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
 Root = Annotated[Path | None, typer.Option("--coco", help="Root of a dataset in COCO's layout.")]
@@ -60,13 +60,13 @@ def bench_layout(coco: Path | None, split: str | None) -> CocoLayout | None:
     return None if coco is None else dataset_layout(coco, split)[0]
 
 
-def print_bench(result: BenchResult, as_json: bool) -> None:
+def print_bench(result: BenchTable, as_json: bool) -> None:
     """Prints a benchmark as a table or as JSON."""
     if as_json:
-        print_json(result.to_json())
+        print_json(result.values)
     else:
         print(result.title)
-        print_table(result.columns, result.rows(), left=1)
+        print_table(result.columns, result.rows, left=1)
 
 
 def print_values(values: dict[str, Any], as_json: bool) -> None:

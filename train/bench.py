@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -28,11 +27,12 @@ from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.pipeline.coco import CocoLayout, PanopticRecord
 from panoptic_cache.pipeline.png import read_ids
 from panoptic_cache.pipeline.render.bench import (
-    Bench,
+    BenchTable,
     Timing,
     bench_dataset,
     best_ms,
     obvious_targets,
+    timing_table,
 )
 from panoptic_cache.pipeline.render.driver import render
 from panoptic_cache.pipeline.render.plan import RenderConfig
@@ -50,7 +50,7 @@ from panoptic_cache.train.summary import summarize_model
 # Loading
 
 
-def bench_load(layout: CocoLayout | None = None, images: int = 32, size: int = 420) -> Bench:
+def bench_load(layout: CocoLayout | None = None, images: int = 32, size: int = 420) -> BenchTable:
     """Makes training samples on one core: from the cache, online, and only the photo.
 
     Args:
@@ -79,7 +79,7 @@ def bench_load(layout: CocoLayout | None = None, images: int = 32, size: int = 4
             Timing("from the cache", best_ms(cached, count)),
             Timing("the floor: JPEG decode and resize", each(photo_only)),
         )
-    return Bench(
+    return timing_table(
         f"one training sample at {size} px, {count} images on one core",
         timings,
         {
@@ -164,42 +164,31 @@ class StepTiming:
         return (2 * self.instance_ms + self.semantic_ms) / 3
 
 
-@dataclass(frozen=True, slots=True)
-class StepBench:
-    """Training steps on one device, a column of the table for each timing."""
-
-    title: str
-    timings: tuple[StepTiming, ...]
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """A column for each variant."""
-        return ("ms/image", *(f"{t.model}: {t.variant}" for t in self.timings))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, as `bench step --json` prints them."""
-        ratios = [
-            {"whole_to_encoder": t.whole_ms / t.encoder_ms, "fed_to_whole": t.fed_ms / t.whole_ms}
-            for t in self.timings
-        ]
-        return asdict(self) | {"ratios": ratios}
-
-    def rows(self) -> list[tuple[str, ...]]:
-        """A line for each part of a step, then one for each ratio."""
-        rows: list[tuple[str, Callable[[StepTiming], str]]] = [
-            ("the encoder alone, forward and backward", lambda t: f"{t.encoder_ms:.1f}"),
-            ("the whole step, instance task", lambda t: f"{t.instance_ms:.1f}"),
-            ("the whole step, semantic task", lambda t: f"{t.semantic_ms:.1f}"),
-            ("both as they alternate, fed by the loader", lambda t: f"{t.fed_ms:.1f}"),
-            ("images/s", lambda t: f"{1e3 / t.fed_ms:.1f}"),
-            ("whole step against encoder alone", lambda t: f"{t.whole_ms / t.encoder_ms:.2f}"),
-            ("fed against whole step", lambda t: f"{t.fed_ms / t.whole_ms:.2f}"),
-            ("TFLOP/s", lambda t: f"{t.tflops:.3g}"),
-            ("part of the matrix rate", lambda t: f"{t.tflops / t.matrix_tflops:.2f}"),
-            ("GiB of the device's memory", lambda t: f"{t.peak_gib:.1f}"),
-        ]
-        shown = rows if any(t.peak_gib for t in self.timings) else rows[:-1]
-        return [(name, *map(value, self.timings)) for name, value in shown]
+def step_table(title: str, timings: Sequence[StepTiming]) -> BenchTable:
+    """A column for each variant: a line for each part of a step, then one for each ratio."""
+    lines: list[tuple[str, Callable[[StepTiming], str]]] = [
+        ("the encoder alone, forward and backward", lambda t: f"{t.encoder_ms:.1f}"),
+        ("the whole step, instance task", lambda t: f"{t.instance_ms:.1f}"),
+        ("the whole step, semantic task", lambda t: f"{t.semantic_ms:.1f}"),
+        ("both as they alternate, fed by the loader", lambda t: f"{t.fed_ms:.1f}"),
+        ("images/s", lambda t: f"{1e3 / t.fed_ms:.1f}"),
+        ("whole step against encoder alone", lambda t: f"{t.whole_ms / t.encoder_ms:.2f}"),
+        ("fed against whole step", lambda t: f"{t.fed_ms / t.whole_ms:.2f}"),
+        ("TFLOP/s", lambda t: f"{t.tflops:.3g}"),
+        ("part of the matrix rate", lambda t: f"{t.tflops / t.matrix_tflops:.2f}"),
+        ("GiB of the device's memory", lambda t: f"{t.peak_gib:.1f}"),
+    ]
+    shown = lines if any(t.peak_gib for t in timings) else lines[:-1]
+    ratios = [
+        {"whole_to_encoder": t.whole_ms / t.encoder_ms, "fed_to_whole": t.fed_ms / t.whole_ms}
+        for t in timings
+    ]
+    return BenchTable(
+        title,
+        ("ms/image", *(f"{t.model}: {t.variant}" for t in timings)),
+        [(name, *map(value, timings)) for name, value in shown],
+        {"title": title, "timings": [asdict(t) for t in timings], "ratios": ratios},
+    )
 
 
 def bench_step(
@@ -208,7 +197,7 @@ def bench_step(
     classes: int = 133,
     rounds: int = 3,
     compiled: bool | None = None,
-) -> StepBench:
+) -> BenchTable:
     """Times training steps with and without gradient checkpointing and `torch.compile`.
 
     Args:
@@ -236,7 +225,7 @@ def bench_step(
             advance(1, name)
     threads = f"the processor, {torch.get_num_threads()} threads"
     where = torch.cuda.get_device_name(device) if on_gpu else threads
-    return StepBench(f"training steps on {where}", tuple(timings))
+    return step_table(f"training steps on {where}", timings)
 
 
 def time_variant(

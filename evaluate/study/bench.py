@@ -8,7 +8,6 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import cv2
 import torch
@@ -33,7 +32,13 @@ from panoptic_cache.evaluate.study.heads import (
 )
 from panoptic_cache.evaluate.study.rivals import Rival, known_instances, rivals
 from panoptic_cache.pipeline.coco import Category, CocoLayout
-from panoptic_cache.pipeline.render.bench import Bench, Timing, bench_dataset, best_ms
+from panoptic_cache.pipeline.render.bench import (
+    BenchTable,
+    Timing,
+    bench_dataset,
+    best_ms,
+    timing_table,
+)
 from panoptic_cache.train.encoding import Encoding, PositionalCode
 
 LEVELS = (0, 1, 2, 3)
@@ -68,56 +73,39 @@ class Case:
     quality: Quality | None  # What its codes look like
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeBench:
-    """Decoders on one or several sets of heads."""
+def decode_table(title: str, cases: Sequence[Case]) -> BenchTable:
+    """A line for each decoder, then what the codes look like; the cases have the same decoders.
 
-    title: str  # What was measured, on what
-    cases: tuple[Case, ...]  # With the same decoders
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Of `rows`."""
-        if len(self.cases) == 1:
-            return ("PQ", "All", "Things", "Stuff", "agnostic", "TP", "FP", "FN", "ms", "to ours")
-        return ("All/Things PQ", *(case.name for case in self.cases), "ms/image", "of ours")
-
-    def rows(self) -> list[tuple[str, ...]]:
-        """A line for each decoder, then what the codes look like."""
-        results = [*zip(*(case.results for case in self.cases), strict=True)]
-        lines = [
-            _single(*of_one) if len(of_one) == 1 else _levels(of_one, results[0])
-            for of_one in results
-        ]
-        for name in ("noise", "drift"):
-            values = [getattr(case.quality, name, None) for case in self.cases]
-            text = ["-" if value is None else f"{value:.3g}" for value in values]
-            lines.append((f"measured {name}", *text, *[""] * (len(self.columns) - 1 - len(text))))
-        return lines
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, as `bench decode --json` prints them.
-
-        `rows` has the fields of `DecoderResult` and `case`; `measured` the noise and the drift of
-        each case; `timings` and `ratios` are means over the cases.
-        """
-        results = [*zip(*(case.results for case in self.cases), strict=True)]
-        own = _ms(results[0])
-        return {
-            "title": self.title,
-            "rows": [{"case": c.name, **asdict(r)} for c in self.cases for r in c.results],
-            "measured": {c.name: c.quality and asdict(c.quality) for c in self.cases},
-            "timings": [
-                {
-                    "name": some[0].decoder,
-                    "ms": _ms(some),
-                    "pq": [one.All for one in some],
-                    "things": [one.Things for one in some],
-                }
-                for some in results
-            ],
-            "ratios": {f"{s[0].decoder} against ours": _ms(s) / own for s in results[1:]},
+    Of the values, `rows` has the fields of `DecoderResult` and `case`; `measured` the noise and the
+    drift of each case; `timings` and `ratios` are means over the cases.
+    """
+    results = [*zip(*(case.results for case in cases), strict=True)]
+    columns: tuple[str, ...] = ("All/Things PQ", *(c.name for c in cases), "ms/image", "of ours")
+    if len(cases) == 1:
+        columns = ("PQ", "All", "Things", "Stuff", "agnostic", "TP", "FP", "FN", "ms", "to ours")
+    lines = [_single(*some) if len(some) == 1 else _levels(some, results[0]) for some in results]
+    for name in ("noise", "drift"):
+        measured = [getattr(case.quality, name, None) for case in cases]
+        text = ["-" if value is None else f"{value:.3g}" for value in measured]
+        lines.append((f"measured {name}", *text, *[""] * (len(columns) - 1 - len(text))))
+    own = _ms(results[0])
+    timings = [
+        {
+            "name": some[0].decoder,
+            "ms": _ms(some),
+            "pq": [one.All for one in some],
+            "things": [one.Things for one in some],
         }
+        for some in results
+    ]
+    values = {
+        "title": title,
+        "rows": [{"case": c.name, **asdict(r)} for c in cases for r in c.results],
+        "measured": {c.name: c.quality and asdict(c.quality) for c in cases},
+        "timings": timings,
+        "ratios": {f"{some[0].decoder} against ours": _ms(some) / own for some in results[1:]},
+    }
+    return BenchTable(title, columns, lines, values)
 
 
 def _ms(some: Sequence[DecoderResult]) -> float:
@@ -146,7 +134,7 @@ def _levels(some: Sequence[DecoderResult], ours: Sequence[DecoderResult]) -> tup
     return (_named(some[0]), *quality, f"{_ms(some):.1f}", f"{_ms(some) / _ms(ours):.1f}")
 
 
-def bench_heads(folder: Path, part: Part = "all", limit: int | None = None) -> DecodeBench:
+def bench_heads(folder: Path, part: Part = "all", limit: int | None = None) -> BenchTable:
     """Decodes saved heads by ours and by other decoders.
 
     Args:
@@ -171,7 +159,7 @@ def bench_heads(folder: Path, part: Part = "all", limit: int | None = None) -> D
     (results,) = _results([found])
     threads = torch.get_num_threads()
     title = f"decoding {len(paths)} images of {case}, {threads} threads"
-    return DecodeBench(title, (Case(case, results, found.quality()),))
+    return decode_table(title, [Case(case, results, found.quality())])
 
 
 def bench_decode(
@@ -180,7 +168,7 @@ def bench_decode(
     corruption: Corruption | None = None,
     encoding: Encoding | None = None,
     part: Part = "all",
-) -> DecodeBench:
+) -> BenchTable:
     """Corrupts the ground truth's codes, and decodes them by ours and by other decoders.
 
     Args:
@@ -213,9 +201,8 @@ def bench_decode(
         if value := getattr(given, name):
             title += f", {name.replace('_', ' ')} {value:g}"
     cases = zip(LEVELS, _results(found), found, strict=True)
-    return DecodeBench(
-        title,
-        tuple(Case(f"level {level}", some, one.quality()) for level, some, one in cases),
+    return decode_table(
+        title, [Case(f"level {level}", some, one.quality()) for level, some, one in cases]
     )
 
 
@@ -287,7 +274,7 @@ def _pq(group: GroupPQ | None) -> float | None:
     return None if group is None else 100 * group.pq
 
 
-def bench_score(layout: CocoLayout | None = None, images: int = 64) -> Bench:
+def bench_score(layout: CocoLayout | None = None, images: int = 64) -> BenchTable:
     """Scores a dataset against itself, next to decoding the PNGs alone.
 
     Args:
@@ -309,7 +296,7 @@ def bench_score(layout: CocoLayout | None = None, images: int = 64) -> Bench:
             "the floor: decoding both PNGs",
             best_ms(lambda: [cv2.imread(path) for path in twice], count),
         )
-    return Bench(
+    return timing_table(
         f"scoring {count} images in one process",
         (ours, floor),
         {"ours against the floor": ours.ms / floor.ms},

@@ -10,9 +10,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -29,30 +29,17 @@ from panoptic_cache.pipeline.render.plan import RenderConfig
 from panoptic_cache.pipeline.scenes.scene import write_dataset
 
 
-class BenchResult(Protocol):
-    """What every benchmark gives: a table, and the same as plain values."""
-
-    @property
-    def title(self) -> str:
-        """What was measured, on what."""
-        ...
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The table's head."""
-        ...
-
-    def rows(self) -> list[tuple[str, ...]]:
-        """The table's lines."""
-        ...
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
-class Timing:
+class BenchTable:
+    """What every benchmark gives."""
+
+    title: str  # What was measured, on what
+    columns: tuple[str, ...]  # The table's head
+    rows: list[tuple[str, ...]]  # Its lines
+    values: dict[str, Any]  # The same as plain values, as `--json` prints them
+
+
+class Timing(NamedTuple):
     """One way of doing the work."""
 
     name: str  # What was done
@@ -60,35 +47,15 @@ class Timing:
     kilobytes: float = 0.0  # Of output an image; 0 where it has none
 
 
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """Timings of one run, and the ratios that count."""
-
-    title: str  # What was measured, on what
-    timings: tuple[Timing, ...]  # In the order of the table
-    ratios: dict[str, float]  # By name
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Of `rows`."""
-        return ("", "ms/image", "images/s", "kB/image")
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, as `bench --json` prints them."""
-        return asdict(self)
-
-    def rows(self) -> list[tuple[str, ...]]:
-        """A line for each timing, then one for each ratio."""
-        lines = [
-            (
-                t.name,
-                f"{t.ms:.2f}",
-                f"{1e3 / t.ms:.1f}",
-                f"{t.kilobytes:.0f}" if t.kilobytes else "",
-            )
-            for t in self.timings
-        ]
-        return [*lines, *((name, f"{ratio:.2f}", "", "") for name, ratio in self.ratios.items())]
+def timing_table(title: str, timings: Sequence[Timing], ratios: dict[str, float]) -> BenchTable:
+    """A line for each timing, then one for each of the ratios that count."""
+    lines: list[tuple[str, ...]] = [
+        (name, f"{ms:.2f}", f"{1e3 / ms:.1f}", f"{kilobytes:.0f}" if kilobytes else "")
+        for name, ms, kilobytes in timings
+    ]
+    lines += [(name, f"{ratio:.2f}", "", "") for name, ratio in ratios.items()]
+    values = {"title": title, "timings": [t._asdict() for t in timings], "ratios": ratios}
+    return BenchTable(title, ("", "ms/image", "images/s", "kB/image"), lines, values)
 
 
 def best_ms(work: Callable[[], object], images: int, repeats: int = 3) -> float:
@@ -114,22 +81,16 @@ def bench_dataset(
         yield read_dataset(CocoLayout.of(Path(folder), "train"))
 
 
-def bench_render(layout: CocoLayout | None = None, images: int = 32) -> Bench:
-    """Renders pictures on one core in three ways.
-
-    Args:
-        layout: A real dataset; made-up scenes where None.
-        images: How many.
-    """
+def bench_render(layout: CocoLayout | None = None, images: int = 32) -> BenchTable:
+    """Renders the first pictures of a dataset, or made-up scenes, on one core in three ways."""
     cv2.setNumThreads(1)
     with bench_dataset(layout, images) as dataset:
         records, count = dataset.records, len(dataset.records)
-        samples = render_ours(dataset)
-        ours_bytes, obvious_bytes = len(pack_shard(samples)[0]), len(render_obvious(records))
+        ours_bytes = len(pack_shard(render_ours(dataset))[0])
         obvious = Timing(
             "the obvious way: Pillow, find_boundaries, scipy, a loop, dense arrays",
             best_ms(lambda: render_obvious(records), count),
-            obvious_bytes / count / 1e3,
+            len(render_obvious(records)) / count / 1e3,
         )
         ours = Timing(
             "ours",
@@ -141,7 +102,7 @@ def bench_render(layout: CocoLayout | None = None, images: int = 32) -> Bench:
             "the floor: read, decode the PNG, write a tar",
             best_ms(lambda: render_floor(records, ours_bytes // count), count),
         )
-    return Bench(
+    return timing_table(
         f"rendering {count} images on one core",
         (obvious, ours, targets, floor),
         {
@@ -177,12 +138,7 @@ def render_obvious(records: Sequence[PanopticRecord]) -> bytes:
 
 
 def obvious_targets(record: PanopticRecord, size: int | None = None) -> dict[str, NDArray[Any]]:
-    """Ids, weights and centroids as dense maps, by Pillow, scikit-image, scipy and a loop.
-
-    Args:
-        record: The annotated image.
-        size: Side of the square to squash to; the native size where None.
-    """
+    """Ids, weights and centroids as dense maps, of the native size or squashed to a square."""
     png = Image.open(record.png).convert("RGB")
     if size is not None:
         png = png.resize((size, size), Image.Resampling.NEAREST)
