@@ -15,10 +15,10 @@ from panoptic_cache.evaluate.study.comparison import ceiling
 from panoptic_cache.evaluate.study.corruption import (
     LOGIT,
     Corruption,
-    Drift,
     corrupt,
     corrupt_logits,
     corrupted_heads,
+    drift_over,
     measure_quality,
     perfect_heads,
 )
@@ -102,9 +102,9 @@ def test_noise_of_one_head_leaves_the_other_alone(tiny_dataset: CocoPanoptic) ->
 
 
 def test_drift_slides_centroids_over_an_instance_and_stays_on_the_curve() -> None:
-    index = np.zeros((60, 80), np.int64)
-    index[10:50, 20:70] = 1
-    slide = Drift(4, torch.Generator().manual_seed(0)).displacement(index, 1)  # (2000, 2)
+    mask = np.zeros((60, 80), np.bool_)
+    mask[10:50, 20:70] = True
+    slide = drift_over(mask, 4, torch.Generator().manual_seed(0))  # (2000, 2)
     assert slide.mean(0).abs().max() < 1e-6
     assert slide.norm(dim=1).max().item() == pytest.approx(4 / 80)  # 2 cells of 2 / 80
     field = slide.T.view(2, 40, 50)
@@ -114,9 +114,11 @@ def test_drift_slides_centroids_over_an_instance_and_stays_on_the_curve() -> Non
 def test_drifting_heads_differ_in_their_codes_alone(tiny_dataset: CocoPanoptic) -> None:
     record = tiny_dataset.records[0]
     ids, encoding = read_ids(record.png), PositionalCode()
-    drift = Drift(4, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
     plain, logits = perfect_heads(record, ids, tiny_dataset.categories, encoding, 64)
-    code, same = perfect_heads(record, ids, tiny_dataset.categories, encoding, 64, drift=drift)
+    code, same = perfect_heads(
+        record, ids, tiny_dataset.categories, encoding, 64, drift=4, generator=generator
+    )
     assert torch.equal(logits, same)
     assert not torch.equal(plain, code)
     assert torch.allclose(plain.square().sum(0), code.square().sum(0), atol=1e-4)

@@ -42,7 +42,7 @@ def saved(tiny_dataset: CocoPanoptic, tmp_path: Path) -> Path:
     save_meta(folder, Meta(network_size=56, harmonics=2, categories=tiny_dataset.categories))
     few = tiny_dataset.head(5)
     for image in corrupted_heads(few, Corruption(56), PositionalCode(2)):
-        save_heads(folder, image.name, image, image.ids, image.segments)
+        save_heads(folder, image)
     return folder
 
 

@@ -20,7 +20,7 @@ from panoptic_cache.evaluate.photos import ahead
 from panoptic_cache.evaluate.predict import Heads, Pixels, Predictor, read_picture
 from panoptic_cache.evaluate.prediction_files import PNG_FOLDER, PredictionRow, write_png
 from panoptic_cache.evaluate.split.folder import Journal, supersede
-from panoptic_cache.evaluate.study.heads import save_heads
+from panoptic_cache.evaluate.study.heads import ImageHeads, save_heads
 from panoptic_cache.pipeline.annotations import ImageId
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.terminal import progress
@@ -89,8 +89,9 @@ def predict_share(
             record = dataset.records[at]
             with share.timed("write"):
                 if heads_folder is not None:
-                    ids = read_ids(record.png)
-                    save_heads(heads_folder, record.key, both, ids, record.segments)
+                    ids, truth = read_ids(record.png), record.segments
+                    heads_of = ImageHeads(record.key, both.instance, both.semantic, ids, truth)
+                    save_heads(heads_folder, heads_of)
                 row = write_png(out, record.image_id, record.key, result, predictor.categories)
                 journal.note(row)
             with share.timed("score"):

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import cv2
 import torch
 
 from panoptic_cache.evaluate.metric.pairs import ImagePair
 from panoptic_cache.evaluate.metric.pq import GroupPQ
-from panoptic_cache.evaluate.metric.score import Outcome, score_pairs
+from panoptic_cache.evaluate.metric.score import score_pairs
 from panoptic_cache.evaluate.study.comparison import (
     Comparison,
     Decoder,
     compare_decoders,
     our_decoder,
 )
-from panoptic_cache.evaluate.study.corruption import Corruption, Quality, corrupted_heads
+from panoptic_cache.evaluate.study.corruption import Corruption, corrupted_heads
 from panoptic_cache.evaluate.study.heads import (
     ImageHeads,
     Part,
@@ -30,7 +31,7 @@ from panoptic_cache.evaluate.study.heads import (
     read_heads,
     read_meta,
 )
-from panoptic_cache.evaluate.study.rivals import Rival, known_instances, rivals
+from panoptic_cache.evaluate.study.rivals import Rival, rivals
 from panoptic_cache.pipeline.coco import Category, CocoLayout
 from panoptic_cache.pipeline.render.bench import (
     BenchTable,
@@ -43,123 +44,29 @@ from panoptic_cache.train.encoding import Encoding, PositionalCode
 
 LEVELS = (0, 1, 2, 3)
 """Of corruption of the codes."""
-OURS, KNOWN = "ours", "known instances"
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderResult:
-    """What a decoder reached on one set of heads; PQ in percent, None where it is undefined."""
-
-    decoder: str  # Its name
-    setting: str  # The one of several that suits a rival best on these heads; empty for ours
-    All: float | None  # PQ
-    Things: float | None  # The same
-    Stuff: float | None  # The same
-    agnostic: float  # PQ of things as one category
-    tp: int  # Of that
-    fp: int  # Of that
-    fn: int  # Of that
-    ms: float  # Wall milliseconds an image, from heads to the native panoptic map
-    behind: float | None = None  # All PQ of ours less this one's; None for ours
-    interval: tuple[float, float] | None = None  # 95 % interval of that, over images
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """The decoders on one set of heads."""
-
-    name: str  # Of the set
-    results: tuple[DecoderResult, ...]  # Ours first
-    quality: Quality | None  # What its codes look like
-
-
-def decode_table(title: str, cases: Sequence[Case]) -> BenchTable:
-    """A line for each decoder, then what the codes look like; the cases have the same decoders.
-
-    Of the values, `rows` has the fields of `DecoderResult` and `case`; `measured` the noise and the
-    drift of each case; `timings` and `ratios` are means over the cases.
-    """
-    results = [*zip(*(case.results for case in cases), strict=True)]
-    columns: tuple[str, ...] = ("All/Things PQ", *(c.name for c in cases), "ms/image", "of ours")
-    if len(cases) == 1:
-        columns = ("PQ", "All", "Things", "Stuff", "agnostic", "TP", "FP", "FN", "ms", "to ours")
-    lines = [_single(*some) if len(some) == 1 else _levels(some, results[0]) for some in results]
-    for name in ("noise", "drift"):
-        measured = [getattr(case.quality, name, None) for case in cases]
-        text = ["-" if value is None else f"{value:.3g}" for value in measured]
-        lines.append((f"measured {name}", *text, *[""] * (len(columns) - 1 - len(text))))
-    own = _ms(results[0])
-    timings = [
-        {
-            "name": some[0].decoder,
-            "ms": _ms(some),
-            "pq": [one.All for one in some],
-            "things": [one.Things for one in some],
-        }
-        for some in results
-    ]
-    values = {
-        "title": title,
-        "rows": [{"case": c.name, **asdict(r)} for c in cases for r in c.results],
-        "measured": {c.name: c.quality and asdict(c.quality) for c in cases},
-        "timings": timings,
-        "ratios": {f"{some[0].decoder} against ours": _ms(some) / own for some in results[1:]},
-    }
-    return BenchTable(title, columns, lines, values)
-
-
-def _ms(some: Sequence[DecoderResult]) -> float:
-    return fmean(one.ms for one in some)
-
-
-def _named(one: DecoderResult) -> str:
-    return f"{one.decoder}, {one.setting}" if one.setting else one.decoder
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
-def _single(one: DecoderResult) -> tuple[str, ...]:
-    behind = ""
-    if one.behind is not None and one.interval is not None:
-        behind = f"{one.behind:+.1f} [{one.interval[0]:.1f}, {one.interval[1]:.1f}]"
-    values = (_percent(value) for value in (one.All, one.Things, one.Stuff, one.agnostic))
-    counts = (str(count) for count in (one.tp, one.fp, one.fn))
-    return (_named(one), *values, *counts, f"{one.ms:.1f}", behind)
-
-
-def _levels(some: Sequence[DecoderResult], ours: Sequence[DecoderResult]) -> tuple[str, ...]:
-    quality = (f"{_percent(one.All)}/{_percent(one.Things)}" for one in some)
-    return (_named(some[0]), *quality, f"{_ms(some):.1f}", f"{_ms(some) / _ms(ours):.1f}")
+OURS = "ours"
+COLUMNS = ("PQ", "All", "Things", "Stuff", "agnostic", "TP", "FP", "FN", "ms/image", "to ours")
 
 
 def bench_heads(folder: Path, part: Part = "all", limit: int | None = None) -> BenchTable:
-    """Decodes saved heads by ours and by other decoders.
-
-    Args:
-        folder: See `heads.py`.
-        part: Which of its images.
-        limit: Only the first so many of these.
+    """Decodes the saved heads of a part, or the first `limit` of them, by ours and by others.
 
     Raises:
         InputError: The folder or a file of it cannot be used.
     """
     meta = read_meta(folder)
     paths = list_heads(folder, part)[:limit]
+    case = meta.name or folder.name
     found = _compare(
-        lambda: read_heads(paths, meta),
+        partial(read_heads, paths, meta),
         len(paths),
         meta.categories,
         meta.code(),
-        meta.network_size,
-        title="heads",
+        size=meta.network_size,
+        title=case,
     )
-    case = meta.name or folder.name
-    (results,) = _results([found])
-    threads = torch.get_num_threads()
-    title = f"decoding {len(paths)} images of {case}, {threads} threads"
-    return decode_table(title, [Case(case, results, found.quality())])
+    title = f"decoding {len(paths)} images of {case}, {torch.get_num_threads()} threads"
+    return _table(title, {case: found})
 
 
 def bench_decode(
@@ -169,41 +76,27 @@ def bench_decode(
     encoding: Encoding | None = None,
     part: Part = "all",
 ) -> BenchTable:
-    """Corrupts the ground truth's codes, and decodes them by ours and by other decoders.
+    """Decodes the ground truth's codes by ours and by others, at each of `LEVELS` of noise.
 
-    Args:
-        layout: A real dataset; made-up scenes where None.
-        images: How many.
-        corruption: Size and errors; the noise of the codes takes all of `LEVELS`.
-        encoding: Of the codes; the paper's where None.
-        part: Which of the images.
+    Made-up scenes where there is no layout; the paper's encoding where there is none given.
     """
     given, code = corruption or Corruption(), encoding or PositionalCode()
+    found = {}
     with bench_dataset(layout, images) as whole:
         names = {*in_part([record.key for record in whole.records], part)}
         records = tuple(record for record in whole.records if record.key in names)
         dataset = replace(whole, records=records)
-        found = []
         for level in LEVELS:
-            quality = replace(given, noise=level)
-            found.append(
-                _compare(
-                    partial(corrupted_heads, dataset, quality, code),
-                    len(records),
-                    dataset.categories,
-                    code,
-                    given.size,
-                    title=f"level {level}",
-                )
+            heads = partial(corrupted_heads, dataset, replace(given, noise=level), code)
+            case = f"level {level}"
+            found[case] = _compare(
+                heads, len(records), dataset.categories, code, size=given.size, title=case
             )
     title = f"decoding {len(records)} images at {given.size} px, {torch.get_num_threads()} threads"
     for name in ("semantic_noise", "drift"):
         if value := getattr(given, name):
             title += f", {name.replace('_', ' ')} {value:g}"
-    cases = zip(LEVELS, _results(found), found, strict=True)
-    return decode_table(
-        title, [Case(f"level {level}", some, one.quality()) for level, some, one in cases]
-    )
+    return _table(title, found)
 
 
 def _compare(
@@ -211,63 +104,97 @@ def _compare(
     count: int,
     categories: tuple[Category, ...],
     encoding: Encoding,
-    size: int,
     *,
+    size: int,
     title: str,
 ) -> Comparison:
     """All decoders on the same images; a rival once for each setting, as `NAME|SETTING`."""
-    ours = our_decoder(categories, encoding)
 
     def alone(rival: Rival) -> Decoder:
         return lambda some: [rival(image.positional(encoding), categories) for image in some]
 
-    decoders = {OURS: ours}
+    decoders = {OURS: our_decoder(categories, encoding)}
     for name, settings in rivals(size).items():
         decoders |= {f"{name}|{setting}": alone(rival) for setting, rival in settings.items()}
-    decoders[KNOWN] = alone(known_instances)
-    for image in islice(images(), 1):  # warms up
-        ours([image])
+    decoders[OURS]([*islice(images(), 1)])  # warms up
     return compare_decoders(
         images(), count, decoders, categories=categories, encoding=encoding, title=title
     )
 
 
-def _results(found: Sequence[Comparison]) -> list[tuple[DecoderResult, ...]]:
-    """The decoders of each comparison, with the setting that is best over all of them."""
-    scored = [{name: one.outcome(name) for name in one.trials} for one in found]
+def _table(title: str, found: Mapping[str, Comparison]) -> BenchTable:
+    """A line for each decoder on each set of heads, then what the codes of each set look like.
+
+    A rival has the setting that suits it best over all sets. Of the values, PQ is in percent,
+    `agnostic` is the PQ of things as one category with its counts, `ms` wall milliseconds an image
+    from heads to the native map, `behind` the PQ of ours less this one's with its 95 % interval
+    over images; `timings` and `ratios` are means over the sets.
+    """
+    scored = {case: {name: one.outcome(name) for name in one.trials} for case, one in found.items()}
 
     def mean(name: str) -> float:
-        return fmean(_pq(some[name].pq.all) or 0.0 for some in scored)
+        return fmean(_pq(some[name].pq.all) or 0.0 for some in scored.values())
 
     best: dict[str, str] = {}
-    for name in scored[0]:
-        rival = name.partition("|")[0]
-        best[rival] = max(best.get(rival, name), name, key=mean)
-    return [
-        tuple(_result(one, some, rival, name) for rival, name in best.items())
-        for one, some in zip(found, scored, strict=True)
+    for name in next(iter(found.values())).trials:
+        decoder = name.partition("|")[0]
+        best[decoder] = max(best.get(decoder, name), name, key=mean)
+    rows: list[dict[str, Any]] = []
+    for case, outcomes in scored.items():
+        ours = _pq(outcomes[OURS].pq.all)
+        for decoder, name in best.items():
+            pq, agnostic = outcomes[name].pq, outcomes[name].scores.breakdown.agnostic
+            row = {
+                "case": case,
+                "decoder": decoder,
+                "setting": name.partition("|")[2],
+                **{key: _pq(getattr(pq, key.lower())) for key in ("All", "Things", "Stuff")},
+                "agnostic": 100 * agnostic.pq,
+                **{key: getattr(agnostic, key) for key in ("tp", "fp", "fn")},
+                "ms": 1e3 * found[case].trials[name].seconds / outcomes[name].images,
+                "behind": None,
+                "interval": None,
+            }
+            if name != OURS and ours is not None and row["All"] is not None:
+                row["behind"] = ours - row["All"]
+                row["interval"] = [100 * end for end in found[case].interval(OURS, name)]
+            rows.append(row)
+    measured = {case: one.quality() for case, one in found.items()}
+    by_decoder = {name: [row for row in rows if row["decoder"] == name] for name in best}
+    ms = {name: fmean(row["ms"] for row in some) for name, some in by_decoder.items()}
+    timings = [
+        {
+            "name": name,
+            "ms": ms[name],
+            "pq": [row["All"] for row in some],
+            "things": [row["Things"] for row in some],
+        }
+        for name, some in by_decoder.items()
     ]
+    values = {
+        "title": title,
+        "rows": rows,
+        "measured": {case: quality and asdict(quality) for case, quality in measured.items()},
+        "timings": timings,
+        "ratios": {f"{name} against ours": ms[name] / ms[OURS] for name in ms if name != OURS},
+    }
+    lines = [_line(row) for row in rows]
+    for case, quality in measured.items():
+        for name, value in asdict(quality).items() if quality else ():
+            lines.append((f"{case}: measured {name}", f"{value:.3g}", *[""] * (len(COLUMNS) - 2)))
+    return BenchTable(title, COLUMNS, lines, values)
 
 
-def _result(found: Comparison, scored: dict[str, Outcome], rival: str, name: str) -> DecoderResult:
-    pq, agnostic = scored[name].pq, scored[name].scores.breakdown.agnostic
-    result = DecoderResult(
-        rival,
-        name.partition("|")[2],
-        All=_pq(pq.all),
-        Things=_pq(pq.things),
-        Stuff=_pq(pq.stuff),
-        agnostic=100 * agnostic.pq,
-        tp=agnostic.tp,
-        fp=agnostic.fp,
-        fn=agnostic.fn,
-        ms=1e3 * found.trials[name].seconds / scored[name].images,
-    )
-    ours = _pq(scored[OURS].pq.all)
-    if name == OURS or ours is None or result.All is None:
-        return result
-    low, high = found.interval(OURS, name)
-    return replace(result, behind=ours - result.All, interval=(100 * low, 100 * high))
+def _line(row: Mapping[str, Any]) -> tuple[str, ...]:
+    name = f"{row['case']}: {row['decoder']}" + (f", {row['setting']}" if row["setting"] else "")
+    shown = (row[key] for key in ("All", "Things", "Stuff", "agnostic"))
+    pq = ("-" if value is None else f"{value:.1f}" for value in shown)
+    behind = ""
+    if row["behind"] is not None:
+        low, high = row["interval"]
+        behind = f"{row['behind']:+.1f} [{low:.1f}, {high:.1f}]"
+    counts = (str(row[key]) for key in ("tp", "fp", "fn"))
+    return (name, *pq, *counts, f"{row['ms']:.1f}", behind)
 
 
 def _pq(group: GroupPQ | None) -> float | None:
@@ -275,12 +202,7 @@ def _pq(group: GroupPQ | None) -> float | None:
 
 
 def bench_score(layout: CocoLayout | None = None, images: int = 64) -> BenchTable:
-    """Scores a dataset against itself, next to decoding the PNGs alone.
-
-    Args:
-        layout: A real dataset; made-up scenes where None.
-        images: How many.
-    """
+    """Scores a dataset, or made-up scenes, against itself, next to decoding the PNGs alone."""
     cv2.setNumThreads(1)
     with bench_dataset(layout, images) as dataset:
         pairs = [

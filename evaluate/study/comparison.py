@@ -50,18 +50,15 @@ class Comparison:
     trials: dict[str, Trial]  # By the decoder's name
     # What the codes of each image look like, of those with clear ones.
     qualities: list[Quality] = field(default_factory=list)
-    # Of reading or making the heads, and of scoring all decoders.
-    seconds: dict[str, float] = field(default_factory=lambda: {"encode": 0.0, "score": 0.0})
+    encode: float = 0.0  # Seconds of reading or making the heads
+    score: float = 0.0  # Seconds of scoring all decoders
 
     def outcome(self, name: str) -> Outcome:
         """The scores of a decoder, with the seconds of `encode`, `decode` and `score`."""
         trial = self.trials[name]
+        score = self.score / len(self.trials)
+        seconds = {"encode": self.encode, "decode": trial.seconds, "score": score}
         count = len(trial.images)
-        seconds = {
-            "encode": self.seconds["encode"],
-            "decode": trial.seconds,
-            "score": self.seconds["score"] / len(self.trials),
-        }
         return Outcome(
             total_scores(trial.images, self.categories),
             count,
@@ -112,16 +109,7 @@ def compare_decoders(
     encoding: Encoding,
     title: str = "decode",
 ) -> Comparison:
-    """Decodes and scores the same images by several decoders.
-
-    Args:
-        images: Their heads.
-        count: How many these are.
-        decoders: By name.
-        categories: By label.
-        encoding: Of the codes.
-        title: Of the progress bar.
-    """
+    """Decodes and scores the same `count` images by several decoders; `title` is the bar's."""
     found = Comparison(categories, {name: Trial() for name in decoders})
     things = thing_ids(categories)
     with progress(title, count, "images") as advance:
@@ -133,10 +121,18 @@ def compare_decoders(
                 trial = found.trials[name]
                 trial.seconds += decoded - start
                 trial.images += [
-                    _score(image, result, categories, things)
+                    score_image(
+                        image.name,
+                        image.ids,
+                        image.segments,
+                        result.ids,
+                        {s.id: categories[s.label].id for s in result.segments},
+                        scores={s.id: s.score for s in result.segments},
+                        things=things,
+                    )
                     for image, result in zip(batch, maps, strict=True)
                 ]
-                found.seconds["score"] += time.perf_counter() - decoded
+                found.score += time.perf_counter() - decoded
             measured = (measure_quality(image.positional(encoding), categories) for image in batch)
             found.qualities += [quality for quality in measured if quality]
             advance(len(batch))
@@ -148,46 +144,23 @@ def _next_batch(images: Iterator[ImageHeads], found: Comparison) -> list[ImageHe
     if batch:
         values = batch[0].instance.numel() + batch[0].semantic.numel()
         batch += islice(images, max(1, min(BATCH, LARGEST // (4 * values))) - 1)
-    found.seconds["encode"] += time.perf_counter() - start
+    found.encode += time.perf_counter() - start
     return batch
 
 
-def _score(
-    image: ImageHeads,
-    result: PanopticMap,
-    categories: Sequence[Category],
-    things: frozenset[int],
-) -> ImageScore:
-    return score_image(
-        image.name,
-        image.ids,
-        image.segments,
-        result.ids,
-        {s.id: categories[s.label].id for s in result.segments},
-        scores={s.id: s.score for s in result.segments},
-        things=things,
-    )
-
-
 def our_decoder(
-    categories: Sequence[Category],
-    encoding: Encoding,
-    config: DecodeConfig | None = None,
+    categories: Sequence[Category], encoding: Encoding, config: DecodeConfig | None = None
 ) -> Decoder:
     """The decoder of `evaluate/decoder/decode.py`."""
     isthing = torch.tensor([category.isthing for category in categories])
-
-    def run(images: Sequence[ImageHeads]) -> list[PanopticMap]:
-        return decode(
-            [image.instance for image in images],
-            [image.semantic for image in images],
-            encoding=encoding,
-            isthing=isthing,
-            sizes=[image.size for image in images],
-            config=config,
-        )
-
-    return run
+    return lambda images: decode(
+        [image.instance for image in images],
+        [image.semantic for image in images],
+        encoding=encoding,
+        isthing=isthing,
+        sizes=[image.size for image in images],
+        config=config,
+    )
 
 
 def ceiling(
@@ -199,17 +172,8 @@ def ceiling(
 ) -> tuple[Outcome, Quality | None]:
     """Scores the ground truth of a split after encoding, corruption and decoding.
 
-    What is missing to 100 is the code's, the resize's and the decoder's, not the network's.
-
-    Args:
-        dataset: The annotated split.
-        corruption: Quality of the network.
-        encoding: Of its codes; the paper's where None.
-        config: Settings of the decoder; defaults where None.
-
-    Returns:
-        Scores, with the seconds of `encode` (reading and corrupting too), `decode` and `score`; and
-        what the codes look like.
+    What is missing to 100 is the code's, the resize's and the decoder's, not the network's. The
+    seconds of `encode` include reading and corrupting. `encoding` is the paper's by default.
 
     Raises:
         InputError: The split is empty, or one of its images cannot be used.

@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -37,20 +37,6 @@ META = "meta.json"
 Part = Literal["all", "tuning", "reporting"]
 """Images to find settings on, images to report numbers of, or both."""
 REMEDY = "write them with panoptic evaluate --save-heads"
-
-
-class Heads(Protocol):
-    """What a network says of one image."""
-
-    @property
-    def instance(self) -> Tensor:
-        """(channels, h, w) codes."""
-        ...
-
-    @property
-    def semantic(self) -> Tensor:
-        """(C, h, w) logits."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -93,37 +79,20 @@ class Meta(msgspec.Struct, kw_only=True):
         return make_encoding(self.encoding, self.harmonics)
 
 
-def save_heads(
-    folder: Path,
-    name: str,
-    heads: Heads,
-    ids: NDArray[np.int32],
-    segments: Sequence[SegmentInfo],
-) -> None:
-    """Writes `NAME.npz`.
-
-    Args:
-        folder: It exists; `save_meta` writes its other file.
-        name: Of the image.
-        heads: (channels, h, w) codes and (C, h, w) logits, on any device.
-        ids: (H, W) true segment ids.
-        segments: As annotated.
-    """
-    instance, semantic = (
-        maps.detach().half().cpu().numpy() for maps in (heads.instance, heads.semantic)
-    )
+def save_heads(folder: Path, image: ImageHeads) -> None:
+    """Writes `NAME.npz` into a folder that exists; the heads may be on any device."""
     data = io.BytesIO()
     np.savez_compressed(
         data,
-        instance=instance,
-        semantic=semantic,
-        size=np.array(ids.shape),
-        ids=ids,
-        seg_id=np.array([segment.id for segment in segments], np.int64),
-        seg_category=np.array([segment.category_id for segment in segments], np.int64),
-        seg_iscrowd=np.array([segment.iscrowd for segment in segments], np.bool_),
+        instance=image.instance.detach().half().cpu().numpy(),
+        semantic=image.semantic.detach().half().cpu().numpy(),
+        size=np.array(image.size),
+        ids=image.ids,
+        seg_id=np.array([segment.id for segment in image.segments], np.int64),
+        seg_category=np.array([segment.category_id for segment in image.segments], np.int64),
+        seg_iscrowd=np.array([segment.iscrowd for segment in image.segments], np.bool_),
     )
-    Storage(str(folder)).write(f"{name}.npz", data.getvalue())
+    Storage(str(folder)).write(f"{image.name}.npz", data.getvalue())
 
 
 def save_meta(folder: Path, meta: Meta) -> None:

@@ -1,8 +1,8 @@
 """Decoders of centroid codes as others have built them, to compare ours with.
 
-They are references, written to be read: each takes the heads of one image. What the sources leave
-open was chosen with a few trials on real images, in favour of the rival but without a thorough
-search.
+They are references, written to be read: each says which instance owns each pixel of one image, and
+`finished` does the rest for all. What the sources leave open was chosen with a few trials on real
+images, in favour of the rival but without a thorough search.
 """
 
 from __future__ import annotations
@@ -23,94 +23,95 @@ from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.pipeline.targets import make_segment_map, resize_segment_map
 from panoptic_cache.train.encoding import GRID_CELLS, PositionalCode, cell_centres, gamma
 
-Rival = Callable[[ImageHeads, tuple[Category, ...]], PanopticMap]
-"""Of an image's heads, with positional codes, and the categories by label."""
+Categories = tuple[Category, ...]
+"""By label."""
+Rival = Callable[[ImageHeads, Categories], PanopticMap]
+"""Of an image's heads, with positional codes."""
 CHUNK = 2048
 """Pixels compared to the whole grid at once: 52 MB of distances."""
 MIN_AREA = 4
 """Pixels of the network's output below which an instance is dropped."""
 MIN_STUFF = 64
 """Native pixels below which a stuff segment is dropped."""
+REACH, ENTER, LEAVE, LEAST_SCORE = 1.6, 2000, 100, 0.55
+"""Painter: distance of codes in a mask, masks before and after suppression, score of one that is
+laid down."""
 
 
-def full_search(
-    image: ImageHeads, categories: tuple[Category, ...], *, cells: int = GRID_CELLS
-) -> PanopticMap:
+def rivals(size: int) -> dict[str, dict[str, Rival]]:
+    """The rivals by name, each with the settings that it is tried with, in words.
+
+    A grid may have a fifth of `size`, the side of the network's input.
+    """
+    grids = sorted({20, 40, GRID_CELLS, min(GRID_CELLS, max(1, size // 5))})
+    on_grid: dict[str, Callable[..., Tensor]] = {
+        "full search": full_search,
+        "grid": grid_peaks,
+        "grid, wider": partial(grid_peaks, reach=2),
+        "soft votes": soft_votes,
+        "soft votes, sharper": partial(soft_votes, sharpness=2.0),
+        "Painter's masks": painter,
+    }
+    found: dict[str, dict[str, Rival]] = {
+        name: {f"{cells} cells": partial(finished, partial(owner, cells=cells)) for cells in grids}
+        for name, owner in on_grid.items()
+    }
+    found["components"] = {
+        f"{area} px": partial(finished, partial(components, least_area=area))
+        for area in (4, 16, 24, 64)
+    }
+    found["known instances"] = {"": partial(finished, known_instances)}
+    return found
+
+
+def full_search(image: ImageHeads, _: Categories, *, cells: int) -> Tensor:
     """Every pixel to the nearest cell or to void, and each cell is an instance."""
-    return _finish(nearest_cell_or_void(image.instance, cells), image, categories)
+    return nearest_cell_or_void(image.instance, cells)
 
 
-def grid_peaks(
-    image: ImageHeads,
-    categories: tuple[Category, ...],
-    *,
-    cells: int = GRID_CELLS,
-    least_votes: int = 8,
-    reach: int = 1,
-) -> PanopticMap:
+def grid_peaks(image: ImageHeads, _: Categories, *, cells: int, reach: int = 1) -> Tensor:
     """The cells with the most pixels, without their neighbours (section 5.2); nearest of them.
 
-    Args:
-        image: Its heads.
-        categories: By label.
-        cells: Cells an axis.
-        least_votes: Pixels that a cell must have.
-        reach: Cells on either side that one suppresses.
+    A cell needs 8 pixels, and suppresses `reach` cells to each side.
     """
-    member = nearest_cell_or_void(image.instance, cells)
-    votes = member.flatten().bincount(minlength=cells**2 + 1)[1:].view(cells, cells)
+    owner = nearest_cell_or_void(image.instance, cells)
+    votes = owner.flatten().bincount(minlength=cells**2 + 1)[1:].view(cells, cells)
     kept = torch.zeros(cells, cells, dtype=torch.bool)
     for place in votes.flatten().argsort(descending=True, stable=True).tolist():
         row, column = divmod(place, cells)
-        if votes[row, column] < least_votes:
+        if votes[row, column] < 8:
             break
         around = slice(max(0, row - reach), row + reach + 1)
         if not kept[around, max(0, column - reach) : column + reach + 1].any():
             kept[row, column] = True
     prototypes = grid_codes(len(image.instance) // 4, cells)[kept.flatten()]
-    return _finish(nearest_code(image.instance, prototypes), image, categories)
+    return nearest_code(image.instance, prototypes)
 
 
 def nearest_cell_or_void(code: Tensor, cells: int) -> Tensor:
     """(h, w) int64: 0 where void is nearest to a pixel's code, else 1 + row * cells + column."""
     costs = PositionalCode(len(code) // 4).axis_costs(code.flatten(1), cells)
     (u_cost, u), (v_cost, v) = costs.u.min(-1), costs.v.min(-1)
-    member = torch.where(u_cost + v_cost < costs.void, v * cells + u + 1, 0)
-    return member.view(code.shape[1:])
+    owner = torch.where(u_cost + v_cost < costs.void, v * cells + u + 1, 0)
+    return owner.view(code.shape[1:])
 
 
-def soft_votes(
-    image: ImageHeads,
-    categories: tuple[Category, ...],
-    *,
-    cells: int = GRID_CELLS,
-    least_votes: float = 5.0,
-    sharpness: float = 1.0,
-) -> PanopticMap:
-    """Soft votes on the grid, its strict maxima, every pixel to the nearest (arXiv 2609.16874).
+def soft_votes(image: ImageHeads, _: Categories, *, cells: int, sharpness: float = 1.0) -> Tensor:
+    """Soft votes on the grid, its strict maxima above 5, every pixel to the nearest.
 
-    Args:
-        image: Its heads.
-        categories: By label.
-        cells: Cells an axis.
-        least_votes: A peak must exceed it.
-        sharpness: 1 for the paper's kernel, exp(-distance) an axis; above 1, exp(-sharpness
-            distance^2), which is better on every level.
+    After arXiv 2609.16874. `sharpness` 1 is the paper's kernel, exp(-distance) an axis; above 1 it
+    is exp(-sharpness distance^2), which is better on every level.
     """
-    peaks = strict_maxima(vote(image.instance, cells, sharpness), least_votes)
+    peaks = strict_maxima(vote(image.instance, cells, sharpness), 5.0)
     prototypes = grid_codes(len(image.instance) // 4, cells)[peaks.flatten()]
-    return _finish(nearest_code(image.instance, prototypes), image, categories)
+    return nearest_code(image.instance, prototypes)
 
 
 def vote(code: Tensor, cells: int, sharpness: float) -> Tensor:
-    """Votes of all pixels for each cell, (rows, columns), by one matrix product.
+    """Votes of all pixels of (4L, h, w) codes for each cell, (rows, columns).
 
-    Per axis a pixel votes for each cell, and for void, with the kernel of its distance.
-
-    Args:
-        code: (4L, h, w).
-        cells: Cells an axis.
-        sharpness: See `soft_votes`.
+    Per axis a pixel votes for each cell, and for void, with the kernel of its distance. The votes
+    of both axes make one matrix product.
     """
     harmonics = code.shape[0] // 4
     grid = gamma(cell_centres(cells), harmonics)  # (cells, 2L)
@@ -131,19 +132,10 @@ def strict_maxima(votes: Tensor, least: float) -> Tensor:
     return (votes > neighbours) & (votes > least)
 
 
-def painter(
-    image: ImageHeads,
-    categories: tuple[Category, ...],
-    *,
-    cells: int = GRID_CELLS,
-    reach: float = 1.6,
-    kept: int = 2000,
-    final: int = 100,
-    least_score: float = 0.55,
-) -> PanopticMap:
+def painter(image: ImageHeads, categories: Categories, *, cells: int) -> Tensor:
     """After Painter's decoder (CVPR 2023): a mask for every cell, matrix NMS, merging by score.
 
-    A mask is what lies closer to the cell's code than `reach`. The class is a soft vote over thing
+    A mask is what lies closer to the cell's code than `REACH`. The class is a soft vote over thing
     classes. Masks are laid down by score, those more than half taken already are skipped. The
     masks are compared on every second pixel each way.
 
@@ -151,61 +143,44 @@ def painter(
     loses most instances of a noisy code to masks of a few pixels. Here the largest are kept, the
     score is the class's share times closeness, and suppression is within a class. Its least area
     of stuff, 8,192 px, is left out: it costs 15 PQ where the semantic head is right.
-
-    Args:
-        image: Its heads.
-        categories: By label.
-        cells: Cells an axis.
-        reach: Distance of codes.
-        kept: Masks that enter the suppression.
-        final: Masks that leave it.
-        least_score: Of a mask that is laid down.
     """
     code, isthing = image.instance, torch.tensor([category.isthing for category in categories])
     grid = grid_codes(len(code) // 4, cells)
-    member = torch.zeros(code.shape[1:], dtype=torch.int64)
-    coarse = code[:, ::2, ::2].flatten(1)  # (4L, P')
+    owner = torch.zeros(code.shape[1:], dtype=torch.int64)
+    coarse = code[:, ::2, ::2].flatten(1).split(CHUNK, 1)  # chunks of (4L, P')
     area, total = torch.zeros(len(grid)), torch.zeros(len(grid))
-    for part in coarse.split(CHUNK, 1):
-        closeness = (1 - torch.cdist(grid, part.T) / reach).clamp_min(0)
+    for part in coarse:
+        closeness = (1 - torch.cdist(grid, part.T) / REACH).clamp_min(0)
         area += (closeness > 0).sum(1)
         total += closeness.sum(1)
-    best = area.argsort(descending=True, stable=True)[:kept]
+    best = area.argsort(descending=True, stable=True)[:ENTER]
     best = best[area[best] > 0]
     if len(best) == 0 or not isthing.any():
-        return _finish(member, image, categories)
-    masks = torch.cat(
-        [torch.cdist(grid[best], part.T) < reach for part in coarse.split(CHUNK, 1)], 1
-    )  # (masks, P')
+        return owner
+    masks = torch.cat([torch.cdist(grid[best], part.T) < REACH for part in coarse], 1)  # (N, P')
     thing = image.semantic[isthing].softmax(0)[:, ::2, ::2].flatten(1)  # (things, P')
     votes = torch.zeros(len(best), len(thing))
-    for part in torch.arange(coarse.shape[1]).split(CHUNK * 4):
+    for part in torch.arange(masks.shape[1]).split(CHUNK * 4):
         votes += masks[:, part].float() @ thing[:, part].T
     confidence, classes = (votes / area[best, None]).max(1)
     scores = confidence * (0.5 + 0.5 * total[best] / area[best])
     scores = matrix_nms(masks, classes, scores)
-    order = scores.argsort(descending=True, stable=True)[:final]
-    flat, pixels, laid = member.view(-1), code.flatten(1), 0
-    for choice in order[scores[order] > least_score].tolist():
-        mask = torch.cdist(grid[best[choice], None], pixels.T)[0] < reach
+    order = scores.argsort(descending=True, stable=True)[:LEAVE]
+    flat, pixels, laid = owner.view(-1), code.flatten(1), 0
+    for choice in order[scores[order] > LEAST_SCORE].tolist():
+        mask = torch.cdist(grid[best[choice], None], pixels.T)[0] < REACH
         free = mask & (flat == 0)
         if free.sum() * 2 >= mask.sum():
             laid += 1
             flat[free] = laid
-    return _finish(member, image, categories)
+    return owner
 
 
 def matrix_nms(masks: Tensor, classes: Tensor, scores: Tensor, sigma: float = 2.0) -> Tensor:
-    """Scores after SOLOv2's matrix NMS with the Gaussian kernel.
+    """(N,) scores after SOLOv2's matrix NMS with the Gaussian kernel, of (N, P) bool masks.
 
     A mask decays by each better one of its class, the more they overlap, and the less that one was
     itself suppressed: score_j min_i exp(-sigma iou_ij^2) / exp(-sigma max_k iou_ki^2).
-
-    Args:
-        masks: (N, P) bool.
-        classes: (N,) int64.
-        scores: (N,) float32.
-        sigma: Of the kernel.
     """
     order = scores.argsort(descending=True, stable=True)
     inter = torch.zeros(len(order), len(order))
@@ -223,18 +198,16 @@ def matrix_nms(masks: Tensor, classes: Tensor, scores: Tensor, sigma: float = 2.
     return found
 
 
-def components(
-    image: ImageHeads, categories: tuple[Category, ...], *, least_area: int = MIN_AREA
-) -> PanopticMap:
+def components(image: ImageHeads, categories: Categories, *, least_area: int) -> Tensor:
     """Connected regions of each thing class of the semantic head; the codes are not looked at."""
     labels = image.semantic.argmax(0).numpy()
     isthing = np.array([category.isthing for category in categories])
-    member = connected(np.where(isthing[labels], labels + 1, 0), connectivity=1)
-    member[np.bincount(member.flat)[member] < least_area] = 0
-    return _finish(torch.from_numpy(member), image, categories)
+    owner = connected(np.where(isthing[labels], labels + 1, 0), connectivity=1)
+    owner[np.bincount(owner.flat)[owner] < least_area] = 0
+    return torch.from_numpy(owner)
 
 
-def known_instances(image: ImageHeads, categories: tuple[Category, ...]) -> PanopticMap:
+def known_instances(image: ImageHeads, categories: Categories) -> Tensor:
     """What is left to gain: the true instances are known, and the rest is decoded.
 
     Each true instance has the mean code of its pixels as its prototype. A pixel that the semantic
@@ -251,31 +224,7 @@ def known_instances(image: ImageHeads, categories: tuple[Category, ...]) -> Pano
     count = rows.bincount(minlength=len(true) + 1)
     means = (sums / count.clamp_min(1)).T[1:][count[1:] > 0]
     isthing = torch.tensor([category.isthing for category in categories])
-    member = nearest_code(image.instance, means) * isthing[image.semantic.argmax(0)]
-    return _finish(member, image, categories)
-
-
-def rivals(size: int) -> dict[str, dict[str, Rival]]:
-    """The rivals by name, each with the settings that it is tried with, in words.
-
-    Args:
-        size: Side of the network's input: a grid may have a fifth of it.
-    """
-    on_grid: dict[str, Callable[..., PanopticMap]] = {
-        "full search": full_search,
-        "grid": grid_peaks,
-        "grid, wider": partial(grid_peaks, reach=2),
-        "soft votes": soft_votes,
-        "soft votes, sharper": partial(soft_votes, sharpness=2.0),
-        "Painter's masks": painter,
-    }
-    grids = sorted({20, 40, GRID_CELLS, min(GRID_CELLS, max(1, size // 5))})
-    found: dict[str, dict[str, Rival]] = {
-        name: {f"{cells} cells": partial(rival, cells=cells) for cells in grids}
-        for name, rival in on_grid.items()
-    }
-    areas = {f"{area} px": partial(components, least_area=area) for area in (4, 16, 24, 64)}
-    return {**found, "components": {**areas}}
+    return nearest_code(image.instance, means) * isthing[image.semantic.argmax(0)]
 
 
 def grid_codes(harmonics: int, cells: int) -> Tensor:
@@ -293,15 +242,16 @@ def nearest_code(code: Tensor, prototypes: Tensor) -> Tensor:
     return torch.cat(found).view(code.shape[1:])
 
 
-def _finish(member: Tensor, image: ImageHeads, categories: tuple[Category, ...]) -> PanopticMap:
-    """Classes by majority vote, stuff, native size: the same for all.
+def finished(
+    find_owner: Callable[[ImageHeads, Categories], Tensor],
+    image: ImageHeads,
+    categories: Categories,
+) -> PanopticMap:
+    """Classes by majority vote, stuff, native size.
 
-    Args:
-        member: (h, w) integers: 0 = no instance, else the instance of the pixel.
-        image: Its heads.
-        categories: By label.
+    `find_owner` gives (h, w) integers: 0 = no instance, else the instance of the pixel.
     """
-    numbers, member = member.unique(return_inverse=True)
+    numbers, member = find_owner(image, categories).unique(return_inverse=True)
     member += int(numbers[0] > 0)  # 0 stays void, also where there is none
     owner, labels = member.numpy(), image.semantic.argmax(0).numpy()
     things = np.array([category.isthing for category in categories])
