@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,7 +21,6 @@ from panoptic_cache.pipeline.console import (
     dataset_layout,
     print_bench,
     print_json,
-    print_table,
     print_values,
 )
 
@@ -129,12 +129,14 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check a cache against its index; exit 1 and name what is damaged."""
+    from msgspec import to_builtins
+
     from panoptic_cache.pipeline.base.files import Storage
     from panoptic_cache.pipeline.cache.verify import verify as check
 
     report = check(Storage(cache), deep=deep)
     if as_json:
-        print_json(report.to_json())
+        print_json(to_builtins(report))
     else:
         for problem in report.problems:
             print(problem)
@@ -153,24 +155,18 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show a cache or a shard as a table, a sample as one picture."""
-    from panoptic_cache.pipeline.cache import inspect as look
+    from panoptic_cache.pipeline.cache.inspect import describe, find_sample, summary_table
     from panoptic_cache.pipeline.pictures.colours import save_picture
     from panoptic_cache.pipeline.pictures.sheets import sample_sheet
 
     if sample is not None or out is not None:
-        found = look.find_sample(place, sample)
+        found, categories = find_sample(place, sample)
         path = out or Path(f"{found.key}.png")
-        save_picture(path, sample_sheet(found, look.find_categories(place)))
+        save_picture(path, sample_sheet(found, categories))
         print_values({"sample": found.key, "picture": str(path)}, as_json)
         return
-    is_tar = look.is_tar(place)
-    summary = look.describe_shard(Path(place)) if is_tar else look.describe_cache(place)
-    if as_json:
-        print_json(summary)
-    elif is_tar:
-        print_table(look.COLUMNS, look.shard_rows(summary), left=1)
-    else:
-        print_table(("", place), look.cache_rows(summary), left=2)
+    summary = describe(place)
+    print(json.dumps(summary) if as_json else summary_table(summary))
     if problem := summary.get("problem"):
         log.warning("%s: %s", place, problem)
 

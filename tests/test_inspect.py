@@ -13,17 +13,7 @@ import pytest
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
-from panoptic_cache.pipeline.cache.inspect import (
-    COLUMNS,
-    cache_rows,
-    describe_cache,
-    describe_shard,
-    find_categories,
-    find_sample,
-    is_tar,
-    readable,
-    shard_rows,
-)
+from panoptic_cache.pipeline.cache.inspect import describe, find_sample, readable, summary_table
 from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
 from panoptic_cache.pipeline.photo import decode_photo, fitted_size
@@ -42,13 +32,13 @@ def tars(folder: Path) -> list[Path]:
 
 
 def test_cache_is_described_by_its_index(tiny_cache: Path, tiny_dataset: CocoPanoptic) -> None:
-    summary = json.loads(json.dumps(describe_cache(str(tiny_cache))))
+    summary = json.loads(json.dumps(describe(str(tiny_cache))))
     assert (summary["split"], summary["shards"], summary["samples"]) == ("train", 3, 12)
     assert summary["bytes"] == sum(tar.stat().st_size for tar in tars(tiny_cache))
     categories = len(tiny_dataset.categories)
     assert summary["categories"] == summary["things"] + summary["stuff"] == categories
     assert summary["settings"]["samples_per_shard"] == 4
-    assert ("split", "train") in cache_rows(summary)
+    assert ["split", "train"] in [line.split() for line in summary_table(summary).splitlines()]
 
 
 def test_shard_is_described_by_itself(tiny_cache: Path) -> None:
@@ -56,9 +46,11 @@ def test_shard_is_described_by_itself(tiny_cache: Path) -> None:
     samples = {reader.keys[i]: reader.sample(i) for i in range(len(reader))}
     rows: list[dict[str, Any]] = []
     for tar in tars(tiny_cache):
-        summary = describe_shard(tar)
+        summary = describe(str(tar))
         assert (summary["problem"], summary["bytes"]) == ("", tar.stat().st_size)
-        assert [len(row) for row in shard_rows(summary)] == [len(COLUMNS)] * 4
+        lines = [line.split() for line in summary_table(summary).splitlines()]
+        assert [line[0] for line in lines] == ["key", *(row["key"] for row in summary["samples"])]
+        assert {len(line) for line in lines} == {8}
         rows += summary["samples"]
     assert [row["key"] for row in rows] == list(samples)
     for row in rows:
@@ -73,18 +65,18 @@ def test_shard_is_described_by_itself(tiny_cache: Path) -> None:
 def test_shard_without_its_cache(tiny_cache: Path, tmp_path: Path) -> None:
     tar = tmp_path / "alone.tar"
     tar.write_bytes(tars(tiny_cache)[0].read_bytes())
-    assert describe_shard(tar)["problem"] == "no sidecar"
-    sample = find_sample(str(tar))
-    assert find_categories(str(tar)) == ()
+    assert describe(str(tar))["problem"] == "no sidecar"
+    sample, categories = find_sample(str(tar))
+    assert categories == ()
     assert sample_sheet(sample).dtype == np.uint8
     tar.with_suffix(".json").write_text("{}")
-    assert "not a sidecar" in describe_shard(tar)["problem"]
+    assert "not a sidecar" in describe(str(tar))["problem"]
 
 
 def test_stale_sidecar_is_a_problem(cache: Path) -> None:
     first, second, _ = tars(cache)
     second.write_bytes(first.read_bytes())
-    assert "another tar" in describe_shard(second)["problem"]
+    assert "another tar" in describe(str(second))["problem"]
 
 
 def test_sample_is_found_in_cache_and_tar(tiny_cache: Path) -> None:
@@ -93,9 +85,10 @@ def test_sample_is_found_in_cache_and_tar(tiny_cache: Path) -> None:
     spellings = (last.key, last.key.lstrip("0"), last.file_name)
     for place in (tiny_cache, tars(tiny_cache)[-1]):
         for key in spellings:
-            assert find_sample(str(place), key).photo == last.photo
-    assert find_sample(str(tiny_cache)).key == reader.keys[0]
-    assert find_categories(str(tars(tiny_cache)[0])) == find_categories(str(tiny_cache)) != ()
+            found, categories = find_sample(str(place), key)
+            assert found.photo == last.photo
+            assert categories == reader.index.categories
+    assert find_sample(str(tiny_cache))[0].key == reader.keys[0]
 
 
 def test_unknown_key_names_some_that_exist(tiny_cache: Path) -> None:
@@ -112,7 +105,7 @@ def test_what_is_neither_cache_nor_tar(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty.tar").touch()
     place = str(tmp_path / name)
     with pytest.raises(InputError) as caught:
-        _ = describe_shard(Path(place)) if is_tar(place) else describe_cache(place)
+        describe(place)
     assert caught.value.remedy
     with pytest.raises(InputError) as caught:
         find_sample(place)
@@ -123,17 +116,16 @@ def test_cut_tar_is_told(cache: Path) -> None:
     tar = tars(cache)[0]
     os.truncate(tar, tar.stat().st_size // 2)
     with pytest.raises(InputError, match="not a readable tar"):
-        describe_shard(tar)
+        describe(str(tar))
     with pytest.raises(InputError, match="bytes, the index says"):
         find_sample(str(cache))
 
 
 def test_sheet_shows_the_sample(tiny_cache: Path) -> None:
-    categories = find_categories(str(tiny_cache))
     reader = ShardReader(tiny_cache)
     for position in range(len(reader)):
         sample = reader.sample(position)
-        picture = sample_sheet(sample, categories)
+        picture = sample_sheet(sample, reader.index.categories)
         assert picture.dtype == np.uint8
         assert picture.shape[1] > 2 * TILE
         rows, columns = sample.segment_map.shape
@@ -156,7 +148,7 @@ def test_crowd_is_drawn_as_stuff(tiny_cache: Path) -> None:
 
 
 def test_damaged_photo_is_told(tiny_cache: Path) -> None:
-    sample = replace(find_sample(str(tiny_cache)), photo=b"no jpeg")
+    sample = replace(find_sample(str(tiny_cache))[0], photo=b"no jpeg")
     with pytest.raises(InputError, match=f"{sample.key}.jpg"):
         sample_sheet(sample)
 
@@ -168,5 +160,5 @@ def test_readable_sizes() -> None:
 def test_real_image(coco_sample: Path, tmp_path: Path) -> None:
     dataset = read_dataset(CocoLayout.of(coco_sample, "val2017"))
     render(dataset, "val2017", Storage(str(tmp_path)), RenderConfig(), workers=0)
-    picture = sample_sheet(find_sample(str(tmp_path), "439180"), dataset.categories)
+    picture = sample_sheet(*find_sample(str(tmp_path), "439180"))
     assert picture.shape[1] < 1700

@@ -218,7 +218,7 @@ def test_a_killed_run_leaves_whole_files_and_is_finished_by_the_next(
     left, whole = hashes(root), hashes(dataset)
     assert left.items() <= whole.items()
     assert not any(name.startswith("annotations/panoptic_train.json") for name in left)
-    (root / "train/.000000000007.jpg.tmp").write_bytes(b"half")
+    (root / "train/.tmp-0badcafe").write_bytes(b"half")
     assert write_dataset(root, images=8, val_images=4, seed=5, size=96)
     assert hashes(root) == whole
     (root / "val" / f"{FIRST_VAL_INDEX + 1:012d}.jpg").unlink()

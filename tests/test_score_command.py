@@ -13,7 +13,6 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 from conftest import Run
-from rich.progress import Progress
 
 from panoptic_cache.evaluate.metric import workers as workers_module
 from panoptic_cache.evaluate.metric.pairs import read_pairs
@@ -167,20 +166,26 @@ def test_a_reader_who_has_enough_sees_no_traceback(truth: Path) -> None:
     assert "Error" not in done.stderr
 
 
-def test_a_bar_comes_when_work_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown: list[float] = []
+def test_a_bar_comes_when_work_is_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     now = 0.0
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    monkeypatch.setattr(Progress, "update", lambda *_, completed, **__: shown.append(completed))
     with progress("score", 9, "images", patience=1.0) as advance:
         advance()
         advance(2)
-        assert not shown
-        now = 1.5
+        assert not capsys.readouterr().err
+        now = 2.0
         advance()
         advance()
-    assert shown == [4, 5]
+        now = 4.0
+        advance(note="a note")
+    shown = capsys.readouterr().err.split("\r\x1b[K")[1:]
+    assert shown == [
+        "score [########            ] 4/9 images, 2.0/s, 0:00:02 left",
+        "score [#############       ] 6/9 images, 1.5/s, 0:00:02 left, a note\n",
+    ]
 
 
 def test_a_table_aligns() -> None:

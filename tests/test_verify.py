@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import pytest
 from handmade import make_sample
-from msgspec import structs
+from msgspec import structs, to_builtins
 
 from panoptic_cache.pipeline.base.config import fingerprint
 from panoptic_cache.pipeline.base.errors import InputError
@@ -64,12 +64,12 @@ def swap(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("deep", [False, True])
 def test_a_finished_cache_is_fine(tiny_cache: Path, deep: bool) -> None:
     report = check(tiny_cache, deep=deep)
-    assert report.to_json() == {"ok": True, "shards": 3, "samples": 12, "problems": []}
+    assert to_builtins(report) == {"ok": True, "shards": 3, "samples": 12, "problems": []}
 
 
 def test_a_report_is_what_json_prints(cache: Path) -> None:
     flip(cache / f"{NAME}.tar", 1500)
-    report = json.loads(json.dumps(check(cache).to_json()))
+    report = json.loads(json.dumps(to_builtins(check(cache))))
     key = sidecar_of(cache).samples[0].key
     assert report == {
         "ok": False,
@@ -336,7 +336,7 @@ def first_segment(sample: Sample, **changes: object) -> Sample:
 
 
 def test_a_true_cache_made_by_hand_is_fine(tmp_path: Path) -> None:
-    assert write_cache(tmp_path, [GOOD]).problems == ()
+    assert write_cache(tmp_path, [GOOD]).problems == []
 
 
 @pytest.mark.parametrize(

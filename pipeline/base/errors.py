@@ -19,23 +19,15 @@ class InputError(Exception):
     """
 
     def __init__(
-        self, what: str, *, where: str | Path = "", remedy: str = "", code: str = "input"
+        self, what: str, where: str | Path = "", remedy: str = "", code: str = "input"
     ) -> None:
         self.what = what
         self.where = str(where)
         self.remedy = remedy
         self.code = code
-        super().__init__(what, self.where, remedy, code)
+        super().__init__(what, self.where, remedy, code)  # as it is pickled between workers
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         remedy = f" ({self.remedy})" if self.remedy else ""
         return f"{place}{self.what}{remedy}"
-
-    def __reduce__(self) -> tuple[object, ...]:
-        """Survives pickling between Dask workers and DataLoader workers."""
-        return (_rebuild, (self.what, self.where, self.remedy, self.code))
-
-
-def _rebuild(what: str, where: str, remedy: str, code: str) -> InputError:
-    return InputError(what, where=where, remedy=remedy, code=code)

@@ -51,65 +51,36 @@ class Storage:
     def _remote(self) -> tuple[Any, str]:
         try:
             filesystem, path = fsspec.core.url_to_fs(self.url)
-        except (ValueError, ImportError) as error:
-            what = (
-                "a package is missing" if isinstance(error, ImportError) else "no such kind of URL"
-            )
-            raise InputError(f"{what}: {error}", where=self.url) from None
+        except ImportError as error:
+            raise InputError(f"a package is missing: {error}", where=self.url) from None
+        except ValueError as error:
+            raise InputError(f"no such kind of URL: {error}", where=self.url) from None
         return filesystem, path.rstrip("/")
 
     def create(self) -> None:
         """Makes the folder; InputError where that is not possible."""
         folder = self.local
-        if folder is None:
-            filesystem, path = self._remote()
-            try:
+        with _writing(self.url, "cannot make the folder"):
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+            else:
+                filesystem, path = self._remote()
                 with _said(self.url):
                     filesystem.makedirs(path, exist_ok=True)
-            except OSError as error:
-                raise cannot_write(error, self.url) from None
-            return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make the folder: {error.strerror}", where=folder) from None
 
     def write(self, name: str, data: bytes) -> None:
-        """Writes a file whole, and reads it back before it gets its name.
-
-        Raises:
-            InputError: No space, no permission, or the disk returned other bytes.
-        """
-        folder = self.local
-        if folder is None:
+        """Writes a file whole; see `write_file`."""
+        if self.local is None:
             self._put(name, data)
-            return
-        temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"  # no longer than other names
-        try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            if temporary.read_bytes() != data:
-                raise InputError("the disk returns other bytes than written", where=folder / name)
-            temporary.replace(folder / name)
-            _sync_folder(folder)
-        except BaseException as error:  # KeyboardInterrupt too
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                raise cannot_write(error, folder / name) from None
-            raise
+        else:
+            write_file(self.local / name, data)
 
     def _put(self, name: str, data: bytes) -> None:
         filesystem, path = self._remote()
-        try:
-            with _said(self.path(name)):
-                filesystem.pipe_file(f"{path}/{name}", data)
-                filesystem.invalidate_cache()
-                size = filesystem.size(f"{path}/{name}")
-        except OSError as error:
-            raise cannot_write(error, self.path(name)) from None
+        with _writing(self.path(name)), _said(self.path(name)):
+            filesystem.pipe_file(f"{path}/{name}", data)
+            filesystem.invalidate_cache()
+            size = filesystem.size(f"{path}/{name}")
         if size != len(data):
             raise InputError("stored with another size", where=self.path(name), code="write")
 
@@ -125,24 +96,20 @@ class Storage:
     def sizes(self) -> dict[str, int]:
         """The size of every file here, by name, without temporary files."""
         folder = self.local
-        if folder is not None:
-            if not folder.is_dir():
-                return {}
+        if folder is None:
+            with _said(self.url):
+                found = self._remote_sizes()
+        elif not folder.is_dir():
+            found = {}
+        else:
             with os.scandir(folder) as entries:
                 found = {
                     entry.name: entry.stat().st_size
                     for entry in entries
                     # Another process renames its temporary files at any moment.
-                    if not entry.name.startswith(_TEMPORARY) and entry.is_file()
+                    if _is_kept(entry.name) and entry.is_file()
                 }
-        else:
-            with _said(self.url):
-                found = self._remote_sizes()
-        return {
-            name: size
-            for name, size in found.items()
-            if not name.startswith(_TEMPORARY) and name != _LOCK
-        }
+        return {name: size for name, size in found.items() if _is_kept(name)}
 
     def _remote_sizes(self) -> dict[str, int]:
         filesystem, path = self._remote()
@@ -157,29 +124,22 @@ class Storage:
     def remove(self, name: str) -> None:
         """Removes a file if it is there; InputError where that is not possible."""
         folder = self.local
-        if folder is not None:
-            try:
+        with _writing(self.path(name)):
+            if folder is not None:
                 (folder / name).unlink(missing_ok=True)
-            except OSError as error:
-                raise cannot_write(error, folder / name) from None
-            return
-        filesystem, path = self._remote()
-        try:
+                return
+            filesystem, path = self._remote()
             with _said(self.path(name)):
                 if filesystem.exists(f"{path}/{name}"):
                     filesystem.rm_file(f"{path}/{name}")
-        except OSError as error:
-            raise cannot_write(error, self.path(name)) from None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Locks the folder for one run, and removes half-written files before and after it.
 
         Those before come from a killed run, those after from a killed worker. The kernel frees
-        the lock when its process ends, however it ends.
-
-        Raises:
-            InputError: Another run holds the folder, or it cannot be locked.
+        the lock when its process ends, however it ends. Raises InputError where another run holds
+        the folder, or it cannot be locked.
         """
         folder = self.local
         if folder is None:
@@ -191,10 +151,8 @@ class Storage:
         path = folder / _LOCK
         # A lock file that stands for the lock would stay after a kill.
         lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
-        try:
+        with _writing(folder):
             path.touch()  # FileLock would make a folder that is not there
-        except OSError as error:
-            raise InputError(f"cannot write: {error.strerror}", where=folder) from None
         try:
             lock.acquire()
         except Timeout:
@@ -212,10 +170,10 @@ class Storage:
                 code="no-lock",
             ) from None
         try:
-            _sweep(folder)
+            sweep(folder)
             yield
         finally:
-            _sweep(folder)
+            sweep(folder)
             path.unlink(missing_ok=True)
             lock.release()
 
@@ -235,7 +193,20 @@ def _said(where: str) -> Iterator[None]:
         raise OSError(errno.EIO, what, where) from error
 
 
-def _sweep(folder: Path) -> None:
+@contextmanager
+def _writing(where: Path | str, what: str = "cannot write") -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(error, where, what) from None
+
+
+def _is_kept(name: str) -> bool:
+    return not name.startswith(_TEMPORARY) and name != _LOCK
+
+
+def sweep(folder: Path) -> None:
+    """Removes the half-written files of killed processes."""
     for left_over in folder.glob(f"{_TEMPORARY}*"):
         left_over.unlink(missing_ok=True)
 
@@ -245,14 +216,37 @@ def cannot_read(error: OSError, where: Path | str) -> InputError:
     return InputError(f"cannot read: {error.strerror or error}", where=where, code="unreadable")
 
 
-def cannot_write(error: OSError, where: Path | str) -> InputError:
+def cannot_write(error: OSError, where: Path | str, what: str = "cannot write") -> InputError:
     """The error for a file that cannot be written."""
     return InputError(
-        f"cannot write: {error.strerror or error}",
+        f"{what}: {error.strerror or error}",
         where=where,
         remedy="make room or rights, then run the same command to go on",
         code="write",
     )
+
+
+def write_file(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Writes a local file whole, or leaves what was there; InputError where that is not possible.
+
+    Where it is `durable`, it survives a power cut, and is read back before it gets its name.
+    """
+    temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")  # no longer than other names
+    try:
+        with _writing(path):
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            if durable and temporary.read_bytes() != data:
+                raise InputError("the disk returns other bytes than written", where=path)
+            temporary.replace(path)
+            if durable:
+                _sync_folder(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from msgspec import Meta, Struct, ValidationError, convert, to_builtins
+from msgspec import Meta, Struct, convert, to_builtins
 from msgspec.structs import astuple
 
 from panoptic_cache.pipeline.base.config import fingerprint
@@ -116,8 +116,7 @@ def claim(storage: Storage, plan: str, settings: Mapping[str, Any]) -> None:
 def is_claimed(storage: Storage, plan: str, settings: Mapping[str, Any]) -> bool:
     """Whether a folder was begun with this plan; False for a new one, or one without `plan.json`.
 
-    Raises:
-        InputError: It was begun with another plan, or holds something else.
+    InputError where it was begun with another plan, or holds something else.
     """
     where = storage.path(PLAN_NAME)
     try:
@@ -171,12 +170,8 @@ def decode_sidecar(data: bytes, where: str) -> Sidecar:
     try:
         *values, _ = astuple(decode_json(data, _SidecarFile))
     except ValueError as error:
-        raise InputError(
-            f"not a sidecar: {error}",
-            where=where,
-            remedy="remove the shard and its sidecar and run preprocess again",
-            code="sidecar-damaged",
-        ) from None
+        remedy = "remove the shard and its sidecar and run preprocess again"
+        raise InputError(f"not a sidecar: {error}", where, remedy, "sidecar-damaged") from None
     return Sidecar(*values)
 
 
@@ -194,63 +189,42 @@ def encode_index(index: ShardIndex) -> bytes:
 def read_index(storage: Storage) -> ShardIndex:
     """Reads and checks `index.json`.
 
-    Raises:
-        InputError: The cache is not finished, or the index was edited, is damaged, or has another
-            format version.
+    InputError where the cache is not finished, or the index was edited, is damaged, or has another
+    format version.
     """
     where = storage.path(INDEX_NAME)
     try:
         values = json.loads(storage.read(INDEX_NAME))
         version, digest = values["format_version"], values.pop("digest")
+        if version == FORMAT_VERSION and digest == fingerprint(values):
+            return convert(values, ShardIndex)
     except FileNotFoundError:
-        raise InputError(
-            "no index: no cache, or one that is not finished",
-            where=where,
-            remedy="run panoptic preprocess to make or finish it",
-            code="index-missing",
-        ) from None
+        what = "no index: no cache, or one that is not finished"
+        remedy = "run panoptic preprocess to make or finish it"
+        raise InputError(what, where, remedy, "index-missing") from None
     except OSError as error:
         raise cannot_read(error, where) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"index damaged: {error}", where=where, code="index-damaged") from None
+        raise InputError(f"index damaged: {error}", where, code="index-damaged") from None
     if version != FORMAT_VERSION:
-        raise InputError(
-            f"cache format {version}, this program reads {FORMAT_VERSION}",
-            where=where,
-            remedy="render it again",
-            code="format-version",
-        )
-    if digest != fingerprint(values):
-        raise InputError(
-            "index was edited or damaged",
-            where=where,
-            remedy="run panoptic preprocess again: it rewrites the index from the sidecars",
-            code="index-damaged",
-        )
-    try:
-        return convert(values, ShardIndex)
-    except ValidationError as error:
-        raise InputError(f"index damaged: {error}", where=where, code="index-damaged") from None
+        what = f"cache format {version}, this program reads {FORMAT_VERSION}"
+        raise InputError(what, where, "render it again", "format-version")
+    remedy = "run panoptic preprocess again: it rewrites the index from the sidecars"
+    raise InputError("index was edited or damaged", where, remedy, "index-damaged")
 
 
 def read_sidecar(storage: Storage, shard: ShardEntry) -> Sidecar:
     """The sidecar that the index names; InputError if it is missing or differs."""
-    where = storage.path(f"{shard.name}.json")
+    where, code = storage.path(f"{shard.name}.json"), "sidecar-damaged"
     try:
         data = storage.read(f"{shard.name}.json")
     except FileNotFoundError:
-        raise InputError("sidecar missing", where=where, code="sidecar-missing") from None
+        raise InputError("sidecar missing", where, code="sidecar-missing") from None
     except OSError as error:
-        raise InputError(
-            f"sidecar unreadable: {error}", where=where, code="sidecar-damaged"
-        ) from None
+        raise InputError(f"sidecar unreadable: {error}", where, code=code) from None
     if hashlib.sha256(data).hexdigest() != shard.sidecar_sha256:
-        raise InputError(
-            "sidecar is not the one the index names",
-            where=where,
-            remedy="remove it and run panoptic preprocess again",
-            code="sidecar-damaged",
-        )
+        remedy = "remove it and run panoptic preprocess again"
+        raise InputError("sidecar is not the one the index names", where, remedy, code)
     return decode_sidecar(data, where)
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.base.terminal import table
 from panoptic_cache.pipeline.cache.index import (
     INDEX_NAME,
-    ShardIndex,
     decode_sidecar,
     read_index,
     read_sidecar,
@@ -26,17 +26,49 @@ from panoptic_cache.pipeline.cache.sample import Sample, decode_sample, decode_t
 from panoptic_cache.pipeline.cache.shards import members_of
 from panoptic_cache.pipeline.coco import Category, sample_key
 
-COLUMNS = ("key", "height", "width", "bytes", "segments", "things", "stuff", "crowd")
-"""Columns of the table of a shard's samples."""
+COUNTS = ("height", "width", "bytes", "segments", "things", "stuff", "crowd")
+REMEDY = "give the folder of a cache or a .tar in it; panoptic verify checks a cache"
+
+Members = dict[str, bytes]
 
 
-def describe_cache(place: str) -> dict[str, Any]:
-    """What `inspect --json` prints about a cache; reads only its index.
+def is_tar(place: str) -> bool:
+    """Whether a place is a local file, which can only be a shard."""
+    return "://" not in place and (Path(place).is_file() or place.endswith(".tar"))
 
-    Raises:
-        InputError: There is no finished cache.
+
+def describe(place: str) -> dict[str, Any]:
+    """What `inspect --json` prints about a cache, of which only the index is read, or about a tar.
+
+    The `problem` of a tar says whether its sidecar is missing or disagrees. InputError where a tar
+    is not readable or a cache not finished.
     """
-    index = _read_index(Storage(place))
+    return _describe_shard(Path(place)) if is_tar(place) else _describe_cache(place)
+
+
+def summary_table(summary: Mapping[str, Any]) -> str:
+    """A described cache or tar as text."""
+    if isinstance(summary["samples"], list):
+        rows = [[row["key"], *(f"{row[name]:,}" for name in COUNTS)] for row in summary["samples"]]
+        return table(("key", *COUNTS), rows, left=1)
+    size, settings = summary["bytes"], summary["settings"].items()
+    each = readable(size // max(summary["samples"], 1))
+    rows = [
+        ["split", summary["split"]],
+        ["samples", "{samples:,}, and {quarantined:,} images left out".format_map(summary)],
+        ["shards", f"{summary['shards']:,}, {readable(size)}, {each} a sample"],
+        ["categories", "{categories}: {things} things, {stuff} stuff".format_map(summary)],
+        ["settings", ", ".join(f"{name} {value}" for name, value in settings if value is not None)],
+        ["format", "version {format_version}, fingerprint {fingerprint:.16}".format_map(summary)],
+    ]
+    return table(("", summary["place"]), rows, left=2)
+
+
+def _describe_cache(place: str) -> dict[str, Any]:
+    folder = Storage(place).local
+    if folder is not None and not folder.is_dir():
+        raise InputError("neither a cache nor a shard", folder, REMEDY, "place-missing")
+    index = read_index(Storage(place))
     things = sum(category.isthing for category in index.categories)
     return {
         "place": place,
@@ -54,29 +86,7 @@ def describe_cache(place: str) -> dict[str, Any]:
     }
 
 
-def cache_rows(cache: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Name and value of each line of the table of a described cache."""
-    size, samples = cache["bytes"], cache["samples"]
-    each = readable(size // max(samples, 1))
-    settings = [f"{name} {value}" for name, value in cache["settings"].items() if value is not None]
-    return [
-        ("split", cache["split"]),
-        ("samples", f"{samples:,}, and {cache['quarantined']:,} images left out"),
-        ("shards", f"{cache['shards']:,}, {readable(size)}, {each} a sample"),
-        ("categories", "{categories}: {things} things, {stuff} stuff".format_map(cache)),
-        ("settings", ", ".join(settings)),
-        ("format", "version {format_version}, fingerprint {fingerprint:.16}".format_map(cache)),
-    ]
-
-
-def describe_shard(path: Path) -> dict[str, Any]:
-    """What `inspect --json` prints about a tar; reads the tar and the sidecar beside it.
-
-    `problem` says whether the sidecar is missing or disagrees; `panoptic verify` says more.
-
-    Raises:
-        InputError: The tar is not readable, or a sample has no segment table.
-    """
+def _describe_shard(path: Path) -> dict[str, Any]:
     samples = [_describe_sample(key, members) for key, members in _read_tar(path)]
     size, problem, rejections = path.stat().st_size, "no sidecar", 0
     beside = path.with_suffix(".json")
@@ -98,12 +108,7 @@ def describe_shard(path: Path) -> dict[str, Any]:
     }
 
 
-def shard_rows(shard: Mapping[str, Any]) -> list[list[str]]:
-    """A line for each sample of a described shard, in the order of `COLUMNS`."""
-    return [[row["key"], *(f"{row[name]:,}" for name in COLUMNS[1:])] for row in shard["samples"]]
-
-
-def _describe_sample(key: str, members: Mapping[str, bytes]) -> dict[str, Any]:
+def _describe_sample(key: str, members: Members) -> dict[str, Any]:
     if "json" not in members:
         raise InputError("sample lacks json", where=key, code="member-missing")
     table = decode_table(members["json"], key)
@@ -123,22 +128,21 @@ def _describe_sample(key: str, members: Mapping[str, bytes]) -> dict[str, Any]:
     }
 
 
-def find_sample(place: str, key: str | None = None) -> Sample:
-    """One sample of a cache or of a tar.
+def find_sample(place: str, key: str | None = None) -> tuple[Sample, tuple[Category, ...]]:
+    """A sample of a cache or tar by its key, image id or file name, or the first; with categories.
 
-    Args:
-        place: A cache's folder or URL, or a tar.
-        key: Its key, image id or file name; None for the first sample.
-
-    Raises:
-        InputError: There is no such place or key, or the sample is damaged.
+    A tar apart from its cache has none. InputError where there is no such place or key, or the
+    sample is damaged.
     """
     wanted = None if key is None else {key, key.zfill(12), sample_key(key, key)}
+    folder = str(Path(place).parent) if is_tar(place) else place
     samples = _read_tar(Path(place)) if is_tar(place) else _read_cache(Storage(place), wanted)
     others: list[str] = []
     for found, members in samples:
         if wanted is None or found in wanted:
-            return decode_sample(found, members)
+            alone = is_tar(place) and not (Path(folder) / INDEX_NAME).is_file()
+            categories = () if alone else read_index(Storage(folder)).categories
+            return decode_sample(found, members), categories
         others.append(found)
     raise InputError(
         "no samples here" if key is None else f"no sample {key}",
@@ -148,50 +152,21 @@ def find_sample(place: str, key: str | None = None) -> Sample:
     )
 
 
-def find_categories(place: str) -> tuple[Category, ...]:
-    """The categories of a cache, or of the cache that a tar lies in; none for a tar alone."""
-    if not is_tar(place):
-        return _read_index(Storage(place)).categories
-    folder = Path(place).parent
-    return read_index(Storage(str(folder))).categories if (folder / INDEX_NAME).is_file() else ()
-
-
-def is_tar(place: str) -> bool:
-    """Whether a place is a local file, which can only be a shard."""
-    return "://" not in place and (Path(place).is_file() or place.endswith(".tar"))
-
-
-def _read_index(storage: Storage) -> ShardIndex:
-    if storage.local is not None and not storage.local.is_dir():
-        raise InputError(
-            "neither a cache nor a shard",
-            where=storage.local,
-            remedy="give the folder of a cache or a .tar in it",
-            code="place-missing",
-        )
-    return read_index(storage)
-
-
-def _read_cache(
-    storage: Storage, wanted: set[str] | None
-) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _read_cache(storage: Storage, wanted: set[str] | None) -> Iterator[tuple[str, Members]]:
     """Key and members of each sample; no members for keys that are not wanted (None wants all)."""
     sizes = storage.sizes()
-    for shard in _read_index(storage).shards:
+    for shard in read_index(storage).shards:
         for entry in read_sidecar(storage, shard).samples:
-            members: dict[str, bytes] = {}
+            members: Members = {}
             if wanted is None or entry.key in wanted:
                 if problem := size_problem(shard, sizes):
-                    raise InputError(
-                        problem,
-                        where=storage.path(f"{shard.name}.tar"),
-                        remedy="run panoptic verify --deep",
-                    )
+                    where = storage.path(f"{shard.name}.tar")
+                    raise InputError(problem, where, remedy="run panoptic verify --deep")
                 members = members_of(storage.read(f"{shard.name}.tar"), entry)
             yield entry.key, members
 
 
-def _read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _read_tar(path: Path) -> Iterator[tuple[str, Members]]:
     """Key and members by suffix of each sample, in the order of the tar."""
     try:
         with tarfile.open(path, "r:") as tar:
@@ -200,16 +175,9 @@ def _read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
             for key, group in groupby(members, key=itemgetter(0)):
                 yield key, {suffix: data for _, suffix, data in group}
     except FileNotFoundError:
-        raise InputError(
-            "no such shard", where=path, remedy="give a .tar or its folder", code="place-missing"
-        ) from None
+        raise InputError("no such shard", path, REMEDY, "place-missing") from None
     except (tarfile.TarError, OSError) as error:
-        raise InputError(
-            f"not a readable tar: {error}",
-            where=path,
-            remedy="give the folder of a cache or a .tar in it; panoptic verify checks a cache",
-            code="shard-damaged",
-        ) from None
+        raise InputError(f"not a readable tar: {error}", path, REMEDY, "shard-damaged") from None
 
 
 def readable(count: float) -> str:

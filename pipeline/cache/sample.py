@@ -112,11 +112,7 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
     """The members of a sample, by suffix, in the order of `MEMBERS`."""
     height, width = sample.segment_map.shape
     table = SampleTable(
-        image_id=sample.image_id,
-        file_name=sample.file_name,
-        original_size=sample.original_size,
-        size=(height, width),
-        segments=sample.segments,
+        sample.image_id, sample.file_name, sample.original_size, (height, width), sample.segments
     )
     return {
         "eds.png": _encode_png(sample.eds, _DISTANCE_PNG),
@@ -130,22 +126,17 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
 def decode_sample(key: str, members: Mapping[str, bytes]) -> Sample:
     """The inverse of `encode_sample`.
 
-    Raises:
-        InputError: A member is missing, cannot be decoded, or disagrees with the table.
+    InputError where a member is missing, cannot be decoded, or disagrees with the table.
     """
-    missing = [suffix for suffix in MEMBERS if suffix not in members]
-    if missing:
+    if missing := [suffix for suffix in MEMBERS if suffix not in members]:
         raise InputError(f"sample lacks {', '.join(missing)}", where=key, code="member-missing")
     table = decode_table(members["json"], key)
     maps = {name: _decode_png(members[f"{name}.png"], f"{key}.{name}.png") for name in _MAPS}
     for name, values in maps.items():
         wide = values.dtype != np.uint8 and name != "segments"
         if values.shape != table.size or wide:
-            raise InputError(
-                f"map is {values.dtype} {values.shape}, the table says {table.size}",
-                where=f"{key}.{name}.png",
-                code="member-damaged",
-            )
+            what = f"map is {values.dtype} {values.shape}, the table says {table.size}"
+            raise InputError(what, f"{key}.{name}.png", code="member-damaged")
     return Sample(
         key=key,
         image_id=table.image_id,
@@ -164,9 +155,8 @@ def decode_table(data: bytes, key: str) -> SampleTable:
     try:
         return decode_json(data, SampleTable)
     except ValueError as error:
-        raise InputError(
-            f"no segment table: {error}", where=f"{key}.json", code="member-damaged"
-        ) from None
+        what = f"no segment table: {error}"
+        raise InputError(what, f"{key}.json", code="member-damaged") from None
 
 
 def decode_json(data: bytes, kind: type[T]) -> T:
@@ -213,9 +203,8 @@ def _decode_png(data: bytes, where: str) -> NDArray[np.unsignedinteger[Any]]:
 def check_sample(sample: Sample) -> None:
     """Checks a decoded sample's table, maps and codes against one another.
 
-    Raises:
-        InputError: Areas, boxes or centroids do not follow from the segment map, the void mask does
-            not follow from map and crowd flags, or the EDS codes are not those of its boundaries.
+    InputError where areas, boxes or centroids do not follow from the segment map, the void mask
+    does not follow from map and crowd flags, or the EDS codes are not those of its boundaries.
     """
     segment_map, count = sample.segment_map, len(sample.segments)
     if segment_map.dtype != segment_dtype(count) or segment_map.max(initial=0) > count:

@@ -83,16 +83,9 @@ def write_shard(
 ) -> Sidecar:
     """Writes a tar, then its sidecar; without its sidecar a shard is not finished.
 
-    Args:
-        storage: The cache's folder.
-        name: See `shard_name`.
-        samples: In their final order.
-        plan: The plan's fingerprint.
-        rejections: Images left out of this shard; read once the samples are exhausted.
-        repairs: Counts by code; also read then.
-
-    Raises:
-        InputError: It cannot be written, or the folder now belongs to another plan.
+    `samples` come in their final order. `rejections`, the images left out of this shard, and
+    `repairs`, counts by code, are read once they are exhausted. InputError where it cannot be
+    written, or the folder now belongs to another plan.
     """
     data, entries = pack_shard(samples)
     sidecar = Sidecar(
@@ -108,11 +101,8 @@ def write_shard(
     # A scheduler may still run this job for a driver that was stopped. It must not overwrite the
     # shards of the next plan.
     if claimed_by(storage) not in {None, plan}:
-        raise InputError(
-            "the folder belongs to another run now",
-            where=storage.path(f"{name}.tar"),
-            code="plan-changed",
-        )
+        where = storage.path(f"{name}.tar")
+        raise InputError("the folder belongs to another run now", where, code="plan-changed")
     # An old sidecar must not vouch for the new tar, which may well have the same size. An equal one
     # stays: a worker that a killed driver left behind may be writing the same shard.
     try:
@@ -137,11 +127,8 @@ def finished_shard(
     except InputError:
         return None
     # The index is made from sidecars, so a damaged one must not get into it.
-    if encode_sidecar(sidecar) != data or sidecar.name != name:
-        return None
-    if sidecar.fingerprint != plan or sizes.get(f"{name}.tar") != sidecar.size:
-        return None
-    return sidecar
+    found = (encode_sidecar(sidecar), sidecar.name, sidecar.fingerprint, sidecar.size)
+    return sidecar if found == (data, name, plan, sizes.get(f"{name}.tar")) else None
 
 
 _OPEN_FILES = 256
@@ -168,14 +155,9 @@ class ShardReader:
         places: list[tuple[tuple[int, int], ...]] = []
         keys: list[str] = []
         for number, shard in enumerate(self.index.shards):
-            problem = size_problem(shard, sizes)
-            if problem:
-                raise InputError(
-                    problem,
-                    where=folder / f"{shard.name}.tar",
-                    remedy="run panoptic verify --deep; remove the shard and preprocess again",
-                    code="shard-size",
-                )
+            if problem := size_problem(shard, sizes):
+                remedy = "run panoptic verify --deep; remove the shard and preprocess again"
+                raise InputError(problem, folder / f"{shard.name}.tar", remedy, "shard-size")
             sidecar = read_sidecar(storage, shard)
             shards.extend([number] * len(sidecar.samples))
             places.extend(entry.members for entry in sidecar.samples)

@@ -13,10 +13,8 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
 
-from msgspec import Struct, structs, to_builtins
+from msgspec import Struct, structs
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
@@ -59,39 +57,20 @@ class Problem(Struct, frozen=True, omit_defaults=True):
         return f"{self.shard}{sample}: {self.problem}"
 
 
-@dataclass(frozen=True, slots=True)
-class VerifyReport:
-    """What was found."""
+class VerifyReport(Struct, frozen=True):
+    """What `verify --json` prints."""
 
+    ok: bool
     shards: int  # Shards checked
     samples: int  # Samples they should hold
-    problems: tuple[Problem, ...]  # Of the folder first, then by shard
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.problems
-
-    def to_json(self) -> dict[str, Any]:
-        """What `verify --json` prints; a problem has a `sample` only where it is one sample's."""
-        problems = [to_builtins(problem) for problem in self.problems]
-        return {
-            "ok": self.ok,
-            "shards": self.shards,
-            "samples": self.samples,
-            "problems": problems,
-        }
+    problems: list[Problem]  # Of the folder first, then by shard
 
 
 def verify(storage: Storage, *, deep: bool = False) -> VerifyReport:
     """Checks a cache with a thread for each core; a thread holds one shard in memory.
 
-    Args:
-        storage: The cache's folder.
-        deep: Read the tars too: hash each one, decode every sample and compute its targets anew.
-
-    Raises:
-        InputError: There is no such folder.
+    A deep check reads the tars too: it hashes each one, decodes every sample and computes its
+    targets anew. InputError where there is no such folder.
     """
     if storage.local is not None and not storage.local.is_dir():
         raise InputError("no such folder", where=storage.url, remedy="give a cache's folder")
@@ -130,7 +109,8 @@ def verify(storage: Storage, *, deep: bool = False) -> VerifyReport:
             advance()
     repeated = [key for key, count in keys.items() if count > 1]
     problems += [Problem(INDEX_NAME, "sample is there more than once", key) for key in repeated]
-    return VerifyReport(len(shards), sum(shard.samples for shard in shards), tuple(problems))
+    samples = sum(shard.samples for shard in shards)
+    return VerifyReport(not problems, len(shards), samples, problems)
 
 
 def _check_folder(
@@ -256,16 +236,13 @@ def _check_content(sample: Sample, index: ShardIndex | None) -> None:
     check_sample(sample)
     if sample_key(sample.image_id, sample.file_name) != sample.key:
         raise InputError("key and image id disagree", where=sample.key)
-    photo = decode_photo(sample.photo, sample.key)
-    if photo.shape[:2] != sample.segment_map.shape:
-        raise InputError(
-            f"photo is {photo.shape[:2]}, the maps are {sample.segment_map.shape}", where=sample.key
-        )
+    photo, maps = decode_photo(sample.photo, sample.key).shape[:2], sample.segment_map.shape
+    if photo != maps:
+        raise InputError(f"photo is {photo}, the maps are {maps}", where=sample.key)
     if index is None:
         return
     known = {(category.id, category.label, category.isthing) for category in index.categories}
     for segment in sample.segments:
         if (segment.category_id, segment.label, segment.isthing) not in known:
-            raise InputError(
-                f"segment {segment.id} does not match the index's categories", where=sample.key
-            )
+            what = f"segment {segment.id} does not match the index's categories"
+            raise InputError(what, where=sample.key)

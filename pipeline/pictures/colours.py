@@ -53,18 +53,10 @@ def instance_numbers(labels: Sequence[int]) -> tuple[int, ...]:
 def segment_colours(
     labels: Sequence[int], isthing: Sequence[bool], numbers: Sequence[int] | None = None
 ) -> Picture:
-    """Colours of n segments: the category decides the hue, the instance number varies it.
+    """(n + 1, 3) uint8 colours of n segments, to be indexed with a segment map; row 0 is black.
 
-    Hues of consecutive labels are the golden angle apart in CIE L*a*b*. Stuff is paler than things,
-    so things stand out.
-
-    Args:
-        labels: Contiguous category of each segment.
-        isthing: Whether its category has instances.
-        numbers: Instance number of each segment; see `instance_numbers`, the default.
-
-    Returns:
-        (n + 1, 3) uint8, to be indexed with a segment map; row 0 is black.
+    The label decides the hue; labels in a row are the golden angle apart in CIE L*a*b*. The number
+    (see `instance_numbers`, the default) varies it for things. Stuff is paler, so things stand out.
     """
     label = np.asarray(labels, np.float64)
     thing = np.asarray(isthing, np.bool_)
@@ -86,13 +78,9 @@ def segment_colours(
 def overlay(
     photo: Picture, segment_map: SegmentMap, colours: Picture, alpha: float = 0.6
 ) -> Picture:
-    """A photo with its segments in colour and their outlines in white.
+    """A photo with its segments in colour, `alpha` opaque, and their outlines in white.
 
-    Args:
-        photo: (H, W, 3) uint8.
-        segment_map: (H, W) segment map.
-        colours: (n + 1, 3) uint8, by value of the segment map.
-        alpha: Opacity of the colours, 0..1.
+    `colours` (n + 1, 3) uint8 are indexed by the segment map (H, W).
     """
     blended = photo * (1 - alpha) + colours[segment_map] * alpha
     edges = boundary(segment_map)
@@ -124,10 +112,7 @@ def mark_points(picture: Picture, uv: Sequence[tuple[float, float]]) -> Picture:
 
 
 def semantic_colours(labels: NDArray[np.integer[Any]], isthing: Sequence[bool]) -> Picture:
-    """(H, W) labels in the colours of their categories; negative labels become black.
-
-    `isthing` tells for each of the C categories whether it has instances.
-    """
+    """(H, W) labels in the colours of the C categories; negative labels become black."""
     table = segment_colours(range(len(isthing)), isthing)
     picture: Picture = table[np.maximum(labels, -1) + 1]
     return picture
@@ -164,26 +149,16 @@ def resized(picture: Picture, size: tuple[int, int], *, smooth: bool = True) -> 
 
 
 def encode_picture(picture: Picture, suffix: str = ".png") -> bytes:
-    """PNG or JPEG bytes of a picture.
-
-    Raises:
-        InputError: Another suffix than .png, .jpg or .jpeg.
-    """
+    """PNG or JPEG bytes of a picture; InputError for another suffix than .png, .jpg or .jpeg."""
     if suffix.lower() not in {".png", ".jpg", ".jpeg"}:
-        raise InputError(
-            "pictures are written as PNG or JPEG", where=suffix, remedy="name it .png or .jpg"
-        )
+        raise InputError("pictures are written as PNG or JPEG", suffix, "name it .png or .jpg")
     settings = [] if suffix.lower() == ".png" else [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
     _, data = cv2.imencode(suffix, picture[..., ::-1], settings)
     return bytes(data)
 
 
 def save_picture(path: Path, picture: Picture) -> None:
-    """Writes a PNG or JPEG, by suffix, whole or not at all; makes the folder.
-
-    Raises:
-        InputError: Another suffix, no space or no permission.
-    """
+    """Writes a PNG or JPEG, by suffix, whole or not at all; makes the folder."""
     data = encode_picture(picture, path.suffix)
     folder = Storage(str(path.parent))
     folder.create()

@@ -48,16 +48,10 @@ _MARGIN, _GAP, _CAPTION_SIZE, _TITLE_SIZE = 28, 16, 15, 22
 def label_segments(
     picture: Picture, segment_map: SegmentMap, names: Sequence[str], size: int = 13
 ) -> Picture:
-    """Writes the name of each segment where the segment is widest.
+    """Writes the name of each segment where the segment is widest, in letters of `size` pixels.
 
-    Large segments come first. A name is left out if it would overlap another one, or cover most of
-    its segment while a larger segment has the same name.
-
-    Args:
-        picture: (H, W, 3) uint8.
-        segment_map: (H, W) segment map.
-        names: Of each segment; empty for none.
-        size: Of the letters, pixels.
+    Large segments come first. A name is left out if it is empty, would overlap another one, or
+    cover most of its segment while a larger segment has the same name.
     """
     edges = boundary(segment_map)
     edges[[0, -1]] = edges[:, [0, -1]] = True
@@ -93,10 +87,8 @@ def _overlap(
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
-@cache
-def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The font that comes with Pillow."""
-    return ImageFont.load_default(size)
+font = cache(ImageFont.load_default)
+"""The font that comes with Pillow, in a size."""
 
 
 def text_width(text: str, size: int) -> float:
@@ -124,11 +116,9 @@ def caption(text: str, width: int, size: int = 15, colour: tuple[int, int, int] 
 def legend(
     rows: Sequence[tuple[tuple[int, ...] | None, str, str]], size: tuple[int, int]
 ) -> Picture:
-    """A table on white: a coloured square, a name and, at the right, a value in each row.
+    """A table on white of `size` (height, width), whose last line counts the rows that do not fit.
 
-    Args:
-        rows: Colour (None for no square), name and value.
-        size: (height, width) of the picture; the last line counts the rows that do not fit.
+    A row is a coloured square (None for no square), a name and, at the right, a value.
     """
     height, width = size
     image = Image.new("RGB", (width, height), PAPER)
@@ -151,12 +141,9 @@ def legend(
 
 
 def sheet(rows: Sequence[Sequence[Tile]], *, title: str = "", note: str = "") -> Picture:
-    """Captioned pictures of any sizes on white, in rows with aligned columns.
+    """Captioned pictures of any sizes on white, in rows (one or more) with aligned columns.
 
-    Args:
-        rows: Tiles of each row, left to right; at least one row, and rows may differ in length.
-        title: A line above everything.
-        note: A smaller line below the title.
+    The title is a line above everything, the note a smaller line below it.
     """
     columns = max((len(row) for row in rows), default=0)
     widths = [max(r[c][1].shape[1] for r in rows if c < len(r)) for c in range(columns)]
@@ -193,13 +180,8 @@ def _side_by_side(pictures: Sequence[Picture], widths: Sequence[int], inner: int
 def sample_sheet(sample: Sample, categories: Sequence[Category] = (), d: float = 20.0) -> Picture:
     """One picture of a sample: photo, segments, centroids, EDS weight, void, and a legend.
 
-    Args:
-        sample: As cached.
-        categories: Give the names; a category that is not among them is named by its id.
-        d: D of the EDS weight, in cached pixels.
-
-    Raises:
-        InputError: The photo is damaged.
+    A category that is not among `categories` is named by its id; `d` is D of the EDS weight, in
+    cached pixels. InputError where the photo is damaged.
     """
     height, width = sample.segment_map.shape
     size = fitted_size(height, width, TILE, "longest")
@@ -221,30 +203,23 @@ def sample_sheet(sample: Sample, categories: Sequence[Category] = (), d: float =
     marks = ((void == UNLABELLED, _UNLABELLED_COLOUR), (void == CROWD, _CROWD_COLOUR))
     share = np.bincount(sample.void.ravel(), minlength=3) / sample.void.size
     crowds = sum(segment.iscrowd for segment in sample.segments)
-    return sheet(
-        [
-            [
-                ("photo", photo),
-                ("segments", segments),
-                ("centroids: u is red, v is green", mark_points(centroids, points)),
-            ],
-            [
-                (
-                    f"EDS weight: D = {d:g} px, mean {weight.mean():.2f}",
-                    resized(heat(weight), size),
-                ),
-                (
-                    f"void: {share[UNLABELLED]:.1%} unlabelled (blue),"
-                    f" {share[CROWD]:.1%} crowd (orange)",
-                    stained(photo, marks),
-                ),
-                ("share of the picture", _legend(sample, names, colours, size)),
-            ],
-        ],
-        title=sample.file_name,
-        note=f"key {sample.key}, {width} x {height} pixels, {len(names)} segments: {len(points)}"
-        f" things, {len(names) - len(points) - crowds} stuff, {crowds} crowd",
+    eds = f"EDS weight: D = {d:g} px, mean {weight.mean():.2f}"
+    voids = f"void: {share[UNLABELLED]:.1%} unlabelled (blue), {share[CROWD]:.1%} crowd (orange)"
+    above = [
+        ("photo", photo),
+        ("segments", segments),
+        ("centroids: u is red, v is green", mark_points(centroids, points)),
+    ]
+    below = [
+        (eds, resized(heat(weight), size)),
+        (voids, stained(photo, marks)),
+        ("share of the picture", _legend(sample, names, colours, size)),
+    ]
+    note = (
+        f"key {sample.key}, {width} x {height} pixels, {len(names)} segments: {len(points)} things,"
+        f" {len(names) - len(points) - crowds} stuff, {crowds} crowd"
     )
+    return sheet([above, below], title=sample.file_name, note=note)
 
 
 def _legend(
@@ -257,17 +232,15 @@ def _legend(
     for row, (segment, name) in enumerate(zip(sample.segments, names, strict=True), start=1):
         area[name] += segment.area
         colour.setdefault(name, tuple(colours[row].tolist()))
-    return legend(
-        [
-            (
-                colour[name],
-                name if count[name] == 1 else f"{name}  x {count[name]}",
-                f"{total / sample.segment_map.size:.1%}",
-            )
-            for name, total in area.most_common()
-        ],
-        size,
-    )
+    rows = [
+        (
+            colour[name],
+            name if count[name] == 1 else f"{name}  x {count[name]}",
+            f"{total / sample.segment_map.size:.1%}",
+        )
+        for name, total in area.most_common()
+    ]
+    return legend(rows, size)
 
 
 def labelled_map(sample: Sample) -> LabelledMap:

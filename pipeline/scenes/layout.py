@@ -56,15 +56,9 @@ def lay_out(
 ) -> tuple[list[Group], list[Shape]]:
     """Places the things of a scene of `height` x `width` pixels.
 
-    Args:
-        rng: Source of all choices.
-        special: One of `SPECIAL_KINDS`, `patch`, or anything else for a plain scene.
-        height: Pixels.
-        width: Pixels.
-
-    Returns:
-        The things back to front, with the special ones last so that nothing hides them, and the
-        patches of stuff to leave unlabelled.
+    `special` is one of `SPECIAL_KINDS`, `patch`, or anything else for a plain scene. Returns the
+    things back to front, with the special ones last so that nothing hides them, and the patches of
+    stuff to leave unlabelled.
     """
     frame = _Frame(rng, height, width)
     place = SPECIAL_KINDS.get(special)

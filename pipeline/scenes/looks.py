@@ -143,12 +143,7 @@ def paint_thing(
 ) -> None:
     """Paints one thing over the canvas: soft edge and shadow in the photo, a hard edge in `rows`.
 
-    Args:
-        rng: Chooses the colours.
-        canvas: Changed in place.
-        look: A thing's, or `Look.UNKNOWN`.
-        shape: Where; may reach beyond the image.
-        row: Written to `canvas.rows` wherever the thing covers half a pixel or more.
+    The shape may reach beyond the image; `row` is written wherever it covers half a pixel or more.
     """
     height, width = canvas.rows.shape
     reach = 1.2 * shape.r + 1.5  # the shape, its soft edge and its shadow

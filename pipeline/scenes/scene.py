@@ -8,8 +8,9 @@ visible part of a thing is its segment. Six of every eight scenes hold something
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import simplejpeg
 
 from panoptic_cache.pipeline.annotations import SegmentInfo
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.coco import CocoLayout
+from panoptic_cache.pipeline.base.files import sweep, write_file
 from panoptic_cache.pipeline.png import ids_to_rgb
 from panoptic_cache.pipeline.scenes.layout import lay_out
 from panoptic_cache.pipeline.scenes.looks import TEXTURES, Canvas, Look, Picture, Shape, paint_thing
@@ -64,15 +65,10 @@ class Scene:
 
 
 def make_scene(seed: int, index: int, size: int = 160) -> Scene:
-    """Draws one scene, a pure function of its arguments.
+    """Draws a scene of a family, `size` pixels on its longer side, from its arguments alone.
 
-    Args:
-        seed: Chooses a family of scenes.
-        index: The scene in it; `index % 8` chooses its special content, `index % 5` its format.
-        size: Longer side in pixels.
-
-    Raises:
-        InputError: `size` is below `MIN_SIZE`.
+    `index % 8` chooses its special content, `index % 5` its format. InputError where `size` is
+    below `MIN_SIZE`.
     """
     if size < MIN_SIZE:
         raise InputError(f"scenes of {size} px show nothing", remedy=f"use {MIN_SIZE} px or more")
@@ -110,22 +106,11 @@ def write_dataset(
 ) -> bool:
     """Writes scenes in COCO's layout: `ROOT/{train,val}` and `ROOT/annotations`.
 
-    The same arguments give the same bytes. Every file is renamed to its final name once it is
-    complete, and the annotation files come last, so a second call finishes what a killed one began.
-
-    Args:
-        root: Folder to write: missing, empty, or begun with the same arguments.
-        images: Training images; ids from 1.
-        val_images: Validation images; ids from `FIRST_VAL_INDEX` + 1.
-        seed: Chooses the family of scenes.
-        size: Longer side in pixels.
-        progress: Called after every image with the number of images written so far.
-
-    Returns:
-        True if the dataset was written, False if it was there already, complete.
-
-    Raises:
-        InputError: The folder holds something else, or an argument is out of range.
+    Ids begin at 1, those of the val split at `FIRST_VAL_INDEX` + 1. The same arguments give the
+    same bytes. Every file is whole or not there, and the annotation files come last, so a second
+    call finishes what a killed one began; it returns False where there was nothing left to do.
+    `progress` gets the number of images written after each one. InputError where the folder holds
+    something else, or an argument is out of range.
     """
     if min(images, val_images, seed) < 0 or images > FIRST_VAL_INDEX or size < MIN_SIZE:
         raise InputError(
@@ -143,7 +128,12 @@ def write_dataset(
         "train": range(images),
         "val": range(FIRST_VAL_INDEX, FIRST_VAL_INDEX + val_images),
     }
-    layouts = {split: _layout(root, split) for split in indexes}
+    annotations = {split: root / "annotations" / f"panoptic_{split}.json" for split in indexes}
+    scenes = [
+        (split, index, *_paths(root, split, index))
+        for split, numbers in indexes.items()
+        for index in numbers
+    ]
     marker = root / "synthetic.json"
     if root.is_file() or (root.is_dir() and any(root.iterdir())):
         if not marker.is_file() or marker.read_bytes() != _json_bytes(arguments):
@@ -153,28 +143,31 @@ def write_dataset(
                 remedy="choose another folder or remove this one",
                 code="folder-taken",
             )
-        files = (file for split in indexes for file in _files(layouts[split], indexes[split]))
-        if all(file.is_file() for file in files):
+        scenes_are_there = all(photo.is_file() and png.is_file() for *_, photo, png in scenes)
+        if scenes_are_there and all(file.is_file() for file in annotations.values()):
             return False
-    root.mkdir(parents=True, exist_ok=True)
-    _replace(marker, _json_bytes(arguments))
-
-    documents, done = {}, 0
-    for split, layout in layouts.items():
-        layout.images.mkdir(exist_ok=True)
-        layout.panoptic_dir.mkdir(parents=True, exist_ok=True)
-        rows: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
-        for index in indexes[split]:
-            image, annotation = _write_scene(layout, index, make_scene(seed, index, size))
-            rows["images"].append(image)
-            rows["annotations"].append(annotation)
-            done += 1
-            if progress is not None:
-                progress(done)
+    documents: dict[str, dict[str, Any]] = {}
+    for split, file in annotations.items():
+        for folder in (root / split, file.with_suffix("")):
+            folder.mkdir(parents=True, exist_ok=True)
+            sweep(folder)
         info = {"description": "Made-up scenes", **arguments}
-        documents[split] = {"info": info, "licenses": [], "categories": CATEGORIES, **rows}
+        documents[split] = {
+            "info": info,
+            "licenses": [],
+            "categories": CATEGORIES,
+            "images": [],
+            "annotations": [],
+        }
+    _write(marker, _json_bytes(arguments))
+    for done, (split, index, photo, png) in enumerate(scenes, start=1):
+        image, annotation = _write_scene(photo, png, index, make_scene(seed, index, size))
+        documents[split]["images"].append(image)
+        documents[split]["annotations"].append(annotation)
+        if progress is not None:
+            progress(done)
     for split, document in documents.items():
-        _replace(layouts[split].panoptic_json, _json_bytes(document))
+        _write(annotations[split], _json_bytes(document))
     return True
 
 
@@ -245,22 +238,16 @@ def _label(
 
 
 def _write_scene(
-    layout: CocoLayout, index: int, scene: Scene
+    photo: Path, png: Path, index: int, scene: Scene
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Writes a scene's photo and PNG; returns its rows of `images` and `annotations`."""
-    photo, png = _paths(layout, index)
-    _replace(photo, simplejpeg.encode_jpeg(scene.photo, quality=92, colorspace="RGB"))
+    _write(photo, simplejpeg.encode_jpeg(scene.photo, quality=92, colorspace="RGB"))
     bgr = np.ascontiguousarray(ids_to_rgb(scene.ids)[..., ::-1])
-    _replace(png, cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 3])[1].tobytes())
+    _write(png, cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 3])[1].tobytes())
     height, width = scene.ids.shape
+    names = ("id", "category_id", "area", "bbox")
     segments = [
-        {
-            "id": row.id,
-            "category_id": row.category_id,
-            "iscrowd": int(row.iscrowd),
-            "area": row.area,
-            "bbox": row.bbox,
-        }
+        {name: getattr(row, name) for name in names} | {"iscrowd": int(row.iscrowd)}
         for row in scene.segments
     ]
     return (
@@ -269,31 +256,14 @@ def _write_scene(
     )
 
 
-def _layout(root: Path, split: str) -> CocoLayout:
-    """COCO's own layout of a split, whether it exists or not."""
-    annotations = root / "annotations" / f"panoptic_{split}"
-    return CocoLayout(root / split, annotations.with_suffix(".json"), annotations)
-
-
-def _paths(layout: CocoLayout, index: int) -> tuple[Path, Path]:
+def _paths(root: Path, split: str, index: int) -> tuple[Path, Path]:
     """Photo and panoptic PNG of a scene."""
-    name = f"{index + 1:012d}"
-    return layout.images / f"{name}.jpg", layout.panoptic_dir / f"{name}.png"
-
-
-def _files(layout: CocoLayout, indexes: range) -> Iterator[Path]:
-    """All files of a split."""
-    yield layout.panoptic_json
-    for index in indexes:
-        yield from _paths(layout, index)
+    name, pngs = f"{index + 1:012d}", root / "annotations" / f"panoptic_{split}"
+    return root / split / f"{name}.jpg", pngs / f"{name}.png"
 
 
 def _json_bytes(document: object) -> bytes:
     return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name and renames it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+_write = partial(write_file, durable=False)
