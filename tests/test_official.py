@@ -157,12 +157,12 @@ def test_undefined_groups_count_as_zero() -> None:
     one = {"pq": 0.5, "sq": 0.5, "rq": 1.0, "n": 1}
     row = {"tp": 1, "fp": 0, "fn": 0, "iou": 0.5, **{k: one[k] for k in ("pq", "sq", "rq")}}
     same = Official({"All": one, "Things": one, "Stuff": None}, {3: row})
-    assert compare_results(ours, same).difference == 0
+    assert compare_results(ours, same)["difference"] == 0
     found = compare_results(ours, Official(same.groups, {3: {**row, "rq": 0.9}}))
-    assert found.at == "category 3 rq"
-    assert not found.agrees
+    assert found["at"] == "category 3 rq"
+    assert found["difference"] == pytest.approx(0.1)
     other = compare_results(ours, Official({**same.groups, "Stuff": one}, {3: row}))
-    assert (other.at, other.difference) == ("Stuff rq", 1)
+    assert (other["at"], other["difference"]) == ("Stuff rq", 1)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -175,4 +175,4 @@ def test_the_real_one_agrees(case: str) -> None:
         pytest.skip("both refuse it")
     files = folder / "gt.json", folder / "pred.json"
     ours = score_pairs(*read_pairs(*files)).pq
-    assert compare_results(ours, run_official(import_official(), *files)).difference == 0
+    assert compare_results(ours, run_official(import_official(), *files))["difference"] == 0

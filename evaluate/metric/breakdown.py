@@ -26,7 +26,7 @@ WORST = 20
 ANY_THING = 1
 """The one category that all things become in the class-agnostic PQ."""
 CategoryPair = tuple[int, int | None]
-"""True category, predicted category or None."""
+"""True category, and predicted category or None for void."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +39,9 @@ class Breakdown:
     size_ious: tuple[float, ...] = (0.0,) * len(SIZE_EDGES)
     # Counts of PQ with all things as one category.
     agnostic: CategoryStat = field(default_factory=CategoryStat)
-    # Pixels of (true category, predicted category or None where void); unlabelled pixels are left
-    # out, crowd has its category.
+    # Pixels; unlabelled ones are left out, crowd has its category.
     pixels: Mapping[CategoryPair, int] = field(default_factory=dict)
-    # True segments (no crowd) of (true category, category of the prediction that covers them with
-    # IoU > 0.5, or None).
+    # True segments (no crowd), with the category of what covers them with IoU > 0.5.
     confusion: Mapping[CategoryPair, int] = field(default_factory=dict)
 
     def __add__(self, other: Breakdown) -> Breakdown:
@@ -69,9 +67,10 @@ class Breakdown:
         bins = zip(SIZE_EDGES, tops, self.size_counts, self.size_ious, strict=True)
         one, (miou, n) = self.agnostic, self.miou()
         agnostic = {name: getattr(one, name) for name in ("pq", "sq", "rq", "tp", "fp", "fn")}
+        rows = [(true, -1 if p is None else p, k) for (true, p), k in self.confusion.items()]
         found: dict[str, dict[str, int]] = {}
-        for (true, predicted), count in sorted(self.confusion.items(), key=_by_ids):
-            name = "none" if predicted is None else str(predicted)
+        for true, predicted, count in sorted(rows):
+            name = "none" if predicted == -1 else str(predicted)
             found.setdefault(str(true), {})[name] = count
         return {
             "sizes": [
@@ -109,15 +108,7 @@ def break_down(
     pred_segments: Mapping[int, int],
     things: frozenset[int],
 ) -> Breakdown:
-    """The breakdown of one image.
-
-    Args:
-        image_id: For messages.
-        overlap: Of the two maps.
-        gt_segments: As annotated; areas are counted here.
-        pred_segments: Category id by segment id.
-        things: Ids of the thing categories.
-    """
+    """The breakdown of one image, with counted areas; arguments as of `score.score_image`."""
     gt = {segment.id: segment for segment in gt_segments}
     best: dict[int, float] = {}  # by true id, of predicted things
     found: dict[int, int] = {}  # category by true id, of any match
@@ -167,8 +158,3 @@ def worst_images(scores: Iterable[tuple[ImageId, float | None]]) -> list[dict[st
     defined = [(pq, image_id) for image_id, pq in scores if pq is not None]
     lowest = sorted(defined, key=lambda row: row[0])[:WORST]
     return [{"image_id": image_id, "pq": pq} for pq, image_id in lowest]
-
-
-def _by_ids(item: tuple[CategoryPair, int]) -> tuple[int, int]:
-    (true, predicted), _ = item
-    return true, -1 if predicted is None else predicted

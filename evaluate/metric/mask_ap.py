@@ -56,14 +56,9 @@ def match_instances(
     scores: Mapping[int, float],
     things: frozenset[int],
 ) -> ImageInstances:
-    """Matches the instances of one image as `COCOeval.evaluateImg` does.
+    """Matches the instances of one image as `COCOeval.evaluateImg` does, with counted areas.
 
-    Args:
-        overlap: Of the two maps.
-        gt_segments: As annotated; areas are counted.
-        pred_segments: Category id by segment id.
-        scores: Confidence by segment id.
-        things: Ids of the thing categories.
+    `pred_segments` and `scores` are the category ids and the confidences by segment id.
     """
     true: dict[int, list[SegmentInfo]] = {}
     for segment in gt_segments:
@@ -84,14 +79,11 @@ def match_instances(
             (category, scores[id_], b"".join(each))
             for id_, each in zip(ordered, zip(*outcomes, strict=True), strict=True)
         ]
-    return ImageInstances(
-        {
-            category: tuple(sum(_counts(overlap, one, area) for one in segments) for area in AREAS)
-            for category, segments in true.items()
-        },
-        tuple(found),
-        scored=True,
-    )
+    counts = {
+        category: tuple(sum(_counts(overlap, one, area) for one in segments) for area in AREAS)
+        for category, segments in true.items()
+    }
+    return ImageInstances(counts, tuple(found), scored=True)
 
 
 def _partners(
@@ -148,12 +140,7 @@ def mask_ap(
 ) -> dict[str, float | None] | None:
     """COCO's average precision of masks, by the keys of `NAMES`; fractions, None where undefined.
 
-    Args:
-        images: All images of the split.
-        categories: Of the ground truth.
-
-    Returns:
-        None where a prediction has no score, or no category is a thing.
+    None for all of it where a prediction has no score, or no category is a thing.
     """
     things = [category.id for category in categories if category.isthing]
     if not things or not all(image.scored for image in images):
@@ -183,9 +170,7 @@ def mask_ap(
 def _mean_precision(outcomes: NDArray[np.uint8], count: int) -> NDArray[np.float64]:
     """Mean precision over `RECALLS` at each threshold, as `COCOeval.accumulate` takes it.
 
-    Args:
-        outcomes: (N, thresholds), by descending score.
-        count: True instances, above 0.
+    Of (N, thresholds) outcomes by descending score, and a count of true instances above 0.
     """
     right, wrong = np.cumsum(outcomes == RIGHT, 0), np.cumsum(outcomes == WRONG, 0)
     precision = right / np.maximum(right + wrong, 1)

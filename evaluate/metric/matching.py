@@ -35,14 +35,10 @@ class Overlap:
 
     @classmethod
     def of(cls, gt_ids: NDArray[np.integer[Any]], pred_ids: NDArray[np.integer[Any]]) -> Overlap:
-        """Counts the overlap of two maps.
+        """Counts the overlap of two (H, W) maps of ids in 0..2^31-1.
 
         Maps are constant along most of a row, so runs of pixels are sorted instead of pixels: an
         image of COCO has 300,000 pixels, but only 4,000 to 25,000 runs.
-
-        Args:
-            gt_ids: (H, W) ids in 0..2^31-1, any integer dtype that casts to int64.
-            pred_ids: The same, of the same size.
         """
         gt, pred = gt_ids.ravel(), pred_ids.ravel()
         if gt.size == 0:
@@ -63,12 +59,9 @@ class Overlap:
         return cls(shared, *areas)
 
     def union(self, gt_id: int, pred_id: int, true_area: int | None = None) -> int:
-        """Pixels of either segment; predicted pixels on true void do not count.
+        """Pixels of either of two segments that share some; those on true void do not count.
 
-        Args:
-            gt_id: A true segment.
-            pred_id: A predicted segment that shares pixels with it.
-            true_area: Area of the true segment; counted where None.
+        `true_area` is that of the true segment, counted where None.
         """
         area = self.true_area[gt_id] if true_area is None else true_area
         void = self.shared.get((VOID, pred_id), 0)
@@ -157,8 +150,7 @@ def checked_overlap(
 ) -> Overlap:
     """The overlap of a prediction that is fit to be scored; void needs no entry in its list.
 
-    Raises:
-        InputError: The maps differ in size, or the predicted map and its list disagree.
+    Raises InputError where the maps differ in size, or the predicted map and its list disagree.
     """
     where = f"image {image_id}"
     if gt_ids.shape != pred_ids.shape:

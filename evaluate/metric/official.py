@@ -1,8 +1,8 @@
 """The reference evaluator, cocodataset/panopticapi, beside ours; optional, on no package index.
 
 Its `pq_compute` forks as many processes as there are processors, prints, and divides by zero where
-Things or Stuff have no segment. So what it does is called part by part: its matching of one image
-after the other in a process of our own, and its averages, group by group.
+Things or Stuff have no segment. So its parts are called one by one: the matching of each image, in
+this process, and the averages of each group.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import inspect
 import io
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from panoptic_cache.evaluate.metric.pairs import png_folder
 from panoptic_cache.evaluate.metric.pq import PQResult
@@ -31,8 +30,7 @@ COUNTS = ("tp", "fp", "fn", "iou")
 Values = Mapping[str, float]
 
 
-@dataclass(frozen=True, slots=True)
-class Official:
+class Official(NamedTuple):
     """What the reference says."""
 
     # `pq`, `sq`, `rq` and `n` of All, Things and Stuff; None where it divides by zero.
@@ -40,30 +38,8 @@ class Official:
     per_class: Mapping[int, Values]  # `tp`, `fp`, `fn`, `iou`, `pq`, `sq` and `rq` by category id
 
 
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """What the reference says, and how far ours is from it."""
-
-    groups: Mapping[str, Values | None]  # See `Official`
-    difference: float  # Largest absolute difference of any number, of groups or categories
-    at: str  # Where that is, such as `All pq` or `category 17 sq`; `nowhere` where it is 0
-
-    @property
-    def agrees(self) -> bool:
-        """Whether nothing differs by more than rounding."""
-        return self.difference <= TOLERANCE
-
-    def to_json(self) -> dict[str, Any]:
-        """The key `official` of `score --official --json`."""
-        return {**self.groups, "difference": self.difference, "at": self.at}
-
-
 def import_official() -> ModuleType:
-    """The reference's module.
-
-    Raises:
-        InputError: It is not installed.
-    """
+    """The reference's module; InputError where it is not installed."""
     try:
         return importlib.import_module("panopticapi.evaluation")
     except ImportError as error:
@@ -81,20 +57,12 @@ def run_official(
     gt_dir: Path | None = None,
     pred_dir: Path | None = None,
     *,
-    advance: Callable[[], None] | None = None,
+    advance: Callable[[], None] = lambda: None,
 ) -> Official:
     """Runs the reference on files that ours has accepted, in this process, quietly.
 
-    Args:
-        reference: See `import_official`.
-        gt_json: Ground truth.
-        pred_json: Prediction.
-        gt_dir: Its PNGs; beside the JSON if None.
-        pred_dir: The same of the prediction.
-        advance: Called after each image.
-
-    Raises:
-        InputError: It fails on an image.
+    Arguments as of `pairs.read_pairs`; `advance` is called after each image. Raises InputError
+    where the reference fails on an image.
     """
     gt, pred = json.loads(gt_json.read_bytes()), json.loads(pred_json.read_bytes())
     categories = {row["id"]: row for row in gt["categories"]}
@@ -114,8 +82,7 @@ def run_official(
                 remedy="score without --official",
                 code="official-failed",
             ) from None
-        if advance is not None:
-            advance()
+        advance()
     groups: dict[str, Values | None] = dict.fromkeys(GROUPS)
     means: Mapping[int, Mapping[str, Any]] = {}
     for name, isthing in GROUPS.items():
@@ -127,21 +94,22 @@ def run_official(
     return Official(groups, {id_: _plain({**counts[id_], **means.get(id_, {})}) for id_ in counts})
 
 
-def compare_results(ours: PQResult, theirs: Official) -> Agreement:
-    """Compares both, number by number; an undefined group counts as zeros."""
+def compare_results(ours: PQResult, theirs: Official) -> dict[str, Any]:
+    """The key `official` of `score --official --json`.
+
+    The reference's groups, the largest absolute `difference` of any number of ours from its, and
+    `at` which number, such as `All pq` or `category 17 sq`. An undefined group counts as zeros.
+    """
     mine = ours.to_json()
-    differences = [(0.0, "nowhere")]
-    for name, group in theirs.groups.items():
-        differences += _differences(f"{name} ", mine[name], group)
+    pairs = {f"{name} ": (mine[name], group) for name, group in theirs.groups.items()}
     for id_, values in theirs.per_class.items():
-        differences += _differences(f"category {id_} ", mine["per_class"][str(id_)], values)
+        pairs[f"category {id_} "] = mine["per_class"][str(id_)], values
+    differences = [(0.0, "nowhere")]
+    for where, (one, other) in pairs.items():
+        a, b = one or {}, other or {}
+        differences += [(abs(a.get(key, 0) - b.get(key, 0)), where + key) for key in {**a, **b}]
     difference, at = max(differences, key=lambda row: row[0])
-    return Agreement(theirs.groups, difference, at)
-
-
-def _differences(where: str, ours: Values | None, theirs: Values | None) -> list[tuple[float, str]]:
-    a, b = ours or {}, theirs or {}
-    return [(abs(a.get(name, 0) - b.get(name, 0)), where + name) for name in {**a, **b}]
+    return {**theirs.groups, "difference": difference, "at": at}
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, float]:

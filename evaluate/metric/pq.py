@@ -166,7 +166,7 @@ def match_overlap(
     gt_segments: Sequence[SegmentInfo],
     pred_segments: Mapping[int, int],
 ) -> ImageStat:
-    """`match_image` from the overlap of the two maps; see there."""
+    """`match_image` from the overlap of the two maps."""
     matching = match_segments(image_id, overlap, gt_segments, pred_segments)
     wrong = tuple(
         segment.id
@@ -181,17 +181,17 @@ def count_matches(
 ) -> PQStat:
     """The counts of one image by category."""
     true = {segment.id: segment.category_id for segment in gt_segments}
+    counts = [
+        *(
+            (pred_segments[id_], CategoryStat(tp=1, iou=iou))
+            for (_, id_), iou in matching.ious.items()
+        ),
+        *((true[id_], CategoryStat(fn=1)) for id_ in matching.missed),
+        *((pred_segments[id_], CategoryStat(fp=1)) for id_ in matching.false),
+    ]
     stats: dict[int, CategoryStat] = {}
-
-    def count(category_id: int, one: CategoryStat) -> None:
+    for category_id, one in counts:
         stats[category_id] = stats.get(category_id, CategoryStat()) + one
-
-    for (_, pred_id), iou in matching.ious.items():
-        count(pred_segments[pred_id], CategoryStat(tp=1, iou=iou))
-    for gt_id in matching.missed:
-        count(true[gt_id], CategoryStat(fn=1))
-    for pred_id in matching.false:
-        count(pred_segments[pred_id], CategoryStat(fp=1))
     return PQStat(stats)
 
 
@@ -216,12 +216,7 @@ def total_pq(images: Iterable[ImageStat], categories: Sequence[Category]) -> PQR
 def summarize(total: PQStat, categories: Sequence[Category]) -> PQResult:
     """Means over categories. A group without any segment is None, and a warning says so.
 
-    Args:
-        total: The sum over all images.
-        categories: Of the ground truth.
-
-    Raises:
-        ValueError: `total` counts a category that is not among them.
+    Raises ValueError where `total`, the sum over all images, counts a category not among them.
     """
     if unknown := total.categories.keys() - {category.id for category in categories}:
         raise ValueError(f"statistics of unknown categories {listing(unknown)}")

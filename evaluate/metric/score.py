@@ -10,17 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from panoptic_cache.evaluate.metric.breakdown import (
-    Breakdown,
-    break_down,
-    thing_ids,
-    worst_images,
-)
+from panoptic_cache.evaluate.metric.breakdown import Breakdown, break_down, thing_ids, worst_images
 from panoptic_cache.evaluate.metric.mask_ap import ImageInstances, mask_ap, match_instances
 from panoptic_cache.evaluate.metric.matching import checked_overlap
 from panoptic_cache.evaluate.metric.pairs import ImagePair
 from panoptic_cache.evaluate.metric.pq import ImageStat, PQResult, match_overlap, total_pq
-from panoptic_cache.evaluate.metric.workers import map_pairs
+from panoptic_cache.evaluate.metric.workers import Ids, map_pairs
 from panoptic_cache.pipeline.annotations import ImageId, SegmentInfo, is_area
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category, CocoPanoptic
@@ -56,12 +51,8 @@ class Scores:
         `ap_small`, `ap_medium`, `ap_large`; null where predictions have no scores) and `worst`
         (`image_id` and `pq` of the worst images, worst first).
         """
-        return {
-            **self.pq.to_json(),
-            **self.breakdown.to_json(),
-            "mask_ap": self.mask_ap,
-            "worst": self.worst,
-        }
+        found = {**self.pq.to_json(), **self.breakdown.to_json()}
+        return {**found, "mask_ap": self.mask_ap, "worst": self.worst}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +70,8 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         """What `ceiling --json` and `evaluate --json` print: `Scores.to_json`, and two more."""
-        return {
-            **self.scores.to_json(),
-            "images": self.images,
-            "seconds_per_image": self.seconds_per_image,
-        }
+        more = {"images": self.images, "seconds_per_image": self.seconds_per_image}
+        return {**self.scores.to_json(), **more}
 
 
 def check_scorable(dataset: CocoPanoptic) -> None:
@@ -119,16 +107,9 @@ def score_image(
     scores: Mapping[int, float],
     things: frozenset[int],
 ) -> ImageScore:
-    """Scores one image; arguments and errors as of `pq.match_image`.
+    """Scores one image: arguments and errors as of `pq.match_image`, and two more.
 
-    Args:
-        image_id: For messages and the result.
-        gt_ids: (H, W) integer, 0 = void.
-        gt_segments: As listed.
-        pred_ids: (H, W) integer, 0 = void.
-        pred_segments: Category id by segment id.
-        scores: Confidence by segment id.
-        things: Ids of the thing categories.
+    `scores` are confidences by segment id, `things` the ids of the thing categories.
     """
     overlap = checked_overlap(image_id, gt_ids, pred_ids, pred_segments)
     return ImageScore(
@@ -174,12 +155,7 @@ def score_pairs(
     return total_scores(images, categories)
 
 
-def _score_pair(
-    things: frozenset[int],
-    pair: ImagePair,
-    gt_ids: NDArray[np.int32],
-    pred_ids: NDArray[np.int32],
-) -> ImageScore:
+def _score_pair(things: frozenset[int], pair: ImagePair, gt_ids: Ids, pred_ids: Ids) -> ImageScore:
     return score_image(
         pair.image_id,
         gt_ids,
