@@ -73,11 +73,11 @@ def export_model(model: PanopticModel, state: TrainState, out: Path) -> Path:
     Raises:
         InputError: It cannot be written.
     """
-    weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    weights = {name: value.cpu() for name, value in model.weights().items()}
     files = {
         "model.safetensors": save(weights),
         ARCHITECTURE: model.encoder.config.to_json_string(use_diff=False).encode(),
-        "state.json": _json(asdict(state)),
+        "state.json": state.to_json().encode(),
     }
     sums = {
         name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}

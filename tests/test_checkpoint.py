@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from handmade import hashes
+from safetensors.torch import load_file, save_file
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category
@@ -171,6 +172,137 @@ def test_an_average_that_was_not_kept_is_named(tmp_path: Path) -> None:
     assert same_weights(load_model(folder)[0], load_model(folder, weights="model")[0])
     with pytest.raises(InputError, match=r"no moving average .*train with --set ema"):
         load_model(folder, weights="ema")
+
+
+THEIRS = {
+    "4.50": (
+        ("blocks.", "encoder.layer."),
+        *((f".attn.{k[0]}.", f".attention.attention.{k}.") for k in ("query", "key", "value")),
+        (".attn.proj.", ".attention.output.dense."),
+    ),
+    "5.18": (
+        ("blocks.", "encoder.layer."),
+        *((f".attn.{k}.", f".attention.{k}_proj.") for k in "qkv"),
+        (".attn.proj.", ".attention.o_proj."),
+    ),
+}
+"""How versions of transformers name the tensors of DINOv2, by the names of our files."""
+
+
+def rename(folder: Path, version: str) -> None:
+    """Makes a checkpoint one that an earlier version of this program wrote."""
+    common = (
+        ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
+        ("pos_embed", "embeddings.position_embeddings"),
+        *((name, f"embeddings.{name}") for name in ("cls_token", "mask_token")),
+        *((f".ls{n}.gamma", f".layer_scale{n}.lambda1") for n in (1, 2)),
+        ("encoder.norm.", "encoder.layernorm."),
+    )
+    weights = {}
+    for name, value in load_file(folder / "model.safetensors").items():
+        for ours, theirs in (*common, *THEIRS[version]):
+            name = name.replace(ours, theirs)  # noqa: PLW2901
+        weights[name] = value
+    save_file(weights, folder / "model.safetensors")
+    state = json.loads((folder / "state.json").read_text())
+    del state["versions"]
+    (folder / "state.json").write_text(json.dumps(state))
+    vouch(folder)
+
+
+def vouch(folder: Path) -> None:
+    """Makes complete.json say what is there now."""
+    found = {name: sha for name, sha in hashes(folder).items() if name != "complete.json"}
+    sizes = {name: (folder / name).stat().st_size for name in found}
+    facts = {name: {"size": sizes[name], "sha256": found[name]} for name in found}
+    (folder / "complete.json").write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize("version", THEIRS)
+def test_files_of_any_version_of_transformers_load(tmp_path: Path, version: str) -> None:
+    model = make_model(seed=1)
+    folder = save(tmp_path, 3, model=model)
+    names = set(load_file(folder / "model.safetensors"))
+    assert {"encoder.pos_embed", "encoder.blocks.1.attn.q.weight", "encoder.norm.bias"} < names
+    rename(folder, version)
+    assert not names & {
+        name for name in load_file(folder / "model.safetensors") if "blocks" in name
+    }
+    loaded, state = load_model(folder)
+    assert same_weights(loaded, model)
+    assert state.versions == {}
+
+
+def test_an_optimizer_that_was_saved_by_numbers_is_put_back(tmp_path: Path) -> None:
+    """As version 0.1 saved it."""
+    model = make_model()
+    optimizer = make_optimizer(model, steps=2)
+    folder = save(tmp_path, 2, model=model, optimizer=optimizer)
+    assert "encoder.blocks.0.attn.k.weight" in torch.load(folder / "optimizer.pt")
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    again = make_model(seed=9)
+    other = make_optimizer(again)
+    load_training(folder, again, other, 0)
+    for one, two in zip(model.parameters(), again.parameters(), strict=True):
+        assert str(optimizer.state.get(one)) == str(other.state.get(two))
+
+
+def test_the_versions_stand_in_the_state_and_in_the_message(tmp_path: Path) -> None:
+    folder = save(tmp_path, 3)
+    state = json.loads((folder / "state.json").read_text())
+    assert state["versions"]["torch"] == torch.__version__
+    state["versions"] = {"torch": "2.0", "transformers": "9.1"}
+    state["config"]["model"]["channels"] = 9
+    (folder / "state.json").write_text(json.dumps(state))
+    vouch(folder)
+    with pytest.raises(InputError) as caught:
+        load_model(folder)
+    line = str(caught.value)
+    assert "decoder.layers.0.bias is [8], by the configuration [9]" in line
+    assert f"written by torch 2.0 transformers 9.1, read by torch {torch.__version__}" in line
+
+
+HUGE = 10**9
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        *[(ARCHITECTURE, {"hidden_size": size}) for size in (HUGE, 60_000, 0, -4, "many", 16.5)],
+        *[(ARCHITECTURE, {"num_hidden_layers": size}) for size in (HUGE, 1, "two")],
+        *[(ARCHITECTURE, {"num_attention_heads": size}) for size in (0, 3, HUGE)],
+        *[(ARCHITECTURE, {"patch_size": 0}), (ARCHITECTURE, {"image_size": HUGE})],
+        *[(ARCHITECTURE, {"hidden_act": "none"}), (ARCHITECTURE, {"mlp_ratio": 1e9})],
+        (ARCHITECTURE, {"layer_norm_eps": -1.0}),
+        *[("state.json", {"taps": [1, HUGE]}), ("state.json", {"channels": HUGE})],
+        ("state.json", {"strides": [2, HUGE, 2, 2]}),
+    ],
+)
+def test_sizes_that_the_weights_do_not_have_are_never_built(
+    tmp_path: Path, file: str, change: dict[str, Any]
+) -> None:
+    folder = save(tmp_path, 3)
+    values = json.loads((folder / file).read_text())
+    (values if file == ARCHITECTURE else values["config"]["model"]).update(change)
+    (folder / file).write_text(json.dumps(values))
+    vouch(folder)
+    with pytest.raises(InputError) as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_checkpoint_names_code_of_the_hub(tmp_path: Path) -> None:
+    """Else transformers would fetch a kernel of this name."""
+    model = make_model(seed=1)
+    folder = save(tmp_path, 3, model=model)
+    values = json.loads((folder / ARCHITECTURE).read_text())
+    for key in ("_attn_implementation", "attn_implementation", "_attn_implementation_internal"):
+        values[key] = "nobody/attention"
+    (folder / ARCHITECTURE).write_text(json.dumps(values))
+    vouch(folder)
+    loaded, _ = load_model(folder)
+    assert same_weights(loaded, model)
+    assert loaded.encoder.config._attn_implementation == "sdpa"
 
 
 def drawn() -> list[Any]:

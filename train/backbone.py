@@ -7,10 +7,13 @@ hand out feature maps of their blocks through one interface of transformers.
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
+from msgspec import Meta
 from safetensors import SafetensorError
 
 from panoptic_cache.pipeline.base.errors import InputError
@@ -25,6 +28,35 @@ except (ImportError, RuntimeError) as error:
         f"transformers cannot load its DINOv2: {str(error).splitlines()[0]}",
         remedy="a torchvision that does not match torch causes this: pip uninstall torchvision",
     ) from error
+
+_OWN_NAMES = tuple(
+    (re.compile(theirs), ours)
+    for theirs, ours in (
+        (r"^(encoder\.|model\.)?layers?\.", "blocks."),
+        (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
+        (r"^embeddings\.position_embeddings$", "pos_embed"),
+        (r"^embeddings\.", ""),
+        (r"\.attention\.(?:attention\.)?([qkv])(?:_proj|uery|ey|alue)\.", r".attn.\1."),
+        (r"\.attention\.(o_proj|output\.dense)\.", ".attn.proj."),
+        (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+        (r"^layernorm\.", "norm."),
+    )
+)
+"""What transformers' versions call a backbone's tensors, and what our files call them."""
+
+
+def own_name(name: str) -> str:
+    """The name of a model's tensor in our files, whatever version of transformers named it.
+
+    It is the one that DINOv2's authors chose, but for queries, keys and values, which they keep
+    in one tensor. A name of our own stays as it is.
+    """
+    part, dot, rest = name.partition(".")
+    if part == "encoder":
+        for theirs, ours in _OWN_NAMES:
+            rest = theirs.sub(ours, rest)
+    return part + dot + rest
+
 
 FAMILIES = {
     "dinov2": "Dinov2",
@@ -124,13 +156,39 @@ def _design(config: ModelConfig) -> Any:
     )
 
 
+Count = Annotated[int, Meta(ge=1, le=1 << 16)]
+
+
+class Sizes(msgspec.Struct):
+    """The ranges of what a backbone's JSON says, where it says it."""
+
+    hidden_size: Count = 1
+    num_hidden_layers: Annotated[int, Meta(ge=1, le=1000)] = 1
+    num_attention_heads: Count = 1
+    patch_size: Count = 1
+    image_size: Count = 1
+    intermediate_size: Count = 1
+    num_register_tokens: Annotated[int, Meta(ge=0, le=1000)] = 0
+    mlp_ratio: Annotated[float, Meta(gt=0, le=100)] = 4.0
+    layer_norm_eps: Annotated[float, Meta(gt=0, le=1)] = 1e-6
+    rope_theta: Annotated[float, Meta(gt=0)] = 100.0
+
+
 def _read_design(name: str | Path, file: str) -> Any:
     """The architecture in a JSON file of a hub name or a folder."""
     try:
         values, _ = Dinov2Config.get_config_dict(name, _configuration_file=file)
         kind, _ = backbone_classes(str(values.get("model_type", "")), name)
-        return kind.from_dict(values)
-    except (OSError, ValueError, TypeError) as error:
+        msgspec.convert(values, Sizes)
+        # Private keys and this one can make transformers fetch code from the hub.
+        plain = {k: v for k, v in values.items() if k[0] != "_" and "attn_implementation" not in k}
+        return kind.from_dict(plain)
+    except msgspec.ValidationError as error:
+        place = Path(name, file)
+        raise InputError(f"no backbone can be built of it: {error}", where=place) from None
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001 - huggingface_hub has types of its own
         raise InputError(
             f"no backbone of this name or folder: {str(error).splitlines()[0]}",
             where=name,

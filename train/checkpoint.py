@@ -2,12 +2,12 @@
 
 A checkpoint is a folder `step_%07d`:
 
-    model.safetensors   the weights
+    model.safetensors   the weights, by the names of `backbone.own_name`
     ema.safetensors     their moving average, if the run keeps one
     backbone.json       the encoder's architecture, so that loading needs no hub
-    optimizer.pt        the optimizer's state
+    optimizer.pt        the optimizer's state, by the same names
     rng_RANK.pt         the random number generators of each rank
-    state.json          step, configuration, categories; can be read with cat
+    state.json          step, configuration, categories, versions; can be read with cat
     complete.json       size and SHA-256 of every file above; written last
 
 It is written under a temporary name and renamed once `complete.json` is in place, so a kill at any
@@ -21,7 +21,6 @@ import os
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.train.backbone import own_name
 from panoptic_cache.train.model import PanopticModel
 from panoptic_cache.train.ranks import Ranks
 from panoptic_cache.train.restore import (
@@ -79,12 +79,12 @@ def save_checkpoint(
     def write_shared() -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        save_file(_contiguous(model), weights_file(folder, "model"))
+        save_file(model.weights(), weights_file(folder, "model"))
         if ema is not None:
-            save_file(_contiguous(ema), weights_file(folder, "ema"))
+            save_file(ema.weights(), weights_file(folder, "ema"))
         model.encoder.config.to_json_file(folder / ARCHITECTURE, use_diff=False)
-        (folder / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
-        return _save(optimizer.state_dict(), folder / "optimizer.pt")
+        (folder / "state.json").write_text(state.to_json())
+        return _save(optimizer_state(model, optimizer), folder / "optimizer.pt")
 
     ranks.first(lambda: whole_or_not(write_shared))
     own = folder / f"rng_{ranks.rank}.pt"
@@ -105,8 +105,10 @@ def rng_state() -> dict[str, Any]:
     return state
 
 
-def _contiguous(model: PanopticModel) -> dict[str, torch.Tensor]:
-    return {name: value.contiguous() for name, value in model.state_dict().items()}
+def optimizer_state(model: PanopticModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What the optimizer knows of each parameter that it has changed, by name."""
+    states = ((own_name(name), optimizer.state.get(p)) for name, p in model.named_parameters())
+    return {name: state for name, state in states if state}
 
 
 def _save(values: Any, path: Path) -> Path:

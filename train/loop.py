@@ -29,8 +29,8 @@ from panoptic_cache.train.model import PanopticModel, Task, check_size
 from panoptic_cache.train.optim import Ema, learning_rate, parameter_groups, set_learning_rate
 from panoptic_cache.train.ranks import Ranks
 from panoptic_cache.train.restore import (
-    ARCHITECTURE,
     TrainState,
+    build_model,
     check_same_run,
     fixed_settings,
     latest_checkpoint,
@@ -103,12 +103,10 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
     # The model.
     set_seed(config.seed)
     encoding = make_encoding(config.loss.encoding, config.loss.harmonics)
-    model = PanopticModel(
-        config.model,
-        encoding.channels,
-        len(categories),
-        load_weights=begun is None,
-        architecture=begun / ARCHITECTURE if begun else None,
+    model = (
+        build_model(config, len(categories), begun)
+        if begun
+        else PanopticModel(config.model, encoding.channels, len(categories))
     )
     check_size(config.data.size, config.data.size, model.patch_size)
     model.to(device)  # before its optimizer, whose restored state follows the parameters

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.train.backbone import make_backbone
+from panoptic_cache.train.backbone import make_backbone, own_name
 from panoptic_cache.train.config import ModelConfig
 
 Task = Literal["instance", "semantic", "both"]
@@ -93,6 +93,15 @@ class PanopticModel(nn.Module):
         joined = torch.cat(taps, dim=1).contiguous(memory_format=torch.channels_last)
         features: Tensor = self.decoder(joined)
         return features
+
+    def weights(self) -> dict[str, Tensor]:
+        """Its tensors by the names that files know."""
+        return {own_name(name): value.contiguous() for name, value in self.state_dict().items()}
+
+    def take(self, weights: Mapping[str, Tensor]) -> None:
+        """Loads tensors by the names of files, all of them and no others."""
+        mine = {own_name(name): name for name in self.state_dict()}
+        self.load_state_dict({mine[name]: value for name, value in weights.items()})
 
 
 class Decoder(nn.Module):

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import nn
 
+from panoptic_cache.train.backbone import own_name
 from panoptic_cache.train.config import OptimConfig
 from panoptic_cache.train.model import PanopticModel
 
-_BLOCK = re.compile(r"encoder\.(?:.*\.)?layers?\.(\d+)\.")
-_UNDECAYED = ("bias", "lambda1", "position_embeddings", "_token", "register_tokens")
-"""How the names of parameters end that no weight decay may pull towards zero."""
+_UNDECAYED = ("pos_embed", "_token", "_tokens")
+"""How the names of matrices end that no weight decay may pull towards zero."""
 
 
 def layer_id(name: str, blocks: int) -> int:
     """0 for the embeddings, i + 1 for block i, blocks + 1 for whatever comes after."""
-    if found := _BLOCK.match(name):
-        return int(found.group(1)) + 1
-    return 0 if name.startswith("encoder.embeddings") else blocks + 1
+    part, *rest = own_name(name).split(".")
+    if part != "encoder" or rest[0] == "norm":
+        return blocks + 1
+    return int(rest[1]) + 1 if rest[0] == "blocks" else 0
 
 
 def parameter_groups(model: nn.Module, blocks: int, config: OptimConfig) -> list[dict[str, Any]]:
@@ -34,7 +34,7 @@ def parameter_groups(model: nn.Module, blocks: int, config: OptimConfig) -> list
     groups: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decayed = parameter.ndim > 1 and not name.endswith(_UNDECAYED)
+            decayed = parameter.ndim > 1 and not own_name(name).endswith(_UNDECAYED)
             groups[layer_id(name, blocks), decayed].append(parameter)
     return [
         {

@@ -10,19 +10,21 @@ import json
 import logging
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+import transformers
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from panoptic_cache.pipeline.base.config import build_config
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category
+from panoptic_cache.train.backbone import own_name
 from panoptic_cache.train.config import TrainConfig
 from panoptic_cache.train.encoding import make_encoding
 from panoptic_cache.train.model import PanopticModel
@@ -30,8 +32,20 @@ from panoptic_cache.train.model import PanopticModel
 log = logging.getLogger(__name__)
 
 ARCHITECTURE = "backbone.json"
+VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__}
 Weights = Literal["model", "ema"]
 """Which weights of a checkpoint: the last ones, or their moving average."""
+
+UNFIT = (
+    ArithmeticError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
+"""What building or loading raises where a file is damaged or made up."""
 
 MAY_CHANGE = frozenset(
     {
@@ -54,6 +68,12 @@ class TrainState:
     cache_fingerprint: str  # Of the cache it trains from
     config: TrainConfig  # Of the run
     categories: tuple[Category, ...]  # By label
+    # Of the libraries that wrote it; version 0.1 did not note them.
+    versions: dict[str, str] = field(default_factory=dict, compare=False)
+
+    def to_json(self) -> str:
+        """The text of `state.json`, as these versions write it."""
+        return json.dumps({**asdict(self), "versions": VERSIONS}, indent=1) + "\n"
 
 
 def latest_checkpoint(checkpoints: Path, *, deep: bool = False) -> Path | None:
@@ -121,18 +141,60 @@ def load_model(
     """
     folder = find_checkpoint(path)
     state = read_state(folder)
-    config = state.config
-    encoding = make_encoding(config.loss.encoding, config.loss.harmonics)
-    model = PanopticModel(
-        config.model,
-        encoding.channels,
-        len(state.categories),
-        load_weights=False,
-        architecture=folder / ARCHITECTURE,
-    )
+    model = build_model(state.config, len(state.categories), folder)
     kind = weights or ("ema" if weights_file(folder, "ema").exists() else "model")
     load_weights(model, folder, kind, checked=True)
     return model.to(device).eval(), state
+
+
+def build_model(config: TrainConfig, classes: int, folder: Path) -> PanopticModel:
+    """The model that a checkpoint's weights fit, without them.
+
+    A checkpoint may come from a stranger, and sizes of 10^9 would be built until memory ends: so
+    the sizes are compared first with those that the weights have on disk.
+    """
+    file = weights_file(folder, "model")
+    encoding = make_encoding(config.loss.encoding, config.loss.harmonics)
+
+    def build() -> PanopticModel:
+        return PanopticModel(
+            config.model,
+            encoding.channels,
+            classes,
+            load_weights=False,
+            architecture=folder / ARCHITECTURE,
+        )
+
+    try:
+        with safe_open(file, "pt") as tensors:
+            found = {own_name(n): list(tensors.get_slice(n).get_shape()) for n in tensors.keys()}  # noqa: SIM118
+        blocks = {name.split(".")[2] for name in found if name.startswith("encoder.blocks.")}
+        if config.model.taps[-1] > len(blocks):
+            raise ValueError(f"they have {len(blocks)} blocks, model.taps {config.model.taps}")
+        with torch.device("meta"):
+            wanted = {name: list(value.shape) for name, value in build().weights().items()}
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                sizes = [str(each.get(name, "absent")) for each in (found, wanted)]
+                raise ValueError(f"{name} is {sizes[0]}, by the configuration {sizes[1]}")
+    except UNFIT as error:
+        raise _misfit(error, file) from None
+    return build()
+
+
+def _misfit(error: Exception, file: Path) -> InputError:
+    """What does not fit, and which versions wrote and read it."""
+    try:
+        wrote = read_state(file.parent).versions
+    except InputError:
+        wrote = {}
+    then, now = (" ".join(f"{k} {v}" for k, v in each.items()) for each in (wrote, VERSIONS))
+    return InputError(
+        f"weights do not fit the model: {str(error).splitlines()[0]}",
+        where=file,
+        remedy="the checkpoint is damaged or of another configuration; written by "
+        f"{then or 'versions that it does not name'}, read by {now}",
+    )
 
 
 def load_weights(
@@ -158,13 +220,9 @@ def load_weights(
             code="weights-damaged",
         )
     try:
-        model.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise InputError(
-            f"weights do not fit the model: {str(error).splitlines()[0]}",
-            where=path,
-            remedy="the checkpoint is damaged or of another configuration",
-        ) from None
+        model.take({own_name(name): value for name, value in load_file(path).items()})
+    except UNFIT as error:
+        raise _misfit(error, path) from None
 
 
 def load_training(
@@ -180,7 +238,7 @@ def load_training(
     if ema is not None:
         load_weights(ema, folder, "ema")
     try:
-        optimizer.load_state_dict(_load(folder / "optimizer.pt"))
+        load_optimizer(optimizer, model, _load(folder / "optimizer.pt"))
         generators = folder / f"rng_{rank}.pt"
         if generators.exists():  # with more ranks than before, the new ones draw afresh
             set_rng_state(_load(generators))
@@ -192,6 +250,18 @@ def load_training(
             remedy="remove it to go on from an earlier one",
         ) from None
     return state
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, model: PanopticModel, saved: dict[str, Any]
+) -> None:
+    """Puts back what `checkpoint.optimizer_state` gave; version 0.1 saved by numbers, not names."""
+    if "param_groups" not in saved:
+        names = {parameter: own_name(name) for name, parameter in model.named_parameters()}
+        now = optimizer.state_dict()
+        held = [names[p] for group in optimizer.param_groups for p in group["params"]]
+        saved = {**now, "state": {n: saved[name] for n, name in enumerate(held) if name in saved}}
+    optimizer.load_state_dict(saved)
 
 
 def _load(path: Path) -> Any:
