@@ -9,6 +9,7 @@ import typer
 from panoptic_cache.evaluate import commands as evaluate
 from panoptic_cache.pipeline import commands as pipeline
 from panoptic_cache.pipeline.console import run_program
+from panoptic_cache.pipeline.convert import commands as convert
 from panoptic_cache.train import commands as train
 
 STAGES = (pipeline, train, evaluate)
@@ -40,6 +41,7 @@ def make_app(name: str = "") -> typer.Typer:
             command for stage in STAGES for command in stage.bench.registered_commands
         ]
         app.add_typer(bench, name="bench", no_args_is_help=True)
+        app.add_typer(convert.app, name="convert", no_args_is_help=True)
     return app
 
 

@@ -21,6 +21,8 @@ ARROWS = {
     "pipeline.cache": "pipeline.base pipeline",
     "pipeline.render": "pipeline.base pipeline pipeline.cache pipeline.scenes",
     "pipeline.scenes": "pipeline.base pipeline",
+    "pipeline.convert": "pipeline.base pipeline",
+    "pipeline.convert.commands": "pipeline.* pipeline.console",
     "pipeline.pictures": "pipeline.base pipeline pipeline.cache",
     "pipeline.console": "pipeline.base pipeline pipeline.render",
     "pipeline.commands": "pipeline.* pipeline.console",
@@ -35,7 +37,8 @@ ARROWS = {
     "evaluate.study": "pipeline.* train evaluate.decoder evaluate.metric",
     "evaluate": "pipeline.* train evaluate.decoder evaluate.metric evaluate.report",
     "evaluate.commands": "pipeline.* pipeline.console train evaluate.*",
-    "cli": "pipeline.console pipeline.commands train.commands evaluate.commands",
+    "cli": "pipeline.console pipeline.commands pipeline.convert.commands train.commands"
+    " evaluate.commands",
 }
 """What the files of a package may import beside their own: packages without their sub-packages, or
 `name.*` for a package with them. What is not in the table may not be imported: commands, by none

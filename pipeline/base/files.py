@@ -207,7 +207,7 @@ def _is_kept(name: str) -> bool:
 
 def sweep(folder: Path) -> None:
     """Removes the half-written files of killed processes."""
-    for left_over in folder.glob(f"{_TEMPORARY}*"):
+    for left_over in folder.rglob(f"{_TEMPORARY}*"):
         left_over.unlink(missing_ok=True)
 
 

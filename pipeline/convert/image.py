@@ -1,0 +1,145 @@
+"""One image of a source -> its panoptic PNG, its photo and its rows of the annotation file."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import cannot_write, write_file
+from panoptic_cache.pipeline.coco import CocoLayout, Rejection
+from panoptic_cache.pipeline.convert.source import Drawing, Item, Row, photo_size
+from panoptic_cache.pipeline.png import ids_to_rgb
+
+MOST_SEGMENTS = 65_535
+"""Of one image: what a sample's segment map can number."""
+_SPREAD = 0x9E3779
+"""Odd, so its multiples modulo 2^24 are distinct: neighbours in the table get unlike colours."""
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What became of an image: a row of the journal."""
+
+    name: str  # Of the image's photo
+    mark: str  # Of its inputs
+    image: dict[str, Any] | None = None  # Rows of the annotation file, or None and the reason
+    annotation: dict[str, Any] | None = None
+    left_out: Rejection | None = None
+    unlabelled: int = 0  # Pixels
+    overlaps: int = 0  # Pixels
+    mended: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What drawing any image needs to know."""
+
+    layout: CocoLayout
+    copy: bool  # Photos, instead of linking them
+    things: frozenset[int]  # Ids of the categories that have instances
+
+
+def convert_image(one: tuple[Item, str, str], job: Job) -> Outcome:
+    """Draws one image, writes its PNG and its photo; what is wrong with it becomes its reason."""
+    item, png, mark = one
+    try:
+        size = photo_size(item.photo)
+        drawing = item.draw(size)
+        ids, segments, empty = number_segments(drawing, job.things)
+    except InputError as error:
+        return Outcome(item.name, mark, left_out=Rejection.of(item.image_id, item.name, error))
+    place = job.layout.panoptic_dir / png
+    make_folder(place.parent)
+    bgr = np.ascontiguousarray(ids_to_rgb(ids)[..., ::-1])
+    write_file(place, cv2.imencode(".png", bgr)[1].tobytes(), durable=False)
+    _bring(item.photo, job.layout.images / item.name, copy=job.copy)
+    height, width = size
+    return Outcome(
+        item.name,
+        mark,
+        {"id": item.image_id, "file_name": item.name, "height": height, "width": width},
+        {"image_id": item.image_id, "file_name": png, "segments_info": segments},
+        unlabelled=int(ids.size - np.count_nonzero(ids)),
+        overlaps=drawing.overlaps,
+        mended=(*drawing.mended, *["segment-empty"] * empty),
+    )
+
+
+def number_segments(
+    drawing: Drawing, things: frozenset[int]
+) -> tuple[NDArray[np.int32], list[dict[str, Any]], int]:
+    """Ids of a drawing's segments: (H, W) int32, their rows, and how many rows had no pixel.
+
+    What has one category of stuff becomes one segment. Raises InputError where there are more
+    segments than a sample can hold.
+    """
+    areas = np.bincount(drawing.segment_map.ravel(), minlength=len(drawing.rows) + 1)
+    empty = int(np.count_nonzero(areas[1:] == 0))
+    numbers: dict[object, int] = {}  # of the segments kept, from 1
+    kept: list[Row] = []
+    table = np.zeros(len(drawing.rows) + 1, np.int32)
+    for place, row in enumerate(drawing.rows, 1):
+        if areas[place]:
+            one = place if row.category_id in things else ("stuff", row.category_id)
+            if one not in numbers:
+                numbers[one] = len(kept) + 1
+                kept.append(row)
+            table[place] = numbers[one]
+    if len(kept) > MOST_SEGMENTS:
+        raise InputError(
+            f"{len(kept)} segments, {MOST_SEGMENTS} are the most", code="segments-too-many"
+        )
+    segment_map: NDArray[np.int32] = table[drawing.segment_map]  # (H, W)
+    areas = np.bincount(segment_map.ravel(), minlength=len(kept) + 1)
+    segments = []
+    for number, (row, box) in enumerate(
+        zip(kept, ndimage.find_objects(segment_map), strict=True), 1
+    ):
+        down, across = box
+        segments.append(
+            {
+                "id": number * _SPREAD & 0xFFFFFF,
+                "category_id": row.category_id,
+                "iscrowd": int(row.iscrowd and row.category_id in things),
+                "area": int(areas[number]),
+                "bbox": [
+                    across.start,
+                    down.start,
+                    across.stop - across.start,
+                    down.stop - down.start,
+                ],
+            }
+        )
+    ids = np.array([0, *(segment["id"] for segment in segments)], np.int32)[segment_map]
+    return ids, segments, empty
+
+
+def _bring(photo: Path, place: Path, *, copy: bool) -> None:
+    """Copies or links a photo; the link is absolute."""
+    temporary = place.with_name(f".{place.name}.tmp")
+    make_folder(place.parent)
+    try:
+        temporary.unlink(missing_ok=True)
+        if copy:
+            shutil.copyfile(photo, temporary)
+        else:
+            temporary.symlink_to(photo.resolve())
+        temporary.replace(place)
+    except OSError as error:
+        raise cannot_write(error, place) from None
+
+
+def make_folder(folder: Path) -> None:
+    """With what is above it; InputError where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(error, folder) from None
