@@ -92,13 +92,7 @@ def preprocess(
     dataset = read_dataset(layout)
     if dry_run:
         outlook = look(
-            dataset,
-            config,
-            workers=workers,
-            max_bad=max_bad,
-            split=name,
-            storage=Storage(out),
-            retry=retry,
+            dataset, name, Storage(out), config, workers=workers, max_bad=max_bad, retry=retry
         )
         print_values(outlook, as_json)
         if outlook["too_many"]:

@@ -89,7 +89,7 @@ def run(root: Path, **settings: Any) -> RenderResult:
 def outlook(root: Path, **settings: Any) -> dict[str, Any]:
     dataset = read_dataset(CocoLayout.of(root, "val"))
     storage, config = Storage(str(root / "cache")), RenderConfig(samples_per_shard=2)
-    return dry_run(dataset, config, workers=0, max_bad=2, split="val", storage=storage, **settings)
+    return dry_run(dataset, "val", storage, config, max_bad=2, **settings)
 
 
 def test_what_no_retry_brings_back_is_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:

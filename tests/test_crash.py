@@ -83,9 +83,12 @@ def tars(out: Path) -> int:
 
 
 @contextmanager
-def started(root: Path, out: Path, workers: int) -> Iterator[subprocess.Popen[str]]:
+def started(
+    root: Path, out: Path, workers: int, limits: str = "true"
+) -> Iterator[subprocess.Popen[str]]:
     """`panoptic preprocess` in a process group of its own, as a shell starts it."""
     command = [
+        *("sh", "-c", f'{limits} && exec "$@"', "sh"),
         *(sys.executable, str(MAIN), "preprocess", "--coco", str(root), "--split", "train"),
         *("--out", str(out), "--workers", str(workers), "--samples-per-shard", "1"),
     ]
@@ -201,6 +204,27 @@ def test_a_task_that_kills_its_workers_ends_in_one_line(
     assert not list(tmp_path.glob(".*"))
     render(tiny_dataset, "train", Storage(str(tmp_path)), config, workers=0)
     assert hashes(tmp_path) == hashes(tiny_cache)
+
+
+@pytest.mark.slow
+def test_nobody_can_connect_to_our_workers(
+    many: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    with started(many[0], tmp_path / "cache", 2) as process:
+        below = wait_for_tars(process, tmp_path / "cache", 3)
+        assert sum(is_worker(child) for child in below) == 2
+        for each in (psutil.Process(process.pid), *below):
+            assert not each.net_connections(kind="inet")
+
+
+@pytest.mark.slow
+def test_workers_that_cannot_start_end_in_one_line(
+    many: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    with started(many[0], tmp_path / "cache", 2, "ulimit -n 12") as process:
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.fullmatch(r"no worker process can start: Too many open files .*\n", errors), errors
 
 
 @pytest.mark.slow

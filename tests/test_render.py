@@ -30,8 +30,7 @@ from panoptic_cache.pipeline.photo import check_jpeg, encode_jpeg
 from panoptic_cache.pipeline.png import read_ids
 from panoptic_cache.pipeline.render.driver import RenderResult, render
 from panoptic_cache.pipeline.render.dry_run import dry_run
-from panoptic_cache.pipeline.render.image import render_image
-from panoptic_cache.pipeline.render.job import render_shard
+from panoptic_cache.pipeline.render.job import render_image, render_shard
 from panoptic_cache.pipeline.render.plan import RenderConfig
 
 CONFIG = RenderConfig(samples_per_shard=4)
@@ -211,7 +210,7 @@ def test_a_lost_plan_is_written_again_where_the_shards_are_of_it(
     (cache / "plan.json").unlink()
     if content is not None:
         (cache / "plan.json").write_text(content)
-    assert outlook(tiny_dataset, Storage(str(cache)))["done"] == 3
+    assert outlook(tiny_dataset, cache)["done"] == 3
     run(tiny_dataset, cache)
     assert hashes(cache) == before
 
@@ -420,27 +419,24 @@ def test_converted_photos_are_resized_once(root: Path) -> None:
     assert sample.photo == wanted
 
 
-def outlook(dataset: CocoPanoptic, storage: Storage | None = None) -> dict[str, Any]:
-    return dry_run(dataset, CONFIG, workers=2, max_bad=0, split="train", storage=storage)
+def outlook(dataset: CocoPanoptic, folder: Path, config: RenderConfig = CONFIG) -> dict[str, Any]:
+    return dry_run(dataset, "train", Storage(str(folder)), config, max_bad=0)
 
 
 def test_a_dry_run_tells_what_the_run_then_does(tiny_dataset: CocoPanoptic, tmp_path: Path) -> None:
-    storage = Storage(str(tmp_path / "deep" / "cache"))
-    found = outlook(tiny_dataset, storage)
+    folder = tmp_path / "deep" / "cache"
+    found = outlook(tiny_dataset, folder)
     assert not (tmp_path / "deep").exists()
-    result = run(tiny_dataset, tmp_path / "deep" / "cache")
+    result = run(tiny_dataset, folder)
     assert (found["images"], found["quarantined"], found["too_many"]) == (12, 0, False)
     assert (found["shards"], found["done"]) == (result.shards, 0)
     assert found["bytes"] == pytest.approx(result.bytes, rel=0.4)
     assert found["seconds"] > 0
     assert found["free_bytes"] > 0
-    (tmp_path / "deep" / "cache" / "train-00001.tar").unlink()
-    assert outlook(tiny_dataset, storage)["done"] == 2
+    (folder / "train-00001.tar").unlink()
+    assert outlook(tiny_dataset, folder)["done"] == 2
     with pytest.raises(InputError, match="samples_per_shard was 4, now 5"):
-        dry_run(
-            tiny_dataset, replace(CONFIG, samples_per_shard=5), workers=1, max_bad=0,
-            split="train", storage=storage,
-        )  # fmt: skip
+        outlook(tiny_dataset, folder, replace(CONFIG, samples_per_shard=5))
 
 
 def cut(path: Path) -> None:
@@ -460,6 +456,6 @@ def test_a_dry_run_finds_what_the_run_will_find(
 ) -> None:
     harm(sorted((root / folder).iterdir())[5])
     dataset = read_dataset(CocoLayout.of(root, "train"))
-    found = outlook(dataset)
+    found = outlook(dataset, tmp_path / "cache")
     assert (found["images"], found["quarantined"], found["too_many"]) == (12, 1, True)
     assert run(dataset, tmp_path / "cache", max_bad=1).quarantined == 1

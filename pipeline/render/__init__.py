@@ -1,5 +1,5 @@
-"""The Dask stage: plans shards, renders each as one job, and writes the index last.
+"""The render stage: plans shards, renders each as one job, and writes the index last.
 
 In: a `CocoPanoptic` dataset and a `RenderConfig`. Out: a cache that a killed run continues to the
-same bytes. Read first: `image.py` (one image), then `driver.py` (the whole split).
+same bytes. Read first: `job.py` (one image, one shard), then `driver.py` (the whole split).
 """

@@ -24,7 +24,7 @@ from skimage.segmentation import find_boundaries
 from panoptic_cache.pipeline.cache.sample import Sample
 from panoptic_cache.pipeline.cache.shards import pack_shard
 from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, PanopticRecord, read_dataset
-from panoptic_cache.pipeline.render.image import render_image
+from panoptic_cache.pipeline.render.job import render_image
 from panoptic_cache.pipeline.render.plan import RenderConfig
 from panoptic_cache.pipeline.scenes.scene import write_dataset
 

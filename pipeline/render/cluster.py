@@ -1,4 +1,4 @@
-"""Dask: one job for each shard, a bounded number at a time, and one clear line for each failure."""
+"""Jobs on a running Dask scheduler: a bounded number at a time, one clear line for a failure."""
 
 from __future__ import annotations
 
@@ -7,24 +7,22 @@ import logging
 import time
 import uuid
 from asyncio import CancelledError
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from multiprocessing import resource_tracker
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import cv2
-from distributed import Client, Future, KilledWorker, LocalCluster, as_completed
+from distributed import Client, Future, KilledWorker, as_completed
 from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
 
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.process import held_back, keep_heap
 from panoptic_cache.pipeline.render.plan import ShardPlan
+from panoptic_cache.pipeline.render.processes import raise_died
 
 T = TypeVar("T")
 
 CONNECT_SECONDS, WORKER_SECONDS = 10, 120
-"""How long to wait for a running scheduler, and for its first worker."""
+"""How long to wait for the scheduler, and for its first worker."""
 POLL_SECONDS, LOOK_SECONDS, DESERTED_SECONDS = 0.02, 2, 10
 """How often to look for finished shards and for workers, and how long none may be there."""
 
@@ -34,26 +32,21 @@ log = logging.getLogger(__name__)
 _DASK_LOGGERS = ("distributed", "distributed.client", "distributed.gc", "tornado", "asyncio")
 
 
-def run_tasks(
-    work: Callable[..., T],
-    shards: Sequence[ShardPlan],
-    *arguments: Any,
-    workers: int,
-    scheduler: str | None,
-) -> Iterator[T]:
-    """Calls `work(shard, *arguments)` for every shard, on Dask, in any order.
+def run_on(
+    scheduler: str, work: Callable[..., T], shards: Sequence[ShardPlan], *arguments: Any
+) -> Generator[T]:
+    """Calls `work(shard, *arguments)` for every shard, in any order.
 
     Args:
+        scheduler: Its address.
         work: At module level, as it is pickled by name.
         shards: Each job carries its own slice of the annotations only.
         arguments: The same for every job; small.
-        workers: Processes of a cluster that this run starts.
-        scheduler: Address of a running scheduler to use instead.
 
     Raises:
-        InputError: A job raised one, killed its worker repeatedly, or the scheduler went away.
+        InputError: A job raised one or killed its worker repeatedly, or the scheduler went away.
     """
-    with _quiet(), connect(workers, scheduler) as client:
+    with _quiet(), connect(scheduler) as client:
         # New names for each run: a scheduler remembers the failed jobs of the last one.
         run = uuid.uuid4().hex[:8]
         waiting = iter(shards)
@@ -107,71 +100,24 @@ def _threads(client: Client) -> int | None:
         return None
 
 
-def _result(future: Future, name: str, scheduler: str | None) -> Any:
-    try:
-        return future.result()
-    except KilledWorker as error:
-        raise InputError(
-            f"its worker died {error.allowed_failures + 1} times, most likely out of memory",
-            where=f"shard {name}",
-            remedy="go on with fewer --workers, or in another folder with --samples-per-shard 64",
-            code="worker-killed",
-        ) from None
-    except ImportError as error:
-        raise InputError(
-            f"the workers lack a package: {error}",
-            where=scheduler or "",
-            remedy="install the same version of this program for them",
-            code="worker-differs",
-        ) from None
-    except (FutureCancelledError, CancelledError, CommClosedError):
-        raise InputError(
-            "the Dask scheduler went away",
-            where=scheduler or "own cluster",
-            remedy="run the same command to go on",
-            code="scheduler-lost",
-        ) from None
-    except OSError as error:
-        raise InputError(str(error), where=f"shard {name}", code="worker-failed") from None
-
-
 @contextmanager
-def connect(workers: int, scheduler: str | None) -> Iterator[Client]:
-    """A client of a new cluster of `workers` processes, or of the scheduler at an address.
-
-    Raises:
-        InputError: No scheduler answers there, or it has no workers.
-    """
-    if scheduler is not None:
+def connect(scheduler: str) -> Iterator[Client]:
+    """A client of a scheduler; InputError where none answers, or it has no workers."""
+    try:
+        client = Client(scheduler, timeout=CONNECT_SECONDS)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"no Dask scheduler answers: {error}",
+            where=scheduler,
+            remedy="start dask scheduler, or use --workers",
+        ) from None
+    with client:
         try:
-            client = Client(scheduler, timeout=CONNECT_SECONDS)
-        except (OSError, ValueError) as error:
+            client.wait_for_workers(1, timeout=WORKER_SECONDS)
+        except TimeoutError:
             raise InputError(
-                f"no Dask scheduler answers: {error}",
-                where=scheduler,
-                remedy="start dask scheduler, or use --workers",
+                "the Dask scheduler has no workers", where=scheduler, remedy="start dask worker"
             ) from None
-        with client:
-            try:
-                client.wait_for_workers(1, timeout=WORKER_SECONDS)
-            except TimeoutError:
-                raise InputError(
-                    "the Dask scheduler has no workers", where=scheduler, remedy="start dask worker"
-                ) from None
-            yield client
-        return
-    # Otherwise the first process to be spawned starts it, and in doing so lets signals through.
-    resource_tracker.ensure_running()
-    with ExitStack() as stack:
-        with held_back():
-            cluster = LocalCluster(
-                n_workers=workers,
-                threads_per_worker=1,
-                dashboard_address="127.0.0.1:0",  # any port: a second run would warn of a taken one
-                silence_logs=logging.CRITICAL,
-            )
-            stack.enter_context(cluster)
-            client = stack.enter_context(Client(cluster))
         yield client
 
 
@@ -192,7 +138,24 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def prepare_worker() -> None:
-    """Called in each process that renders: one thread for OpenCV, and memory is kept."""
-    cv2.setNumThreads(1)  # the workers are the parallelism
-    keep_heap()
+def _result(future: Future, name: str, scheduler: str) -> Any:
+    try:
+        return future.result()
+    except (KilledWorker, MemoryError):
+        raise_died(name)
+    except ImportError as error:
+        raise InputError(
+            f"the workers lack a package: {error}",
+            where=scheduler,
+            remedy="install the same version of this program for them",
+            code="worker-differs",
+        ) from None
+    except (FutureCancelledError, CancelledError, CommClosedError):
+        raise InputError(
+            "the Dask scheduler went away",
+            where=scheduler,
+            remedy="run the same command to go on",
+            code="scheduler-lost",
+        ) from None
+    except OSError as error:
+        raise InputError(str(error), where=f"shard {name}", code="worker-failed") from None

@@ -29,10 +29,10 @@ from panoptic_cache.pipeline.cache.index import (
 )
 from panoptic_cache.pipeline.cache.sample import FORMAT_VERSION
 from panoptic_cache.pipeline.cache.shards import finished_shard
-from panoptic_cache.pipeline.coco import Category, CocoPanoptic, Rejection, sort_rejections
-from panoptic_cache.pipeline.render.cluster import run_tasks
+from panoptic_cache.pipeline.coco import CocoPanoptic, Rejection, sort_rejections
 from panoptic_cache.pipeline.render.job import FinishedShard, RenderJob, render_shard, tools
 from panoptic_cache.pipeline.render.plan import Plan, RenderConfig, ShardPlan, allowed, make_plan
+from panoptic_cache.pipeline.render.processes import run_here
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class RenderResult:
     too_many: bool  # More was left out than allowed
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that `preprocess --json` prints."""
+        """All but `too_many`, which is the exit code."""
         return {key: value for key, value in asdict(self).items() if key != "too_many"}
 
 
@@ -73,7 +73,7 @@ def render(
         split: Its name.
         storage: The cache's folder.
         config: What decides the bytes.
-        workers: Processes of a Dask cluster that this run starts; 0 renders in this process.
+        workers: Processes that this run starts; 0 renders in this one.
         scheduler: Address of a running Dask scheduler to use instead.
         max_bad: Images that may be left out, as a fraction (below 1) or a count.
         strict: Every warning aborts.
@@ -87,7 +87,15 @@ def render(
     plan = make_plan(dataset, split, config)
     images = len(dataset.records) + len(dataset.rejections)
     limit = 0 if strict else allowed(max_bad, images)
-    check_rejections(plan, images, limit)
+    if len(plan.rejections) > limit:
+        first = plan.rejections[0]
+        raise InputError(
+            f"{len(plan.rejections)} of {images} images are bad, {limit} are allowed; the first is"
+            f" {first.image_id}: {first.message}",
+            where=split,
+            remedy="mend them, or raise --max-bad",
+            code="max-bad",
+        )
     storage = storage.absolute()
     storage.create()
     with storage.locked():
@@ -105,8 +113,8 @@ def render(
         try:
             with (
                 progress("render", len(dataset.records), "images", finished) as advance,
-                # Closed before the lock is released: no worker of our cluster writes after that.
-                # What workers of another scheduler still write, `write_shard` holds to the plan.
+                # Closed before the lock is released: no process of ours writes after that.
+                # What workers of a scheduler still write, `write_shard` holds to the plan.
                 closing(_run(todo, job, workers, scheduler)) as results,
             ):
                 for shard in results:
@@ -117,36 +125,17 @@ def render(
                 f"{len(done)} of {len(plan.shards)} shards are done, run the same command to go on"
             )
             raise
-        shards = [done[shard.name] for shard in plan.shards]
-        check_places(storage, shards)
-        rejections = left_out(plan, shards)
-        quarantine = encode_quarantine(rejections)
-        index = make_index(plan, dataset.categories, shards, len(rejections), quarantine)
-        storage.write(QUARANTINE_NAME, quarantine)
-        storage.write(INDEX_NAME, encode_index(index))
-    _report(plan, shards)
+        index = _finish(plan, dataset, done, storage)
+    _report(plan, done)
     return RenderResult(
         images=images,
         written=index.samples,
-        quarantined=len(rejections),
-        shards=len(shards),
-        bytes=sum(shard.entry.size for shard in shards),
+        quarantined=index.quarantined,
+        shards=len(index.shards),
+        bytes=sum(shard.size for shard in index.shards),
         seconds=round(time.monotonic() - start, 3),
-        too_many=len(rejections) > limit,
+        too_many=index.quarantined > limit,
     )
-
-
-def check_rejections(plan: Plan, images: int, limit: int) -> None:
-    """Raises InputError if more images cannot be tried than `max_bad` allows."""
-    if len(plan.rejections) > limit:
-        first = plan.rejections[0]
-        raise InputError(
-            f"{len(plan.rejections)} of {images} images are bad, {limit} are allowed; the first is"
-            f" {first.image_id}: {first.message}",
-            where=plan.split,
-            remedy="mend them, or raise --max-bad",
-            code="max-bad",
-        )
 
 
 def finished_shards(
@@ -162,62 +151,55 @@ def finished_shards(
     }
 
 
-def check_places(storage: Storage, shards: Sequence[FinishedShard]) -> None:
-    """Raises InputError if a tar or sidecar is missing here: workers may have other disks."""
-    sizes = storage.sizes()
-    for shard in shards:
-        name = shard.entry.name
-        if sizes.get(f"{name}.tar") != shard.entry.size or f"{name}.json" not in sizes:
-            raise InputError(
-                "a worker wrote it, and it is not here",
-                where=storage.path(f"{name}.tar"),
-                remedy="--out must be a place that all workers share with this process",
-                code="not-shared",
-            )
-
-
 def _run(
     todo: Sequence[ShardPlan], job: RenderJob, workers: int, scheduler: str | None
 ) -> Generator[FinishedShard]:
     """Renders shards in any order."""
-    if not todo:
-        return
-    if workers == 0 and scheduler is None:
-        for shard in todo:
-            yield render_shard(shard, job)
-        return
-    yield from run_tasks(render_shard, todo, job, workers=workers, scheduler=scheduler)
+    if todo and scheduler is not None:
+        # Imported here: it takes longer than rendering some images.
+        from panoptic_cache.pipeline.render.cluster import run_on  # noqa: PLC0415
+
+        yield from run_on(scheduler, render_shard, todo, job)
+    elif workers > 0:
+        yield from run_here(render_shard, todo, job, workers=workers)
+    else:
+        yield from (render_shard(shard, job) for shard in todo)
 
 
-def make_index(
-    plan: Plan,
-    categories: tuple[Category, ...],
-    shards: Sequence[FinishedShard],
-    quarantined: int,
-    quarantine: bytes,
+def _finish(
+    plan: Plan, dataset: CocoPanoptic, done: dict[str, FinishedShard], storage: Storage
 ) -> ShardIndex:
-    """The index, from finished shards and the bytes of `quarantine.jsonl`."""
-    return ShardIndex(
+    """Writes `quarantine.jsonl` and the index; InputError where a shard is missing here."""
+    shards, sizes = [done[shard.name].entry for shard in plan.shards], storage.sizes()
+    for shard in shards:
+        if sizes.get(f"{shard.name}.tar") != shard.size or f"{shard.name}.json" not in sizes:
+            raise InputError(
+                "a worker wrote it, and it is not here",
+                where=storage.path(f"{shard.name}.tar"),
+                remedy="--out must be a place that all workers share with this process",
+                code="not-shared",
+            )
+    rejections = left_out(plan, done)
+    quarantine = "".join(f"{json.dumps(asdict(one))}\n" for one in rejections).encode()
+    index = ShardIndex(
         format_version=FORMAT_VERSION,
         split=plan.split,
         fingerprint=plan.fingerprint,
         settings=asdict(plan.config),
-        categories=categories,
-        samples=sum(shard.entry.samples for shard in shards),
-        quarantined=quarantined,
+        categories=dataset.categories,
+        samples=sum(shard.samples for shard in shards),
+        quarantined=len(rejections),
         quarantine_sha256=hashlib.sha256(quarantine).hexdigest(),
-        shards=tuple(shard.entry for shard in shards),
+        shards=tuple(shards),
     )
+    storage.write(QUARANTINE_NAME, quarantine)
+    storage.write(INDEX_NAME, encode_index(index))
+    return index
 
 
-def left_out(plan: Plan, shards: Sequence[FinishedShard]) -> tuple[Rejection, ...]:
+def left_out(plan: Plan, done: dict[str, FinishedShard]) -> tuple[Rejection, ...]:
     """The images left out, before and during the work, in the order of their ids."""
-    return sort_rejections([*plan.rejections, *(r for s in shards for r in s.rejections)])
-
-
-def encode_quarantine(rejections: Sequence[Rejection]) -> bytes:
-    """The bytes of `quarantine.jsonl`: a JSON line for each image left out."""
-    return "".join(f"{json.dumps(asdict(rejection))}\n" for rejection in rejections).encode()
+    return sort_rejections([*plan.rejections, *(r for s in done.values() for r in s.rejections)])
 
 
 def _check_strictly(shards: Iterable[FinishedShard]) -> None:
@@ -233,16 +215,16 @@ def _check_strictly(shards: Iterable[FinishedShard]) -> None:
             raise InputError(f"{code} in {count} places", where=shard.entry.name, code="strict")
 
 
-def _report(plan: Plan, shards: Sequence[FinishedShard]) -> None:
+def _report(plan: Plan, done: dict[str, FinishedShard]) -> None:
     repairs: Counter[str] = Counter()
-    for shard in shards:
+    for shard in done.values():
         repairs.update(shard.repairs)
     for code, count in sorted(repairs.items()):
         if count:
             log.warning("mended: %s, %d times", code, count)
-    for code, count in sorted(Counter(r.code for r in left_out(plan, shards)).items()):
+    for code, count in sorted(Counter(r.code for r in left_out(plan, done)).items()):
         log.warning("left out: %s, %d images, see %s", code, count, QUARANTINE_NAME)
-    if any(shard.rejections for shard in shards):
+    if any(shard.rejections for shard in done.values()):
         log.info("pictures that are mended come in with --retry")
     if plan.rejections:
         log.info("files that were missing and annotations, once mended, need a new cache")

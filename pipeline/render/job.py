@@ -1,4 +1,4 @@
-"""One shard on one worker: the Dask job, its input and its result."""
+"""What a worker does: one annotated image -> its sample, one planned shard -> its files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ import simplejpeg
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.base.process import keep_heap
 from panoptic_cache.pipeline.cache.index import ShardEntry, Sidecar
-from panoptic_cache.pipeline.cache.sample import Sample
+from panoptic_cache.pipeline.cache.sample import Sample, Segment, encode_distance
 from panoptic_cache.pipeline.cache.shards import write_shard
 from panoptic_cache.pipeline.coco import Category, PanopticRecord, Rejection
-from panoptic_cache.pipeline.render.cluster import prepare_worker
-from panoptic_cache.pipeline.render.image import render_image
+from panoptic_cache.pipeline.photo import fitted_size, read_photo
+from panoptic_cache.pipeline.png import read_ids
 from panoptic_cache.pipeline.render.plan import RenderConfig, ShardPlan
+from panoptic_cache.pipeline.targets import (
+    compute_targets,
+    drop_empty_rows,
+    make_segment_map,
+    resize_segment_map,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +42,7 @@ class RenderJob:
 
 @dataclass(frozen=True, slots=True)
 class FinishedShard:
-    """What the driver keeps of a shard: little, so that its memory stays small."""
+    """What the driver keeps of a sidecar: little, so that its memory stays small."""
 
     entry: ShardEntry  # The shard's line in the index
     rejections: tuple[Rejection, ...]  # Images of it that were left out
@@ -43,7 +50,7 @@ class FinishedShard:
 
     @classmethod
     def of(cls, sidecar: Sidecar) -> FinishedShard:
-        """From a sidecar on disk."""
+        """Without the samples."""
         return cls(sidecar.entry(), sidecar.rejections, sidecar.repairs)
 
 
@@ -52,12 +59,17 @@ def tools() -> str:
     return f"OpenCV {cv2.__version__}, simplejpeg {simplejpeg.__version__}, NumPy {np.__version__}"
 
 
-def render_shard(shard: ShardPlan, job: RenderJob) -> FinishedShard:
-    """Renders and writes one shard: a Dask job. A bad image costs one sample.
+def prepare_worker() -> None:
+    """Called in each process that renders: one thread for OpenCV, and memory is kept."""
+    cv2.setNumThreads(1)  # the workers are the parallelism
+    keep_heap()
 
-    Raises:
-        InputError: It cannot be written, a file has disappeared, this worker would write other
-            bytes than the driver, or, with `strict`, anything is wrong with an image.
+
+def render_shard(shard: ShardPlan, job: RenderJob) -> FinishedShard:
+    """Renders and writes one shard. A bad image costs one sample.
+
+    InputError where it cannot be written, a file has disappeared, this worker would write other
+    bytes than the driver, or, with `strict`, anything is wrong with an image.
     """
     if job.tools != tools():
         raise InputError(
@@ -118,3 +130,71 @@ def _refuse_repairs(record: PanopticRecord, repairs: Mapping[str, int]) -> None:
                 remedy="mend it, or leave out --strict",
                 code="strict",
             )
+
+
+def render_image(
+    record: PanopticRecord,
+    config: RenderConfig,
+    categories: dict[int, Category],
+    repairs: Counter[str],
+) -> Sample:
+    """One annotated image -> its sample: read strictly, fitted, targets computed after that.
+
+    Args:
+        record: The annotated image.
+        config: Fit and size.
+        categories: By id.
+        repairs: Counts, by code, of what was mended on the way; added to.
+
+    Raises:
+        InputError: The image must be left out.
+    """
+    ids = read_ids(record.png, (record.height, record.width))  # (H, W) int32
+    photo = read_photo(record, repairs, pixels=config.size is not None)
+    segment_map = make_segment_map(ids, [segment.id for segment in record.segments])
+    if cv2.countNonZero(segment_map) < cv2.countNonZero(ids):
+        repairs["png-id-unknown"] += 1
+    size = fitted_size(record.height, record.width, config.size, config.fit)
+    segment_map, kept = drop_empty_rows(segment_map, len(record.segments))
+    repairs["segment-empty"] += len(record.segments) - len(kept)
+    rows = [record.segments[row] for row in kept]
+    if size != ids.shape:
+        segment_map, kept = drop_empty_rows(resize_segment_map(segment_map, size), len(rows))
+        rows = [rows[row] for row in kept]
+    targets = compute_targets(segment_map, [row.iscrowd for row in rows])
+    geometry = targets.geometry
+    segments = []
+    for row, area, box, centroid in zip(
+        rows,
+        geometry.area.tolist(),
+        geometry.bbox.tolist(),
+        geometry.centroid.tolist(),
+        strict=True,
+    ):
+        if size == ids.shape:
+            repairs["area-wrong"] += row.area is not None and row.area != area
+            repairs["bbox-wrong"] += row.bbox is not None and row.bbox != tuple(box)
+        category = categories[row.category_id]
+        segments.append(
+            Segment(
+                id=row.id,
+                category_id=row.category_id,
+                label=category.label,
+                isthing=category.isthing,
+                iscrowd=bool(row.iscrowd),
+                area=area,
+                bbox=tuple(box),
+                centroid=tuple(centroid) if category.isthing and not row.iscrowd else None,
+            )
+        )
+    return Sample(
+        key=record.key,
+        image_id=record.image_id,
+        file_name=record.file_name,
+        original_size=(record.height, record.width),
+        photo=photo.resized(size, config.jpeg_quality),
+        segment_map=segment_map,
+        eds=encode_distance(targets.distance),
+        void=targets.void,
+        segments=tuple(segments),
+    )

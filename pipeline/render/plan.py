@@ -51,7 +51,7 @@ class RenderConfig:
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """One task: a shard and the records that go into it, in this order."""
+    """One job: a shard and the records that go into it, in this order."""
 
     name: str
     records: tuple[PanopticRecord, ...]
