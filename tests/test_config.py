@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_type_hints
 
 import pytest
 
@@ -16,6 +17,7 @@ from panoptic_cache.pipeline.base.config import (
 )
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.render.plan import RenderConfig
+from panoptic_cache.train.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,41 @@ def test_a_date_is_refused_and_no_accident(tmp_path: Path) -> None:
 def test_render_settings_that_make_no_sense_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         RenderConfig(**values)
+
+
+def number_fields(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every number of a configuration, by name, and its type."""
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        if is_dataclass(hint):
+            yield from number_fields(cast("type", hint), f"{prefix}{name}.")
+        elif "int" in str(hint) or "float" in str(hint):
+            yield prefix + name, hint
+
+
+@pytest.mark.parametrize(("name", "hint"), [*number_fields(TrainConfig)])
+def test_every_number_of_a_training_has_a_range(name: str, hint: Any) -> None:
+    """Nothing far below zero, far above a million or undefined is taken, in lists neither."""
+    length = 4 if "strides" in name else 2
+    for wrong in ("-1e9", "-1", "nan", "1e300", str(2**70)):
+        value = f"[{', '.join([wrong] * length)}]" if "tuple" in str(hint) else wrong
+        if (name, wrong) in {("optim.clip_norm", "1e300"), ("optim.clip_norm", str(2**70))}:
+            continue  # as good as inf, which switches clipping off
+        with pytest.raises(InputError, match=f"run.toml: {name}"):
+            build_config(TrainConfig, override({}, [f"{name}={value}"]), where="run.toml")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("data.scale=[1, 1e6]", "data.scale=[1.4, 0.7]", "data.batch=0", "data.colour=1.5"),
+        *("model.taps=[]", "model.taps=[2, 1]", "model.drop_path=1", "model.random.heads=0"),
+        *("optim.betas=[1, 1]", "optim.lr=0", "optim.clip_norm=0", "loss.harmonics=0", "steps=0"),
+        *("ema=1", "keep=0", "validation.every=1", 'validation.metric="pq"'),
+    ],
+)
+def test_training_settings_that_make_no_sense_are_refused(setting: str) -> None:
+    with pytest.raises(InputError):
+        build_config(TrainConfig, override({}, [setting]), where="run.toml")
 
 
 def test_fingerprints_depend_on_contents_only() -> None:

@@ -35,6 +35,7 @@ from panoptic_cache.train.config import DataConfig
 from panoptic_cache.train.data import (
     Batch,
     MicroBatches,
+    Share,
     check_rendered_size,
     collate,
     indexed_loader,
@@ -58,9 +59,7 @@ def config_of(micro: int, accumulated: int, world: int) -> DataConfig:
 def micro_batches(
     config: DataConfig, samples: int, steps: range, rank: int = 0, world: int = 1
 ) -> list[list[tuple[int, int]]]:
-    return list(
-        MicroBatches(config=config, seed=3, samples=samples, steps=steps, rank=rank, world=world)
-    )
+    return list(MicroBatches(config, samples, Share(seed=3, steps=steps, rank=rank, world=world)))
 
 
 sizes = st.integers(1, 4)
@@ -445,7 +444,7 @@ def load(
 ) -> list[Batch]:
     reader = ShardReader(cache)
     return list(
-        iterate(indexed_loader(reader, config, seed=5, steps=steps, rank=rank, world=world))
+        iterate(indexed_loader(reader, config, Share(seed=5, steps=steps, rank=rank, world=world)))
     )
 
 

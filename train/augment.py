@@ -126,12 +126,8 @@ def cut_square(
 ) -> NDArray[Scalar]:
     """Crops or pads each axis of (H, W, ...) values, so that they become (side, side, ...).
 
-    Args:
-        values: A photo or a map.
-        side: Pixels.
-        place: (x, y) in [0, 1]: which part of the pixels to cut off or to pad lies to the left, and
-            which part above.
-        fill: Value of the padding.
+    `place`, (x, y) in [0, 1], is which part of the pixels to cut off or to pad lies to the left,
+    and which part above.
     """
     height, width = values.shape[:2]
     top, left = round((height - side) * place[1]), round((width - side) * place[0])  # < 0: padding

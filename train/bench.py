@@ -9,13 +9,13 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
-import simplejpeg
 import torch
 from PIL import Image
 from torch import nn
@@ -25,6 +25,7 @@ from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.pipeline.cache.sample import encode_distance
 from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.pipeline.coco import CocoLayout, PanopticRecord
+from panoptic_cache.pipeline.photo import decode_photo
 from panoptic_cache.pipeline.png import read_ids
 from panoptic_cache.pipeline.render.bench import (
     BenchTable,
@@ -39,7 +40,7 @@ from panoptic_cache.pipeline.render.plan import RenderConfig
 from panoptic_cache.pipeline.targets import compute_targets, make_segment_map, resize_segment_map
 from panoptic_cache.train.augment import Augmentation, draw_augmentation, jitter_colour, make_item
 from panoptic_cache.train.config import DataConfig, ModelConfig, RandomBackbone, TrainConfig
-from panoptic_cache.train.data import Batch, collate, indexed_loader
+from panoptic_cache.train.data import Batch, Share, collate, indexed_loader
 from panoptic_cache.train.encoding import make_encoding
 from panoptic_cache.train.losses import instance_loss, semantic_loss
 from panoptic_cache.train.model import PanopticModel, Task
@@ -53,39 +54,39 @@ from panoptic_cache.train.summary import summarize_model
 def bench_load(layout: CocoLayout | None = None, images: int = 32, size: int = 420) -> BenchTable:
     """Makes training samples on one core: from the cache, online, and only the photo.
 
-    Args:
-        layout: A real dataset; made-up scenes where None.
-        images: Number of samples.
-        size: Side of the network's input, and of the cache.
+    Without a layout of made-up scenes. `size` is the side of the network's input, and of the cache.
     """
     cv2.setNumThreads(1)
     config = DataConfig(size=size)
     with bench_dataset(layout, images) as dataset, tempfile.TemporaryDirectory() as folder:
         render(dataset, "bench", Storage(folder), RenderConfig("squash", size), workers=0)
-        reader = ShardReader(Path(folder))
+        reader, records = ShardReader(Path(folder)), dataset.records
         count = len(reader)
 
-        def cached() -> None:
-            for position in range(count):
-                augmentation = draw_augmentation(config, 0, (0, position))
-                make_item(reader.sample(position), config, augmentation)
+        def cached(position: int) -> None:
+            augmentation = draw_augmentation(config, 0, (0, position))
+            make_item(reader.sample(position), config, augmentation)
 
-        def each(work: Callable[[PanopticRecord, int], object]) -> float:
-            return best_ms(lambda: [work(record, size) for record in dataset.records], count)
+        def timing(name: str, work: Callable[[int], object]) -> Timing:
+            return Timing(name, best_ms(lambda: [work(n) for n in range(count)], count))
 
-        slow, fast, ours, floor = timings = (
-            Timing("online, the obvious way: Pillow, scipy, a loop", each(obvious)),
-            Timing("online, by our functions", each(online)),
-            Timing("from the cache", best_ms(cached, count)),
-            Timing("the floor: JPEG decode and resize", each(photo_only)),
+        timings = (
+            timing(
+                "online, the obvious way: Pillow, scipy, a loop",
+                lambda n: obvious(records[n], size),
+            ),
+            timing("online, by our functions", lambda n: online(records[n], size)),
+            timing("from the cache", cached),
+            timing("the floor: JPEG decode and resize", lambda n: photo_only(records[n], size)),
         )
+    slow, fast, ours, floor = (each.ms for each in timings)
     return timing_table(
         f"one training sample at {size} px, {count} images on one core",
         timings,
         {
-            "the cache against online, the obvious way": slow.ms / ours.ms,
-            "the cache against online, by our functions": fast.ms / ours.ms,
-            "the cache against the floor": ours.ms / floor.ms,
+            "the cache against online, the obvious way": slow / ours,
+            "the cache against online, by our functions": fast / ours,
+            "the cache against the floor": ours / floor,
         },
     )
 
@@ -108,10 +109,7 @@ def online(record: PanopticRecord, size: int) -> None:
 
 def photo_only(record: PanopticRecord, size: int) -> None:
     """What any training must do: decode a photo and resize it."""
-    photo = simplejpeg.decode_jpeg(
-        record.photo.read_bytes(), "RGB", min_height=size, min_width=size
-    )
-    cv2.resize(photo, (size, size), interpolation=cv2.INTER_AREA)
+    decode_photo(record.photo.read_bytes(), record.photo.name, (size, size))
 
 
 # Stepping
@@ -144,51 +142,19 @@ LARGE = {
 """The smallest and the largest of the paper's models, as `configs/` has them."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepTiming:
-    """One variant of a model: milliseconds an image, of the best round."""
-
-    model: str
-    variant: str
-    encoder_ms: float  # the encoder alone, forward and backward
-    instance_ms: float  # the whole step of the instance task
-    semantic_ms: float  # the same of the semantic task
-    fed_ms: float  # the whole step, tasks alternating, fed by the loader
-    tflops: float  # TFLOP/s of the whole step; what is recomputed does not count
-    matrix_tflops: float  # TFLOP/s of a large matrix product on this device
-    peak_gib: float  # of the device's memory; 0 on a processor
-
-    @property
-    def whole_ms(self) -> float:
-        """The whole step, averaged over the tasks as they alternate."""
-        return (2 * self.instance_ms + self.semantic_ms) / 3
-
-
-def step_table(title: str, timings: Sequence[StepTiming]) -> BenchTable:
-    """A column for each variant: a line for each part of a step, then one for each ratio."""
-    lines: list[tuple[str, Callable[[StepTiming], str]]] = [
-        ("the encoder alone, forward and backward", lambda t: f"{t.encoder_ms:.1f}"),
-        ("the whole step, instance task", lambda t: f"{t.instance_ms:.1f}"),
-        ("the whole step, semantic task", lambda t: f"{t.semantic_ms:.1f}"),
-        ("both as they alternate, fed by the loader", lambda t: f"{t.fed_ms:.1f}"),
-        ("images/s", lambda t: f"{1e3 / t.fed_ms:.1f}"),
-        ("whole step against encoder alone", lambda t: f"{t.whole_ms / t.encoder_ms:.2f}"),
-        ("fed against whole step", lambda t: f"{t.fed_ms / t.whole_ms:.2f}"),
-        ("TFLOP/s", lambda t: f"{t.tflops:.3g}"),
-        ("part of the matrix rate", lambda t: f"{t.tflops / t.matrix_tflops:.2f}"),
-        ("GiB of the device's memory", lambda t: f"{t.peak_gib:.1f}"),
-    ]
-    shown = lines if any(t.peak_gib for t in timings) else lines[:-1]
-    ratios = [
-        {"whole_to_encoder": t.whole_ms / t.encoder_ms, "fed_to_whole": t.fed_ms / t.whole_ms}
-        for t in timings
-    ]
-    return BenchTable(
-        title,
-        ("ms/image", *(f"{t.model}: {t.variant}" for t in timings)),
-        [(name, *map(value, timings)) for name, value in shown],
-        {"title": title, "timings": [asdict(t) for t in timings], "ratios": ratios},
-    )
+LINES = {
+    "encoder_ms": "the encoder alone, forward and backward, ms/image",
+    "instance_ms": "the whole step, instance task",
+    "semantic_ms": "the whole step, semantic task",
+    "fed_ms": "both as they alternate, fed by the loader",
+    "images_per_second": "images/s",
+    "whole_to_encoder": "whole step against encoder alone",
+    "fed_to_whole": "fed against whole step",
+    "tflops": "TFLOP/s",
+    "part_of_matrix_rate": "part of the rate of a large matrix product",
+    "peak_gib": "GiB of the device's memory",
+}
+"""Of the table, by their name in the JSON."""
 
 
 def bench_step(
@@ -200,12 +166,9 @@ def bench_step(
 ) -> BenchTable:
     """Times training steps with and without gradient checkpointing and `torch.compile`.
 
-    Args:
-        config: The run; a step takes one micro-batch. Without one, the paper's models on a GPU, a
-            small one elsewhere.
-        classes: Categories of the semantic head.
-        rounds: Rounds of three steps after one to warm up; the best counts.
-        compiled: Try `torch.compile` too; on a GPU by default, as it takes minutes elsewhere.
+    A step takes one micro-batch. Without a configuration: the paper's models on a GPU, a small one
+    elsewhere. The best of `rounds` of three steps counts, after one to warm up. `compiled` tries
+    `torch.compile` too; by default on a GPU only, as it takes minutes elsewhere.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
@@ -217,21 +180,28 @@ def bench_step(
         for fused in compilations
         for again in (False, True)
     ]
-    timings = []
+    timings, ratios = [], []
     with progress("bench", len(variants), "variants") as advance:
         for name, run in variants:
             with memory_advice(smaller_steps(run)):
-                timings.append(time_variant(name, run, classes, rounds, device))
+                timing, ratio = time_variant(run, classes, rounds, device)
+            timings.append({"model": name, **timing})
+            ratios.append(ratio)
             advance(1, name)
     threads = f"the processor, {torch.get_num_threads()} threads"
     where = torch.cuda.get_device_name(device) if on_gpu else threads
-    return step_table(f"training steps on {where}", timings)
+    title = f"training steps on {where}"
+    columns = ("", *(f"{timing['model']}: {timing['variant']}" for timing in timings))
+    measured = [timing | ratio for timing, ratio in zip(timings, ratios, strict=True)]
+    rows = [(line, *(f"{each[name]:.4g}" for each in measured)) for name, line in LINES.items()]
+    values = {"title": title, "timings": timings, "ratios": ratios}
+    return BenchTable(title, columns, rows, values)
 
 
 def time_variant(
-    name: str, config: TrainConfig, classes: int, rounds: int, device: torch.device
-) -> StepTiming:
-    """Times one variant; see `bench_step`."""
+    config: TrainConfig, classes: int, rounds: int, device: torch.device
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """One variant's timings and ratios, see `LINES`."""
     on_gpu = device.type == "cuda"
     half = config.precision == "bf16" and on_gpu
     if on_gpu:
@@ -244,7 +214,7 @@ def time_variant(
         items = [make_item(reader.sample(p % 64), data, Augmentation()) for p in range(data.batch)]
         still = repeat(collate(items).to(device))
         steps = range(len(ROUND) * (rounds + 1))
-        loader = indexed_loader(reader, data, seed=0, steps=steps, pin=on_gpu)
+        loader = indexed_loader(reader, data, Share(seed=0, steps=steps), pin=on_gpu)
         fed = (batch.to(device) for batch in loader)
         times = [  # the parts alternate, so that all see the same machine
             {
@@ -257,19 +227,20 @@ def time_variant(
         ][1:]  # the first compiles, and fills the loader's queue
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else 0
     best = {part: min(each[part] for each in times) / data.batch for part in times[0]}
-    flags = {"compiled": config.compile, "checkpointing": config.model.gradient_checkpointing}
-    timing = StepTiming(
-        model=name,
-        variant=" and ".join(flag for flag, used in flags.items() if used) or "plain",
-        **best,
-        tflops=0.0,
-        matrix_tflops=matrix_rate(device, half),
-        peak_gib=peak,
-    )
+    whole_ms = (2 * best["instance_ms"] + best["semantic_ms"]) / 3  # as the tasks alternate
     # Counted without recomputation, which is no use of its own.
     once = replace(config, model=replace(config.model, gradient_checkpointing=False))
-    useful = summarize_model(once, classes).train_flops_per_image
-    return replace(timing, tflops=useful / timing.whole_ms / 1e9)
+    tflops = summarize_model(once, classes).train_flops_per_image / whole_ms / 1e9
+    matrix_tflops = matrix_rate(device, half)
+    flags = {"compiled": config.compile, "checkpointing": config.model.gradient_checkpointing}
+    variant = " and ".join(flag for flag, used in flags.items() if used) or "plain"
+    rates = {"tflops": tflops, "matrix_tflops": matrix_tflops, "peak_gib": peak}
+    return {"variant": variant, **best, **rates}, {
+        "whole_to_encoder": whole_ms / best["encoder_ms"],
+        "fed_to_whole": best["fed_ms"] / whole_ms,
+        "images_per_second": 1e3 / best["fed_ms"],
+        "part_of_matrix_rate": tflops / matrix_tflops,
+    }
 
 
 def make_steps(
@@ -313,8 +284,7 @@ def round_ms(
     work: Step, batches: Iterator[Batch], tasks: Sequence[Task], device: torch.device
 ) -> float:
     """Mean milliseconds of a step over some steps."""
-    seconds = _seconds(lambda: [work(next(batches), task) for task in tasks], device)
-    return seconds * 1e3 / len(tasks)
+    return seconds(lambda: [work(next(batches), task) for task in tasks], device) * 1e3 / len(tasks)
 
 
 def matrix_rate(device: torch.device, half: bool) -> float:
@@ -323,11 +293,11 @@ def matrix_rate(device: torch.device, half: bool) -> float:
     kind = torch.bfloat16 if half else torch.float32
     a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
     product = a @ b
-    seconds = _seconds(lambda: [torch.mm(a, b, out=product) for _ in range(10)], device)
-    return 10 * 2 * side**3 / seconds / 1e12
+    times = seconds(lambda: [torch.mm(a, b, out=product) for _ in range(10)], device)
+    return 10 * 2 * side**3 / times / 1e12
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
+def seconds(work: Callable[[], object], device: torch.device) -> float:
     """How long work takes, the device's part of it included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,17 +1,35 @@
 """`TrainConfig`: every choice of a training run. The defaults are the paper's (section 5.1).
 
 What the paper leaves open is a default here too, with the reason beside it. The files in `configs/`
-hold only what differs.
+hold only what differs. A number's range is part of its type; reading a configuration checks it.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
 
 from panoptic_cache.pipeline.base.errors import InputError
 
 Precision = Literal["bf16", "fp32"]
+
+Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Interval = Annotated[int, Meta(ge=0, le=2**31 - 1)]  # in optimizer steps; 0 = never
+Side = Annotated[int, Meta(ge=1, le=8192)]  # pixels, patches or channels
+Layers = Annotated[int, Meta(ge=1, le=256)]
+Stride = Annotated[int, Meta(ge=1, le=16)]
+Workers = Annotated[int, Meta(ge=0, le=1024)]
+Seed = Annotated[int, Meta(ge=0, le=2**32 - 2**16)]  # NumPy's, with room for the ranks
+Scale = Annotated[float, Meta(ge=0.05, le=10)]
+Positive = Annotated[float, Meta(gt=0, le=1e6)]
+Weight = Annotated[float, Meta(ge=0, le=1e6)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+Decay = Annotated[float, Meta(ge=0, lt=1)]
+Factor = Annotated[float, Meta(gt=0, le=1)]
+PeakRate = Annotated[float, Meta(gt=0, le=100)]
+Rate = Annotated[float, Meta(ge=0, le=100)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +40,7 @@ class DataConfig:
     # `indexed` reads local shards in any order and resumes exactly; `stream` reads shards in
     # sequence from anywhere.
     reader: Literal["indexed", "stream"] = "indexed"
-    size: int = 420  # Side of the network's square input, pixels; a multiple of the patch size
+    size: Side = 420  # Side of the network's square input, pixels; a multiple of the patch size
     # `squash` to the square, as the paper does; `longest` keeps the aspect ratio and pads; `crop`
     # keeps it, fills the square and crops.
     fit: Literal["squash", "longest", "crop"] = "squash"
@@ -30,13 +48,13 @@ class DataConfig:
     flip: bool = True  # Mirror half of the samples
     # Range of the isotropic scale, drawn log-uniformly; what grows is cropped, what shrinks is
     # padded.
-    scale: tuple[float, float] = (0.7, 1.4)
-    colour: float = 0.2  # Strength of the jitter of brightness, contrast and saturation
-    batch: int = 256  # Samples per optimizer step, over all ranks and accumulated micro-batches
+    scale: tuple[Scale, Scale] = (0.7, 1.4)
+    colour: Fraction = 0.2  # Strength of the jitter of brightness, contrast and saturation
+    batch: Count = 256  # Samples per optimizer step, over all ranks and accumulated micro-batches
     # The most samples that a rank puts through the network at once. Its part of the batch is cut
     # into as few micro-batches as possible, whose sizes differ by at most one.
-    micro_batch: int = 16
-    workers: int = 4  # Loader processes per rank
+    micro_batch: Count = 16
+    workers: Workers = 4  # Loader processes per rank
     # Allow a larger `size` than the cache was rendered at. By default that is refused, because
     # photos and targets lack the detail.
     upscale: bool = False
@@ -46,12 +64,12 @@ class DataConfig:
 class RandomBackbone:
     """A small `Dinov2Backbone` without pretrained weights, for demos and tests."""
 
-    hidden_size: int = 128  # Width, a multiple of 4 and of `heads`
-    layers: int = 6  # Transformer blocks
-    heads: int = 4  # Attention heads
-    patch_size: int = 7  # Side of a patch, pixels
+    hidden_size: Side = 128  # Width, a multiple of 4 and of `heads`
+    layers: Layers = 6  # Transformer blocks
+    heads: Layers = 4  # Attention heads
+    patch_size: Side = 7  # Side of a patch, pixels
     # Patches per side that position embeddings are made for; other sizes interpolate them.
-    grid: int = 16
+    grid: Side = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +82,12 @@ class ModelConfig:
     # The architecture that `random` builds.
     random: RandomBackbone = field(default_factory=RandomBackbone)
     # Encoder blocks, counted from 1, whose outputs the decoder takes.
-    taps: tuple[int, ...] = (3, 6, 9, 12)
-    channels: int = 256  # Width d of the decoder
+    taps: Annotated[tuple[Layers, ...], Meta(min_length=1)] = (3, 6, 9, 12)
+    channels: Side = 256  # Width d of the decoder
     # Of the four transposed convolutions. Their product is the upscaling; the rest, up to the
     # image's size, is bilinear. Stride 1 comes second, where it is cheap.
-    strides: tuple[int, int, int, int] = (2, 1, 2, 2)
-    drop_path: float = 0.0  # Stochastic depth, the same for each block
+    strides: tuple[Stride, Stride, Stride, Stride] = (2, 1, 2, 2)
+    drop_path: Decay = 0.0  # Stochastic depth, the same for each block
     # Recompute the encoder in the backward pass to save memory.
     gradient_checkpointing: bool = False
 
@@ -80,22 +98,22 @@ class LossConfig:
 
     # How a centroid is coded; the others are Table 3's.
     encoding: Literal["positional", "direct", "classification"] = "positional"
-    harmonics: int = 4  # L of the positional code
+    harmonics: Annotated[int, Meta(ge=1, le=16)] = 4  # L of the positional code
     # `norm` is the paper's; `squared` is what an encoder without pretrained weights needs, because
     # the zero code is the geometric median while most pixels are void; `squared_then_norm` changes
     # from one to the other at `switch`.
     instance: Literal["norm", "squared", "squared_then_norm"] = "norm"
-    switch: float = 0.5  # Fraction of the run after which `squared_then_norm` takes the norm
+    switch: Fraction = 0.5  # Fraction of the run after which `squared_then_norm` takes the norm
     eds: bool = True  # Weight pixels by edge distance sampling; otherwise all pixels weigh the same
-    d: float = 20.0  # The distance D, in pixels of the network's input
-    w_min: float = 0.0  # Weight of pixels far away from every boundary
+    d: Positive = 20.0  # The distance D, in pixels of the network's input
+    w_min: Fraction = 0.0  # Weight of pixels far away from every boundary
     include_void: bool = True  # Unlabelled pixels count in the instance task (Table 2)
     # Of the pixel loss. `mean` divides an image's weighted sum by its sum of weights. `sum` is the
     # paper's plain sum, about 10^4 times as large; total variation and DICE stay means, so `tv` and
     # `dice` need other values then.
     reduction: Literal["mean", "sum"] = "mean"
-    tv: float = 0.1  # Weight of the total variation
-    dice: float = 1.0  # Weight of DICE, in the instance task
+    tv: Weight = 0.1  # Weight of the total variation
+    dice: Weight = 1.0  # Weight of DICE, in the instance task
 
     def distance_at(self, part: float) -> Literal["norm", "squared"]:
         """The power of the distance in the instance loss, at a fraction `part` of the run."""
@@ -108,15 +126,16 @@ class LossConfig:
 class OptimConfig:
     """AdamW with layer decay, linear warm-up and a cosine."""
 
-    lr: float = 5e-4  # Peak learning rate of the decoder and the heads
-    min_lr: float = 1e-6  # Where the cosine ends
-    warmup_epochs: float = 3.0  # Length of the linear warm-up
+    lr: PeakRate = 5e-4  # Peak learning rate of the decoder and the heads
+    min_lr: Rate = 1e-6  # Where the cosine ends
+    warmup_epochs: Weight = 3.0  # Length of the linear warm-up
     # Factor per block, from the last block down to the embeddings. The paper gives none; 0.6 is its
     # authors' later choice.
-    layer_decay: float = 0.6
-    weight_decay: float = 0.05  # Not on biases, norms, LayerScale and position embeddings
-    betas: tuple[float, float] = (0.9, 0.999)  # Of AdamW
-    clip_norm: float = 1.0  # Largest norm of the gradient; inf leaves gradients as they are
+    layer_decay: Factor = 0.6
+    weight_decay: Rate = 0.05  # Not on biases, norms, LayerScale and position embeddings
+    betas: tuple[Decay, Decay] = (0.9, 0.999)  # Of AdamW
+    # Largest norm of the gradient; inf leaves gradients as they are
+    clip_norm: Annotated[float, Meta(gt=0)] = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +143,9 @@ class ValidationConfig:
     """Measures held-out samples at intervals: losses, accuracies and, with `metric`, more."""
 
     cache: str = ""  # Folder of a cache of held-out images, on a local disk
-    every: int = 0  # Optimizer steps between two validations; the last step has one too. 0 = never.
-    samples: int = 256  # Taken evenly from the cache; the same each time
+    # Optimizer steps between two validations; the last step has one too. 0 = never.
+    every: Interval = 0
+    samples: Count = 256  # Taken evenly from the cache; the same each time
     # `module:function` of a further measure, or empty; see `validation.Metric`.
     # `panoptic_cache.evaluate.held_out:panoptic_quality` is PQ. It is imported by name, because
     # `train` does not depend on `evaluate`.
@@ -138,19 +158,19 @@ class TrainConfig:
 
     # Folder of the run: `config.toml`, `metrics.jsonl`, `checkpoints/`, `pictures/`.
     out: str = "runs/train"
-    epochs: float = 200.0  # Passes over the cache
-    steps: int | None = None  # Optimizer steps, instead of epochs
-    seed: int = 0  # Decides weights, order, augmentation and tasks
+    epochs: Positive = 200.0  # Passes over the cache
+    steps: Count | None = None  # Optimizer steps, instead of epochs
+    seed: Seed = 0  # Decides weights, order, augmentation and tasks
     precision: Precision = "bf16"  # `bf16` computes in mixed precision
     compile: bool = False  # `torch.compile` the model
     # Optimizer steps between two checkpoints; the last step always has one.
-    checkpoint_every: int = 1000
-    keep: int = 3  # The newest checkpoints to keep
+    checkpoint_every: Count = 1000
+    keep: Count = 3  # The newest checkpoints to keep
     # Decay per step of a moving average of the weights, such as 0.9999; none by default.
-    ema: float | None = None
-    log_every: int = 1  # Optimizer steps between two lines of `metrics.jsonl`
+    ema: Annotated[float, Meta(gt=0, lt=1)] | None = None
+    log_every: Count = 1  # Optimizer steps between two lines of `metrics.jsonl`
     # Optimizer steps between two pictures of prediction beside truth; 0 = never.
-    pictures_every: int = 1000
+    pictures_every: Interval = 1000
     # Accelerate's trackers to use beside `metrics.jsonl`, if they are installed.
     trackers: tuple[str, ...] = ("tensorboard",)
     data: DataConfig = field(default_factory=DataConfig)  # See `DataConfig`
@@ -161,27 +181,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         low, high = self.data.scale
-        taps = self.model.taps
-        sizes = (self.data.batch, self.data.micro_batch)
-        intervals = (self.keep, self.checkpoint_every, self.log_every)
-        looks = self.validation
+        taps, looks = self.model.taps, self.validation
         problems = [
-            ("data.batch and data.micro_batch must be positive", min(sizes) < 1),
-            ("data.scale must be two rising positive numbers", not 0 < low <= high),
+            ("data.scale must be two rising numbers", low > high),
             ("model.taps must be rising block numbers from 1", sorted({0, *taps}) != [0, *taps]),
-            ("model.strides must be positive", min(self.model.strides) < 1),
-            ("loss.d must be positive", self.loss.d <= 0),
-            (
-                "optim.clip_norm must be positive; inf switches it off",
-                not self.optim.clip_norm > 0,
-            ),
-            ("epochs and steps must be positive", min(self.epochs, self.steps or 1) <= 0),
-            ("seed and data.workers must not be negative", min(self.seed, self.data.workers) < 0),
-            ("keep, checkpoint_every and log_every must be positive", min(intervals) < 1),
-            ("ema must lie between 0 and 1", self.ema is not None and not 0 < self.ema < 1),
-            ("pictures_every must not be negative", self.pictures_every < 0),
-            ("validation.every must not be negative", looks.every < 0),
-            ("validation.samples must be positive", looks.samples < 1),
             ("validation.every needs a validation.cache", looks.every > 0 and not looks.cache),
             (
                 "validation.metric must be like panoptic_cache.evaluate.held_out:panoptic_quality",

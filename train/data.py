@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
+from bisect import bisect
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -122,10 +123,9 @@ class CachedItems(Dataset[Item]):
             what, where, code = error.what, error.where, error.code
         except OSError as error:
             what, where, code = f"cannot be read: {error.strerror or error}", "", "shard-read"
-        # The name of the shard that the position lies in.
         shards = self.reader.index.shards
         ends = [*accumulate(shard.samples for shard in shards)]
-        shard = shards[int(np.searchsorted(ends, place[1], side="right"))]
+        shard = shards[bisect(ends, place[1])]
         raise InputError(
             what,
             where=f"{shard.name}.tar: {where or self.reader.keys[place[1]]}",
@@ -147,31 +147,36 @@ def step_places(seed: int, samples: int, batch: int, step: int) -> list[Place]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MicroBatches(Sampler[list[Place]]):
-    """The micro-batches of one rank, in order, of the given optimizer steps."""
+class Share:
+    """What one rank reads: its part of the given optimizer steps of a run."""
 
-    config: DataConfig
     seed: int
-    samples: int
     steps: range
     rank: int = 0
     world: int = 1
 
+
+@dataclass(frozen=True)
+class MicroBatches(Sampler[list[Place]]):
+    """The micro-batches of one rank, in order."""
+
+    config: DataConfig
+    samples: int
+    share: Share
+
     def __iter__(self) -> Iterator[list[Place]]:
-        sizes = micro_batch_sizes(self.config, self.world)
-        for step in self.steps:
-            places = step_places(self.seed, self.samples, self.config.batch, step)
-            mine = iter(places[self.rank :: self.world])
+        seed, rank, world = self.share.seed, self.share.rank, self.share.world
+        sizes = micro_batch_sizes(self.config, world)
+        for step in self.share.steps:
+            places = step_places(seed, self.samples, self.config.batch, step)
+            mine = iter(places[rank::world])
             yield from (list(islice(mine, size)) for size in sizes)
 
 
 def micro_batch_sizes(config: DataConfig, world: int) -> tuple[int, ...]:
     """Sizes of the micro-batches that a rank's part of a batch is cut into: as few as possible.
 
-    Their sizes differ by one at most.
-
-    Raises:
-        InputError: The batch does not divide among the ranks.
+    They differ by one at most. Raises InputError where the batch does not divide among the ranks.
     """
     part, rest = divmod(config.batch, world)
     if rest:
@@ -187,11 +192,7 @@ def micro_batch_sizes(config: DataConfig, world: int) -> tuple[int, ...]:
 
 
 def open_index(config: DataConfig) -> ShardIndex:
-    """The training cache's index.
-
-    Raises:
-        InputError: None is named, it is not finished, or it was rendered too small.
-    """
+    """The training cache's index; InputError where it is missing, empty or rendered too small."""
     if not config.cache:
         raise InputError("no cache is named", where="data.cache", remedy="--set data.cache=DIR")
     index = read_index(Storage(config.cache))
@@ -202,13 +203,7 @@ def open_index(config: DataConfig) -> ShardIndex:
 
 
 def check_rendered_size(config: DataConfig, settings: Mapping[str, Any], cache: str) -> None:
-    """Raises InputError where training would enlarge a cache that was rendered smaller.
-
-    Args:
-        config: The training's data settings.
-        settings: What the cache was rendered with.
-        cache: The cache's folder or URL, for the message.
-    """
+    """Raises InputError where training would enlarge a cache, rendered with `settings`."""
     fit, size = settings.get("fit"), settings.get("size")
     if size is not None and size < config.size and not config.upscale:
         raise InputError(
@@ -223,37 +218,25 @@ def check_rendered_size(config: DataConfig, settings: Mapping[str, Any], cache: 
 
 
 def indexed_loader(
-    reader: ShardReader,
-    config: DataConfig,
-    *,
-    seed: int,
-    steps: range,
-    rank: int = 0,
-    world: int = 1,
-    pin: bool = False,
+    reader: ShardReader, config: DataConfig, share: Share, *, pin: bool = False
 ) -> DataLoader[Batch]:
-    """Micro-batches of the given optimizer steps for one rank.
-
-    It must not go through `Accelerator.prepare`: it is split by rank already.
-    """
+    """Micro-batches of one rank; not for `Accelerator.prepare`, which would split them again."""
     return DataLoader(
-        cast("Dataset[Batch]", CachedItems(reader, config, seed)),  # collated into batches
-        batch_sampler=MicroBatches(
-            config=config, seed=seed, samples=len(reader), steps=steps, rank=rank, world=world
-        ),
+        cast("Dataset[Batch]", CachedItems(reader, config, share.seed)),  # collated into batches
+        batch_sampler=MicroBatches(config, len(reader), share),
         collate_fn=collate,
-        **loader_options(config, seed, pin=pin),
+        **loader_options(config, share, pin=pin),
     )
 
 
-def loader_options(config: DataConfig, seed: int, *, pin: bool) -> dict[str, Any]:
+def loader_options(config: DataConfig, share: Share, *, pin: bool) -> dict[str, Any]:
     """What both readers ask of a `DataLoader`."""
     return {
         "num_workers": config.workers,
         "pin_memory": pin,
         "prefetch_factor": 4 if config.workers else None,
         # Else starting draws from the global generator, and a resumed run differs.
-        "generator": torch.Generator().manual_seed(seed),
+        "generator": torch.Generator().manual_seed(share.seed),
         "worker_init_fn": prepare_worker if config.workers else None,
     }
 
@@ -266,10 +249,9 @@ def prepare_worker(_: int) -> None:
 
 
 def iterate(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
-    """The loader's batches. Close the generator, so that the loader's processes end.
+    """The loader's batches; InputError where a loader process raised one, or died.
 
-    Raises:
-        InputError: A loader process raised one, or died.
+    Close the generator, so that the loader's processes end.
     """
     try:
         yield from loader

@@ -22,7 +22,7 @@ from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.train.augment import jitter_colour
 from panoptic_cache.train.checkpoint import save_checkpoint
 from panoptic_cache.train.config import TrainConfig
-from panoptic_cache.train.data import iterate, micro_batch_sizes, open_index
+from panoptic_cache.train.data import Share, iterate, micro_batch_sizes, open_index
 from panoptic_cache.train.encoding import make_encoding
 from panoptic_cache.train.losses import instance_loss, semantic_loss
 from panoptic_cache.train.model import PanopticModel, Task, check_size
@@ -52,13 +52,8 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
 ) -> Path:
     """Trains a model from a cache, or continues from the last complete checkpoint.
 
-    Args:
-        config: The whole run.
-        resume: Go on; start if there is no checkpoint.
-        trust_config: Import the `validation.metric` that the configuration names, whatever it is.
-
-    Returns:
-        The last checkpoint's folder.
+    Returns the last checkpoint's folder. `resume` starts where there is no checkpoint;
+    `trust_config` imports the `validation.metric` that the configuration names, whatever it is.
 
     Raises:
         InputError: Cache, sizes or an earlier run's folder do not fit the configuration, ranks
@@ -130,15 +125,8 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
             "the step to end at": steps,
         }
     )
-    loader = make_loader(
-        config.data,
-        index,
-        seed=config.seed,
-        steps=range(first, steps),
-        rank=ranks.rank,
-        world=ranks.world,
-        pin=device.type == "cuda",
-    )
+    mine = Share(seed=config.seed, steps=range(first, steps), rank=ranks.rank, world=ranks.world)
+    loader = make_loader(config.data, index, mine, pin=device.type == "cuda")
     # Not the loader, which is cut into ranks already.
     network, optimizer = accelerator.prepare(
         torch.compile(model) if config.compile else model,

@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -28,8 +27,7 @@ PATIENCE = 60.0
 """Seconds to wait for a file that another machine wrote."""
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What all ranks found together at the end of a step."""
 
     signal: int  # Of a rank that was asked to stop, else 0
@@ -39,13 +37,8 @@ class Verdict:
 class Ranks:
     """This process among its equals; make it on all of them, once they form a process group.
 
-    Args:
-        timeout: How long to wait for another rank; by default Gloo's half an hour.
-
-    Attributes:
-        rank: From 0, the main one.
-        world: How many there are.
-        device: This process' own, such as `cuda:1`; None where the caller chooses one.
+    `device` is this process' own, such as `cuda:1`; None where the caller chooses one. By default
+    a rank waits Gloo's half an hour for another one.
     """
 
     def __init__(
@@ -60,11 +53,7 @@ class Ranks:
 
     @classmethod
     def current(cls, *, cpu: bool = False) -> Ranks:
-        """Joins the processes that a launcher has started; alone, this costs nothing.
-
-        Args:
-            cpu: Leave GPUs alone.
-        """
+        """Joins the processes that a launcher has started; alone, this costs nothing."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         state = PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=SLOWEST)
@@ -76,11 +65,7 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, work: Callable[[], Value]) -> list[Value]:
-        """Does the work and returns the values of all ranks, by rank, on every rank.
-
-        Raises:
-            InputError: That of the first rank that met one, on every rank.
-        """
+        """Does the work; on every rank the values of all, or the first one's InputError."""
         if self._group is None:
             return [work()]
         try:
@@ -119,31 +104,25 @@ class Ranks:
 
         A network file system may show what other machines wrote as late as a minute after.
         """
-        wanted = self.first(lambda: _content(file))
+        wanted = self.first(file.read_bytes)
         end = time.monotonic() + PATIENCE
-        while not (seen := wanted is not None and _content(file) == wanted):
+        while not (seen := file.exists() and file.read_bytes() == wanted):
             if time.monotonic() > end:
                 break
             time.sleep(1)
-        for rank, sees_it in enumerate(self.gather(lambda: seen)):
-            if not sees_it:
-                raise InputError(
-                    f"rank {rank} does not see {file.name} that rank 0 has written",
-                    where=file.parent,
-                    remedy="the run's folder must be on a disk that all machines share",
-                )
+        everyone = self.gather(lambda: seen)
+        if not all(everyone):
+            raise InputError(
+                f"rank {everyone.index(False)} does not see {file.name} that rank 0 has written",
+                where=file.parent,
+                remedy="the run's folder must be on a disk that all machines share",
+            )
 
     def agree(self, step: int, task: int, *, signal: int, finite: bool) -> Verdict:
         """Exchanges a step's facts before its gradients are applied.
 
-        Args:
-            step: This rank's.
-            task: Number of this rank's task.
-            signal: That this rank got, or 0.
-            finite: Whether this rank's loss and gradient are.
-
-        Raises:
-            InputError: The ranks are at different steps or tasks; their gradients mean nothing.
+        Raises InputError where ranks are at different steps or tasks: the sum of their gradients
+        means nothing.
         """
         if self._group is None:
             return Verdict(signal, finite)
@@ -163,7 +142,3 @@ class Ranks:
         """Ends the process group; a process that exits in it warns."""
         if self.world > 1:
             PartialState().destroy_process_group()
-
-
-def _content(file: Path) -> bytes | None:
-    return file.read_bytes() if file.exists() else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,20 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
+from numpy.typing import NDArray
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.pictures.colours import Picture, save_picture
 
 log = logging.getLogger(__name__)
 
-Series = Mapping[str, Sequence[tuple[float, float]]]
-"""Points (step, value) by name."""
-
+PARTS = ("loss", "pixel", "tv")
+"""Of a step's loss, in both tasks."""
 POINTS = 240
 """Of a curve; each is the mean of a stretch of steps."""
 WIDTH, HEIGHT = 460, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 36, 26
 """Room around the axes of a panel."""
-COLUMNS = 2
 COLOURS = ("#2563c9", "#d1541e", "#4d8f3a", "#8b5bb5")
 STYLE = """
 svg { background: #fff; font: 12px system-ui, sans-serif; fill: #333 }
@@ -40,11 +39,7 @@ polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round }
 
 
 def installed_trackers(names: Sequence[str]) -> list[str]:
-    """Those of Accelerate's trackers that are installed; logs the names of the others.
-
-    Raises:
-        InputError: Accelerate knows no such tracker.
-    """
+    """Those of Accelerate's trackers that are installed; InputError if it knows no such tracker."""
     known = [each for each in LoggerType.list() if each != "all"]
     if unknown := sorted({*names} - {*known}):
         raise InputError(
@@ -60,10 +55,8 @@ def installed_trackers(names: Sequence[str]) -> list[str]:
 class RunLog:
     """Writes down what happens in a run. Every rank may call it; the main one writes.
 
-    Args:
-        accelerator: Made with the trackers of `installed_trackers`.
-        out: The run's folder, which exists.
-        first: The step to begin at; lines of later steps, of an earlier run, are dropped.
+    The accelerator is made with the trackers of `installed_trackers`, and the folder exists. Lines
+    of an earlier run after the step `first` are dropped.
     """
 
     def __init__(self, accelerator: Accelerator, out: Path, first: int) -> None:
@@ -138,36 +131,29 @@ def _lines(metrics: Path) -> Iterator[dict[str, Any]]:
 
 
 def draw_curves(metrics: Path) -> str:
-    """An SVG of losses by task, held-out measures, speed and learning rate.
-
-    Args:
-        metrics: `metrics.jsonl` of a run.
-    """
+    """An SVG of losses by task, held-out measures, speed and learning rate of a `metrics.jsonl`."""
     lines = list(_lines(metrics))
     steps = [line for line in lines if "validation" not in line]
     held_out = [{"step": x["step"], **x["validation"]} for x in lines if "validation" in x]
-    panels: list[tuple[str, Series]] = []
-    for task in ("instance", "semantic"):
-        mine = [line for line in steps if line["task"] == task]
-        names = ["loss", "pixel", "tv", *(["dice"] if any(line["dice"] for line in mine) else [])]
-        panels.append((f"{task} task", {name: _points(mine, name) for name in names}))
+    names = sorted({name for line in held_out for name in line} - {"step"})
+    losses = [name for name in names if name.endswith("_loss")]
+    panels = [
+        _panel(f"{task} task", [x for x in steps if x["task"] == task], parts)
+        for task, parts in (("instance", (*PARTS, "dice")), ("semantic", PARTS))
+    ]
     if held_out:
-        names = sorted({name for line in held_out for name in line} - {"step"})
-        losses = [name for name in names if name.endswith("_loss")]
-        rest = [name for name in names if name not in losses]
         panels += [
-            (title, {name.replace("_", " "): _points(held_out, name) for name in chosen})
-            for title, chosen in (("held out: losses", losses), ("held out: measures", rest))
+            _panel("held out: losses", held_out, losses),
+            _panel("held out: measures", held_out, [x for x in names if x not in losses]),
         ]
     panels += [
-        ("images a second", {"images/s": _points(steps, "images_per_second")}),
-        ("learning rate", {"lr": _points(steps, "lr")}),
+        _panel("images a second", steps, ["images_per_second"]),
+        _panel("learning rate", steps, ["lr"]),
     ]
-    width, height = WIDTH * COLUMNS, HEIGHT * math.ceil(len(panels) / COLUMNS)
+    width, height = 2 * WIDTH, HEIGHT * len(panels) // 2
     body = "".join(
-        f'<g transform="translate({WIDTH * (number % COLUMNS)} {HEIGHT * (number // COLUMNS)})">'
-        f"{_panel(title, series)}</g>"
-        for number, (title, series) in enumerate(panels)
+        f'<g transform="translate({WIDTH * (number % 2)} {HEIGHT * (number // 2)})">{panel}</g>'
+        for number, panel in enumerate(panels)
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
@@ -175,52 +161,52 @@ def draw_curves(metrics: Path) -> str:
     )
 
 
-def _points(lines: Iterable[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
-    """(step, value) of a name, thinned to means of equal stretches."""
-    found = np.array([(line["step"], line[name]) for line in lines if name in line], float)
-    found = found.reshape(-1, 2)  # (N, 2), also if N is 0
-    found = found[np.isfinite(found).all(1)]
-    parts = np.array_split(found, min(POINTS, len(found))) if len(found) else []
-    return [(float(x), float(y)) for x, y in (part.mean(0) for part in parts)]
-
-
-def _panel(title: str, series: Series) -> str:
-    points = [point for line in series.values() for point in line]
-    heading = f'<text class="title" x="{LEFT}" y="16">{escape(title)}</text>'
-    if not points:
-        return heading + f'<text x="{LEFT}" y="{TOP + 20}">nothing noted yet</text>'
-    first, last = min(x for x, _ in points), max(x for x, _ in points)
-    ticks = _ticks(min(0.0, *(y for _, y in points)), max(y for _, y in points))
+def _panel(title: str, lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """One pair of axes with a curve, over the steps, for each name."""
+    parts = [f'<text class="title" x="{LEFT}" y="16">{escape(title)}</text>']
+    curves = {name: _points(lines, name) for name in names}
+    every = np.concatenate([np.empty((0, 2)), *curves.values()])  # (N, 2), step and value
+    if not len(every):
+        return f'{parts[0]}<text x="{LEFT}" y="{TOP + 20}">nothing noted yet</text>'
+    first, low = map(float, every.min(0))
+    last, high = map(float, every.max(0))
+    ticks = _ticks(min(0.0, low), high)
     low, high = ticks[0], ticks[-1]
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - first) / ((last - first) or 1)
-        up = (y - low) / ((high - low) or 1)
-        return (
-            LEFT + across * (WIDTH - LEFT - RIGHT),
-            HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM),
-        )
+    def across(step: float) -> float:
+        return LEFT + (step - first) / ((last - first) or 1) * (WIDTH - LEFT - RIGHT)
 
-    parts = [heading]
-    for tick in ticks:
-        _, y = place(first, tick)
-        parts.append(
-            f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>'
-            f'<text class="y" x="{LEFT - 6}" y="{y + 4:.1f}">{tick:g}</text>'
-        )
+    def down(value: float) -> float:
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
     parts += [
-        f'<text class="x" x="{place(x, low)[0]:.1f}" y="{HEIGHT - 8}">{x:,.0f}</text>'
-        for x in dict.fromkeys((first, (first + last) / 2, last))
+        f'<path class="grid" d="M{LEFT} {down(tick):.1f}H{WIDTH - RIGHT}"/>'
+        f'<text class="y" x="{LEFT - 6}" y="{down(tick) + 4:.1f}">{tick:g}</text>'
+        for tick in ticks
     ]
-    across = LEFT
-    for (name, line), colour in zip(series.items(), COLOURS * len(series), strict=False):
-        path = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in line)
+    parts += [
+        f'<text class="x" x="{across(step):.1f}" y="{HEIGHT - 8}">{step:,.0f}</text>'
+        for step in dict.fromkeys((first, (first + last) / 2, last))
+    ]
+    label = LEFT
+    for number, (name, curve) in enumerate(curves.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in curve)
         parts.append(f'<polyline stroke="{colour}" points="{path}"/>')
-        if len(series) > 1:
-            now = f"{name} {line[-1][1]:.3g}" if line else name
-            parts.append(f'<text x="{across}" y="30" fill="{colour}">{escape(now)}</text>')
-            across += 7 * len(now) + 10
+        if len(curves) > 1:
+            now = name.replace("_", " ") + (f" {curve[-1, 1]:.3g}" if len(curve) else "")
+            parts.append(f'<text x="{label}" y="30" fill="{colour}">{escape(now)}</text>')
+            label += 7 * len(now) + 10
     return "".join(parts)
+
+
+def _points(lines: Sequence[Mapping[str, Any]], name: str) -> NDArray[np.float64]:
+    """(N, 2) steps and values of a name, thinned to means of equal stretches."""
+    found = np.array([(line["step"], line[name]) for line in lines if name in line], float)
+    found = found.reshape(-1, 2)
+    found = found[np.isfinite(found).all(1)]
+    stretches = np.array_split(found, min(POINTS, len(found)) or 1)
+    return np.array([part.mean(0) for part in stretches if len(part)]).reshape(-1, 2)
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -41,23 +41,24 @@ _NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STAT
 
 
 class StopRequest:
-    """Whether somebody asked this process to stop; as a signal handler, it takes note of that."""
+    """Whether somebody asked this process to stop; as a signal handler, it takes note of that.
 
-    def __init__(self) -> None:
-        self._signal = 0
+    The first signal counts: later ones would only spoil the checkpoint.
+    """
+
+    _signal = 0
 
     def __call__(self, number: int, _: FrameType | None) -> None:
-        """Notes the first signal. Later ones would only spoil the checkpoint."""
+        """Notes a signal."""
         self._signal = self._signal or number
 
     @property
     def signal(self) -> int:
         """The first signal's number, 0 until there is one.
 
-        A rank whose launcher has gone stops as if by SIGTERM. `accelerate launch` (1.15) dies of a
-        SIGTERM without passing it on, and any launcher can be killed. Without this, in a run of 150
-        steps whose launcher was asked to stop at step 4, the rank made all 150, and a resumed run
-        would have written into the same folder; with it, the rank stopped after step 5.
+        A rank whose launcher has gone stops as if by SIGTERM: `accelerate launch` (1.15) dies of a
+        SIGTERM without passing it on. Else, in a run of 150 steps whose launcher was asked to stop
+        at step 4, the rank made all 150, into the folder of the resumed run.
         """
         if not self._signal and _LAUNCHED and os.getppid() != _PARENT:
             self._signal = signal.SIGTERM
@@ -91,11 +92,7 @@ def ignore_signals() -> None:
 
 @contextmanager
 def guarded_run(config: TrainConfig) -> Iterator[None]:
-    """What a training process needs around the run: the folder to itself, failures in one line.
-
-    Raises:
-        InputError: Another run holds the folder, memory ran out, or another rank was lost.
-    """
+    """What a training process needs around the run: the folder to itself, failures in one line."""
     out = Path(config.out)
     with ExitStack() as guards:
         if os.environ.get("RANK", "0") == "0":
@@ -114,10 +111,7 @@ def alone(out: Path) -> Iterator[None]:
     """Holds a run's folder, so that no other run writes into it; for the main rank.
 
     Ranks whose launcher was killed finish their step and save. The run that goes on must not
-    overtake them, so it waits for `PATIENCE`.
-
-    Raises:
-        InputError: Another run holds it for longer.
+    overtake them, so it waits for `PATIENCE`, then raises InputError.
     """
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as lock:
@@ -146,14 +140,10 @@ def not_finite(
     keys: Sequence[tuple[str, ...]],
     norm: float,
 ) -> InputError:
-    """Says on every rank where a loss or a gradient stopped being a number.
+    """Says on every rank where a loss or a gradient stopped being a number; all ranks call it.
 
-    Args:
-        ranks: All of them call this.
-        step: 0-based.
-        losses: Of this rank's micro-batches.
-        keys: Of their samples.
-        norm: Of the gradient over all ranks.
+    Losses and sample keys are those of this rank's micro-batches; the norm is the gradient's over
+    all ranks.
     """
     everyone = ranks.gather(lambda: [*zip(losses, keys, strict=True)])
     losses, keys = zip(*(pair for pairs in everyone for pair in pairs), strict=True)
@@ -175,11 +165,7 @@ def not_finite(
 
 @contextmanager
 def memory_advice(remedy: str) -> Iterator[None]:
-    """Turns running out of memory into one line that says what to lower.
-
-    Raises:
-        InputError: Memory ran out inside; it ends with the remedy.
-    """
+    """Turns running out of memory into an InputError that says what to lower."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -206,12 +192,7 @@ def smaller_steps(config: TrainConfig) -> str:
 def rank_advice(request: StopRequest | None = None) -> Iterator[None]:
     """Turns what the libraries say when another rank ends into one line.
 
-    Args:
-        request: The launcher, which knows more, may have asked this rank to stop.
-
-    Raises:
-        InputError: Another rank was lost; this one knows no reason.
-        SystemExit: Likewise, and the launcher is ending the run.
+    Where the launcher, which knows more, has asked this rank to stop, it ends without a word.
     """
     try:
         yield

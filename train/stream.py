@@ -28,6 +28,7 @@ from panoptic_cache.train.augment import Item, draw_augmentation, make_item
 from panoptic_cache.train.config import DataConfig
 from panoptic_cache.train.data import (
     Batch,
+    Share,
     collate,
     indexed_loader,
     loader_options,
@@ -39,24 +40,14 @@ BUFFER = 256
 
 
 def stream_loader(
-    storage: Storage,
-    index: ShardIndex,
-    config: DataConfig,
-    *,
-    seed: int,
-    steps: range,
-    rank: int = 0,
-    world: int = 1,
-    pin: bool = False,
+    storage: Storage, index: ShardIndex, config: DataConfig, share: Share, *, pin: bool = False
 ) -> Iterable[Batch]:
-    """Micro-batches of the given optimizer steps for one rank.
+    """Micro-batches of one rank; a run that begins at another step reads in another order.
 
-    A run that begins at another step reads in another order.
-
-    Raises:
-        InputError: Not every loader process gets a shard of its own, or the environment, where
-            webdataset looks, names another rank.
+    Raises InputError where not every loader process gets a shard of its own, or the environment,
+    where webdataset looks, names another rank.
     """
+    seed, first, world = share.seed, share.steps.start, share.world
     shards = {storage.path(f"{shard.name}.tar"): shard for shard in index.shards if shard.samples}
     readers = world * max(1, config.workers)
     if readers > len(shards):
@@ -67,13 +58,14 @@ def stream_loader(
             remedy="lower data.workers, or render with fewer --samples-per-shard",
         )
     # Else ranks would read the same shards, and nobody would notice.
-    if (found_rank := wds.utils.pytorch_worker_info()[:2]) != (rank, world):
+    rank, ranks, *_ = wds.utils.pytorch_worker_info()
+    if (rank, ranks) != (share.rank, world):
         raise InputError(
-            f"rank {rank} of {world}, but the environment says {found_rank[0]} of {found_rank[1]}",
+            f"rank {share.rank} of {world}, but the environment says {rank} of {ranks}",
             where="RANK and WORLD_SIZE",
             remedy="start the ranks with accelerate launch or torchrun",
         )
-    order = wds.utils.make_seed(seed, steps.start)
+    order = wds.utils.make_seed(seed, first)
     rounds = wds.DataPipeline(
         # What flows: {"url": ...} of every shard, in an order that is the same on every rank,
         wds.SimpleShardList([*shards]),
@@ -93,19 +85,18 @@ def stream_loader(
     batches = wds.DataPipeline(
         rounds,
         wds.map(decode_members, handler=wds.reraise_exception),  # Sample
-        partial(make_items, config=config, seed=seed, first=steps.start),  # Item
+        partial(make_items, config=config, seed=seed, first=first),  # Item
         partial(make_batches, sizes=sizes),  # Batch
     )
-    loader = wds.WebLoader(batches, batch_size=None, **loader_options(config, seed, pin=pin))
-    found: Iterable[Batch] = loader.with_epoch(nbatches=len(steps) * len(sizes))
+    loader = wds.WebLoader(batches, batch_size=None, **loader_options(config, share, pin=pin))
+    found: Iterable[Batch] = loader.with_epoch(nbatches=len(share.steps) * len(sizes))
     return found
 
 
 def open_shard(source: dict[str, Any], shards: Mapping[str, ShardEntry]) -> dict[str, Any]:
-    """Reads a tar whole and holds it to the index; a damaged tar may end early without error.
+    """Reads a tar whole; InputError where that fails or it is not what the index says.
 
-    Raises:
-        InputError: It cannot be read, or is not what the index says.
+    A reader of a damaged tar may end early without error.
     """
     url = source["url"]
     shard, problem = shards[url], ""
@@ -152,30 +143,16 @@ def make_batches(items: Iterator[Item], sizes: tuple[int, ...]) -> Iterator[Batc
 
 
 def make_loader(
-    config: DataConfig,
-    index: ShardIndex,
-    *,
-    seed: int,
-    steps: range,
-    rank: int = 0,
-    world: int = 1,
-    pin: bool = False,
+    config: DataConfig, index: ShardIndex, share: Share, *, pin: bool = False
 ) -> Iterable[Batch]:
-    """Micro-batches of the given optimizer steps for one rank, by the reader that is configured.
-
-    Raises:
-        InputError: The `indexed` reader is asked to read a cache that is not on a local disk.
-    """
+    """Micro-batches of one rank by the reader that is configured."""
     storage = Storage(config.cache)
     if config.reader == "stream":
-        return stream_loader(
-            storage, index, config, seed=seed, steps=steps, rank=rank, world=world, pin=pin
-        )
+        return stream_loader(storage, index, config, share, pin=pin)
     if storage.local is None:
         raise InputError(
             "the indexed reader needs a local cache",
             where=config.cache,
             remedy="--set data.reader=stream, or copy it to a local disk",
         )
-    reader = ShardReader(storage.local)
-    return indexed_loader(reader, config, seed=seed, steps=steps, rank=rank, world=world, pin=pin)
+    return indexed_loader(ShardReader(storage.local), config, share, pin=pin)

@@ -53,15 +53,7 @@ class ModelSummary:
 
 
 def summarize_model(config: TrainConfig, classes: int) -> ModelSummary:
-    """Measures a configuration's model on the meta device.
-
-    Args:
-        config: The run.
-        classes: Categories of the dataset.
-
-    Raises:
-        InputError: The size does not fit the patches, or the backbone is not known.
-    """
+    """Measures a configuration's model on the meta device, for a dataset of `classes`."""
     size = config.data.size
     channels = make_encoding(config.loss.encoding, config.loss.harmonics).channels
     with torch.device("meta"):
@@ -99,8 +91,8 @@ def summarize_model(config: TrainConfig, classes: int) -> ModelSummary:
         "total": count(model),
         "encoder": count(model.encoder),
         "decoder": count(model.decoder),
-        "heads": count(model.instance_head) + count(model.semantic_head),
     }
+    parts["heads"] = count(model.instance_head) + count(model.semantic_head)
     return ModelSummary(
         parameters=parts,
         size=size,

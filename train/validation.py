@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -46,18 +46,12 @@ SHOWN = 4
 """Samples on a picture."""
 
 
-class Metric(Protocol):
-    """What `validation.metric` names."""
+Metric = Callable[[PanopticModel, TrainState, Iterable[Sample]], Mapping[str, float]]
+"""What `validation.metric` names: measures a model, in evaluation mode, on held-out samples.
 
-    def __call__(
-        self, model: PanopticModel, state: TrainState, samples: Iterable[Sample]
-    ) -> Mapping[str, float]:
-        """Measures a model, in evaluation mode, on samples; called on the main rank only.
-
-        No autocast is on: the metric chooses the precision of its network runs itself. The other
-        ranks wait, at most for the timeout of the process group, so it should take minutes.
-        """
-        ...
+It is called on the main rank only. No autocast is on: it chooses the precision of its network runs
+itself. The other ranks wait, at most for the timeout of the process group: it should take minutes.
+"""
 
 
 @dataclass(frozen=True)
@@ -89,13 +83,8 @@ def open_held_out(
 ) -> HeldOut | None:
     """The held-out samples that a configuration names; None if it names none.
 
-    Args:
-        config: The configuration of the run.
-        categories: The categories of the training cache.
-        trust: See `find_metric`.
-
-    Raises:
-        InputError: Its cache is remote, empty or of other categories, or there is no such metric.
+    Raises InputError where their cache is remote, empty or of other categories than the training
+    cache, or where `find_metric` does.
     """
     if not config.validation.every:
         return None
@@ -122,15 +111,10 @@ def open_held_out(
 
 
 def find_metric(name: str, *, trust: bool = False) -> Metric:
-    """The function that `validation.metric` names.
+    """The function of a `module:function`; InputError if there is none.
 
-    Args:
-        name: `module:function`.
-        trust: Import modules outside this package, too. Importing runs them, and a configuration
-            may come from somebody else.
-
-    Raises:
-        InputError: There is no such function, or its module is not trusted.
+    Only `trust` imports modules outside this package: importing runs them, and a configuration may
+    come from somebody else.
     """
     where = f"validation.metric = {name}"
     module, _, function = name.partition(":")
@@ -160,14 +144,9 @@ def validate(
     state: TrainState,
     distance: Distance,
 ) -> dict[str, float]:
-    """Measures a model on held-out samples; call on every rank.
+    """Measures a model on held-out samples, each rank its part; call on every rank.
 
-    Args:
-        accelerator: The accelerator of the run; each rank measures its part of the samples.
-        model: Not wrapped by Accelerate; left in evaluation mode.
-        held_out: The samples.
-        state: Where the run stands.
-        distance: The power of the distance in the instance loss.
+    The model is not wrapped by Accelerate, and is left in evaluation mode.
 
     Returns:
         `instance_loss` and `semantic_loss`; `semantic_accuracy`, the fraction of labelled pixels
@@ -215,15 +194,9 @@ def code_hits(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Counts pixels whose code points at their own instance, and others that point at none.
 
-    Args:
-        code: (B, channels, S, S), output of the instance head.
-        batch: The samples; crowd and padding do not count.
-        encoding: Of the code.
-        cells: Grid cells per axis.
-
-    Returns:
-        Four scalars: instance pixels within one cell of their centroid's cell, all instance pixels,
-        pixels of no instance whose code is nearest to void, and all pixels of no instance.
+    Of the code, (B, channels, S, S), on a grid of `cells` per axis; crowd and padding do not count.
+    Four scalars: instance pixels within one cell of their centroid's cell, all instance pixels,
+    pixels of no instance whose code is nearest to void, and all pixels of no instance.
     """
     truth = gather_rows(nearest_cell(batch.centroid, cells), batch.segment_map)  # (B, 2, S, S)
     member = gather_rows(batch.instance[..., None], batch.segment_map)[:, 0]  # (B, S, S)
@@ -244,13 +217,8 @@ def draw_heads(
 ) -> Picture:
     """Draws both heads beside their targets, one row for each of the first samples of a batch.
 
-    A code is shown before any decoding, in the colour of the centroid that it is nearest to.
-
-    Args:
-        model: Not wrapped; on the batch's device; left in evaluation mode.
-        batch: The samples; their colours are not jittered.
-        encoding: Of the instance head.
-        categories: By label.
+    A code is shown before any decoding, in the colour of the centroid that it is nearest to. The
+    model, which is not wrapped, is left in evaluation mode.
     """
     isthing = [category.isthing for category in categories]
     found = model.eval()(batch.photo[:SHOWN], "both").resized(batch.segment_map.shape[1:])
@@ -261,16 +229,14 @@ def draw_heads(
         centroid[~batch.instance[row].cpu().numpy()] = np.nan
         truth = centroid_colours(centroid[index].transpose(2, 0, 1))
         cells = grid_cells(index.shape[0])
+        true_labels = batch.label[row].cpu().numpy()
         labels = found.semantic[row].argmax(0).cpu().numpy()
         rows.append(
             [
                 (batch.keys[row], batch.photo[row].permute(1, 2, 0).cpu().numpy()),
                 ("true centroids", truth),
                 ("instance head", centroid_colours(nearest_centroids(code, encoding, cells))),
-                (
-                    "true categories",
-                    semantic_colours(batch.label[row].cpu().numpy()[index], isthing),
-                ),
+                ("true categories", semantic_colours(true_labels[index], isthing)),
                 ("semantic head", semantic_colours(labels, isthing)),
             ]
         )
