@@ -6,11 +6,12 @@ Rendering and scoring read the same rows: `coco.py` leaves out the image of a ba
 
 from __future__ import annotations
 
-import json
 from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 from msgspec import Raw, Struct
+
+from panoptic_cache.pipeline.base.config import decode_json
 
 T = TypeVar("T")
 
@@ -74,16 +75,18 @@ def parse_file(data: bytes) -> AnnotationFile[Any]:
         raise
     except msgspec.DecodeError:
         # Python's json also writes, and reads, NaN, UTF-16 and half a surrogate pair.
-        return msgspec.convert(json.loads(data), AnnotationFile[Any])
+        return decode_json(data, AnnotationFile[Any])
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def parse_row(row: Any, kind: type[T]) -> T:
     """One row of a file; ValueError names the field that is missing or of another type."""
     if isinstance(row, Raw):
         try:
-            return msgspec.json.decode(row, type=kind)
+            return decode_json(bytes(row), kind)
         except msgspec.ValidationError:
-            row = msgspec.json.decode(row)
+            row = decode_json(bytes(row), object)
     return msgspec.convert(_whole_numbers(row), kind)
 
 
@@ -98,7 +101,7 @@ def _whole_numbers(value: Any) -> Any:
 
 def loose_row(row: Any) -> dict[str, Any]:
     """What there is in a row that `parse_row` refuses."""
-    values = msgspec.json.decode(row) if isinstance(row, Raw) else row
+    values = decode_json(bytes(row), object) if isinstance(row, Raw) else row
     return values if isinstance(values, dict) else {}
 
 

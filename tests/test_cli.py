@@ -251,6 +251,40 @@ def test_bad_input_is_one_line_and_exit_code_1(
         assert not out, name
 
 
+@pytest.mark.parametrize("data", [b"[" * 20_000 + b"]" * 20_000, b"1" * 5_000, b'"\xff"', b""])
+def test_hostile_json_is_one_line_everywhere(
+    run: Run, trained: Path, cache: Path, tiny_root: Path, tmp_path: Path, data: bytes
+) -> None:
+    bad, good = tmp_path / "bad.json", tiny_root / "annotations/panoptic_val.json"
+    bad.write_bytes(data)
+    checkpoint = tmp_path / "step"
+    shutil.copytree(next((trained / "checkpoints").iterdir()), checkpoint)
+    (checkpoint / "complete.json").write_bytes(data)
+    for name in ("index.json", "plan.json", "train-00001.json", "quarantine.jsonl"):
+        (cache / name).write_bytes(data)
+    photo = next((tiny_root / "val").iterdir())
+    heads = tmp_path / "heads"
+    heads.mkdir()
+    (heads / "meta.json").write_bytes(data)
+    deep = f"a={data.decode(errors='replace')}" or "a=1"
+    for arguments in (
+        ("score", bad, good),
+        ("score", good, bad, "--pred-dir", good.with_suffix("")),
+        ("preprocess", "--images", tiny_root, "--panoptic-json", bad, "--panoptic-dir", tiny_root)
+        + ("--out", tmp_path / "new"),
+        ("preprocess", "--coco", tiny_root, "--split", "train", "--out", cache, "--workers", 0),
+        ("inspect", cache),
+        ("inspect", cache / "train-00001.tar"),
+        ("verify", cache),
+        ("predict", photo, "--checkpoint", checkpoint, "--out", tmp_path / "out"),
+        ("bench", "decode", "--heads", heads),
+        ("model", "configs/demo.toml", "--set", deep),
+    ):
+        code, _, err = run(*arguments)
+        assert code == (0 if "train-00001.tar" in str(arguments) else 1), arguments
+        assert len(err.splitlines()) <= 1, (arguments, err[:500])
+
+
 def test_an_error_is_all_that_standard_error_shows(tmp_path: Path) -> None:
     command = [sys.executable, "cli.py", "inspect", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from panoptic_cache.pipeline.base.config import (
     build_config,
+    decode_json,
     fingerprint,
     load_config,
     override,
@@ -191,3 +193,56 @@ def test_training_settings_that_make_no_sense_are_refused(setting: str) -> None:
 def test_fingerprints_depend_on_contents_only() -> None:
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": (2,), "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2}) != fingerprint({"a": 1}, None)
+
+
+HOSTILE = {
+    "deep": (b"[" * 20_000 + b"]" * 20_000, "nested too deeply"),
+    "deep object": (b'{"a":' * 20_000 + b"1" + b"}" * 20_000, "nested too deeply"),
+    "huge number": (b'{"a": ' + b"1" * 5_000 + b"}", "out of range|4300 digits"),
+    "no UTF-8": (b'{"a": "\xff"}', "utf-8"),
+    "nothing": (b"", "truncated|Expecting"),
+}
+"""JSON that no reader of ours may fail on in another way than with a ValueError of one line."""
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("kind", [object, dict, dict[str, int]])
+def test_hostile_json_is_one_line(name: str, kind: type) -> None:
+    data, message = HOSTILE[name]
+    with pytest.raises(ValueError, match=rf"{message}|Expected `") as caught:
+        decode_json(data, kind)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('\ufeff{"a": 1}', {"a": 1}),
+        (r'{"a": "\ud800"}', {"a": "\ud800"}),
+        ('{"a": Infinity}', {"a": float("inf")}),
+    ],
+)
+def test_json_is_read_as_python_reads_it(text: str, found: dict[str, object]) -> None:
+    assert decode_json(text.encode(), dict) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"a = " + b"[" * 20_000 + b"]" * 20_000, "nested too deeply"),
+        (b".".join([b"a"] * 20_000) + b" = 1", "nested too deeply"),
+        (b"a = " + b"1" * 5_000, "not readable as TOML"),
+        (b'a = "\xff"', "not readable as TOML"),
+    ],
+)
+def test_hostile_toml_is_one_line(tmp_path: Path, text: bytes, message: str) -> None:
+    (tmp_path / "a.toml").write_bytes(text)
+    with pytest.raises(InputError, match=message) as caught:
+        load_config(Run, tmp_path / "a.toml")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_pipe_in_place_of_a_configuration_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.toml")
+    with pytest.raises(InputError, match="not a regular file"):
+        load_config(Run, tmp_path / "a.toml")

@@ -16,7 +16,7 @@ import fsspec
 import pytest
 
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.base.files import Storage, cannot_write, no_links
 
 
 @pytest.fixture
@@ -153,6 +153,61 @@ def test_a_write_that_fails_leaves_the_old_file(
     assert caught.value.code == "write"
     assert storage.read("a.tar") == b"old"
     assert [path.name for path in folder.iterdir()] == ["a.tar"]
+
+
+def test_folders_that_cannot_be_synced_are_ignored(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of CIFS, FUSE and VirtualBox; a file that cannot is no less an error."""
+    real, refused = os.fsync, [errno.EINVAL]
+
+    def fsync(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}") or refused[0] == errno.EIO:  # noqa: PTH112
+            raise OSError(refused[0], os.strerror(refused[0]))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for number in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+        refused[0] = number
+        Storage(str(folder)).write("a.tar", str(number).encode())
+        assert Storage(str(folder)).read("a.tar") == str(number).encode()
+    refused[0] = errno.EIO
+    with pytest.raises(InputError, match="Input/output error"):
+        Storage(str(folder)).write("a.tar", b"")
+
+
+def test_links_in_place_of_our_files_are_not_followed(folder: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "thesis.txt"
+    mine.write_text("years of work")
+    for name in ("a.tar", "metrics.jsonl", ".lock"):
+        (folder / name).symlink_to(mine)
+    Storage(str(folder)).write("a.tar", b"new")
+    assert not (folder / "a.tar").is_symlink()
+    with (
+        pytest.raises(OSError, match="symbolic") as caught,
+        open(folder / "metrics.jsonl", "a", opener=no_links),
+    ):
+        pass
+    said = str(cannot_write(caught.value, folder / "metrics.jsonl"))
+    assert said == f"{folder}/metrics.jsonl: cannot write: it is a link (remove it)"
+    with pytest.raises(InputError, match="it is a link"), Storage(str(folder)).locked():
+        pass
+    (folder / ".lock").unlink()
+    (folder / ".lock").symlink_to(tmp_path / "new")
+    with pytest.raises(InputError, match="it is a link"), Storage(str(folder)).locked():
+        pass
+    assert not (tmp_path / "new").exists()
+    assert mine.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_only_regular_files_are_read(folder: Path, kind: str) -> None:
+    if kind == "pipe":
+        os.mkfifo(folder / "index.json")
+    else:
+        (folder / "index.json").symlink_to("/dev/zero")
+    with pytest.raises(OSError, match="not a regular file"):
+        Storage(str(folder)).read("index.json")
 
 
 def test_bytes_that_come_back_changed_are_refused(

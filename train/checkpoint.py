@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import sync_folder
 from panoptic_cache.train.backbone import own_name
 from panoptic_cache.train.model import PanopticModel
 from panoptic_cache.train.ranks import Ranks
@@ -128,14 +129,15 @@ def _finish(folder: Path, keep: int) -> Path:
         for file in sorted(folder.iterdir())
     }
     (folder / "complete.json").write_text(json.dumps(files, indent=1) + "\n")
-    for file in folder.iterdir():
-        _sync(file)
-    _sync(folder)
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
     final = folder.with_name(folder.name.removeprefix(_TEMPORARY))
     if final.exists():
         shutil.rmtree(final)
     folder.rename(final)
-    _sync(final.parent)
+    sync_folder(final.parent)
     folders = sorted(final.parent.glob("step_*"))
     # The run began at the newest complete checkpoint, so a newer one than `final` is damaged.
     kept = [folder for folder in folders if folder <= final and not incomplete(folder)][-keep:]
@@ -143,11 +145,3 @@ def _finish(folder: Path, keep: int) -> Path:
     for old in {*folders, *left_over} - {*kept}:
         shutil.rmtree(old)
     return final
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

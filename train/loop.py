@@ -17,6 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
 from panoptic_cache.pipeline.base.config import fingerprint
 from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import write_file
 from panoptic_cache.pipeline.base.process import Interrupted
 from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.train.augment import jitter_colour
@@ -136,7 +137,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
     )
     if main:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.toml").write_bytes(tomli_w.dumps(config.to_dict()).encode())
+        write_file(out / "config.toml", tomli_w.dumps(config.to_dict()).encode())
     ranks.check_shared(out / "config.toml")
     runlog = RunLog(accelerator, out, first)
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import random
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from panoptic_cache.pipeline.base.config import build_config
+from panoptic_cache.pipeline.base.config import build_config, decode_json
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.train.backbone import own_name
@@ -89,7 +88,7 @@ def latest_checkpoint(checkpoints: Path, *, deep: bool = False) -> Path | None:
 def incomplete(folder: Path, *, deep: bool = False) -> str | None:
     """What makes a checkpoint unusable, or None; `deep` compares SHA-256 too, not only sizes."""
     try:
-        files = json.loads((folder / "complete.json").read_text())
+        files = decode_json((folder / "complete.json").read_bytes(), dict)
         for name, facts in files.items():
             if (folder / name).stat().st_size != facts["size"]:
                 return f"{name} has another size than complete.json says"
@@ -121,7 +120,7 @@ def read_state(folder: Path) -> TrainState:
     """The `state.json` of a checkpoint; InputError if it cannot be read."""
     path = folder / "state.json"
     try:
-        values = json.loads(path.read_text())
+        values = decode_json(path.read_bytes(), dict)
     except (OSError, ValueError) as error:
         raise InputError(f"unreadable: {error}", where=path) from None
     return build_config(TrainState, values, where=str(path))
@@ -211,7 +210,7 @@ def load_weights(
             where=folder,
             remedy="use weights `model`, or train with --set ema=0.9999",
         )
-    facts = json.loads((folder / "complete.json").read_text()) if checked else {}
+    facts = decode_json((folder / "complete.json").read_bytes(), dict) if checked else {}
     if path.name in facts and file_sha256(path) != facts[path.name]["sha256"]:
         raise InputError(
             "damaged: its SHA-256 is not the one in complete.json",

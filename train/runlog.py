@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from numpy.typing import NDArray
 
+from panoptic_cache.pipeline.base.config import decode_json
 from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import no_links, write_file
 from panoptic_cache.pipeline.pictures.colours import Picture, save_picture
 
 log = logging.getLogger(__name__)
@@ -91,9 +94,7 @@ class RunLog:
     def curves(self) -> None:
         """Draws everything noted so far as `curves.svg`."""
         if self._accelerator.is_main_process:
-            temporary = self._out / "curves.tmp"
-            temporary.write_text(draw_curves(self._metrics))
-            temporary.replace(self._out / "curves.svg")
+            write_file(self._out / "curves.svg", draw_curves(self._metrics).encode())
 
     def picture(self, step: int, picture: Picture) -> None:
         """Keeps a picture as `pictures/step_%07d.png`, and shows it in trackers that can."""
@@ -109,25 +110,23 @@ class RunLog:
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._accelerator.is_main_process:
-            with self._metrics.open("a") as file:
+            with open(self._metrics, "a", opener=no_links) as file:
                 file.write(json.dumps(line) + "\n")
 
 
 def keep_lines(metrics: Path, step: int) -> None:
     """Drops the lines after a step: a run that goes on writes them again."""
     kept = [line for line in _lines(metrics) if line["step"] <= step] if metrics.exists() else []
-    temporary = metrics.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    temporary.replace(metrics)
+    write_file(metrics, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 def _lines(metrics: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a run, without one that a kill cut short."""
-    for text in metrics.read_text().splitlines():
-        try:
-            yield json.loads(text)
-        except ValueError:
-            continue
+    """The lines of a run, without those that a kill cut short or that are damaged."""
+    for text in metrics.read_bytes().splitlines():
+        with suppress(ValueError):
+            line = decode_json(text, dict[str, Any])
+            if isinstance(line.get("step"), int):
+                yield line
 
 
 def draw_curves(metrics: Path) -> str:

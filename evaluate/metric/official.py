@@ -11,7 +11,6 @@ import contextlib
 import importlib
 import inspect
 import io
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 from panoptic_cache.evaluate.metric.pairs import png_folder
 from panoptic_cache.evaluate.metric.pq import PQResult
+from panoptic_cache.pipeline.base.config import decode_json
 from panoptic_cache.pipeline.base.errors import InputError
 
 TOLERANCE = 1e-9
@@ -64,7 +64,7 @@ def run_official(
     Arguments as of `pairs.read_pairs`; `advance` is called after each image. Raises InputError
     where the reference fails on an image.
     """
-    gt, pred = json.loads(gt_json.read_bytes()), json.loads(pred_json.read_bytes())
+    gt, pred = (decode_json(path.read_bytes(), dict) for path in (gt_json, pred_json))
     categories = {row["id"]: row for row in gt["categories"]}
     folders = str(gt_dir or png_folder(gt_json)), str(pred_dir or png_folder(pred_json))
     predictions = {row["image_id"]: row for row in pred["annotations"]}

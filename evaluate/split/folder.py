@@ -20,8 +20,9 @@ import msgspec
 
 from panoptic_cache.evaluate.prediction_files import JSON_NAME, PNG_FOLDER, PredictionRow
 from panoptic_cache.pipeline.annotations import ImageId
+from panoptic_cache.pipeline.base.config import decode_json
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.files import Storage, cannot_write
+from panoptic_cache.pipeline.base.files import Storage, cannot_write, no_links
 
 SCORES, SUPERSEDED = "scores.json", "superseded.json"
 _JOURNAL = re.compile(r"predictions(-\d+)?\.jsonl")
@@ -45,7 +46,7 @@ class Journal:
     def __init__(self, folder: Path, identity: Mapping[str, Any], rank: int = 0) -> None:
         self._path = folder / (f"predictions-{rank}.jsonl" if rank else "predictions.jsonl")
         try:
-            self._file = self._path.open("a+")
+            self._file = open(self._path, "a+", opener=no_links)  # noqa: SIM115
             self._file.seek(0)
             complete = self._file.read().rpartition("\n")[0]  # a kill may cut the last line short
             self._file.truncate(len(f"{complete}\n".encode()) if complete else 0)
@@ -89,16 +90,16 @@ def read_journals(folder: Path, identity: Mapping[str, Any]) -> dict[ImageId, Pr
     wanted = json.loads(json.dumps(identity))  # as it reads back: tuples become lists
     for path in _journals(folder):
         try:
-            first, *lines = path.read_text().split("\n")
-        except (OSError, ValueError) as error:
+            first, *lines = path.read_bytes().split(b"\n")
+        except OSError as error:
             raise InputError(
                 f"journal unreadable: {error}", where=path, remedy="remove it"
             ) from None
         if not lines:  # not even the first line is complete
             continue
         found: dict[str, Any] = {}
-        with suppress(msgspec.DecodeError):
-            found = msgspec.json.decode(first, type=dict[str, Any])
+        with suppress(ValueError):
+            found = decode_json(first, dict[str, Any])
         other = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
         if other:
             raise InputError(
@@ -108,8 +109,8 @@ def read_journals(folder: Path, identity: Mapping[str, Any]) -> dict[ImageId, Pr
                 code="journal-differs",
             )
         for line in lines[:-1]:
-            with suppress(msgspec.DecodeError):
-                row = msgspec.json.decode(line, type=PredictionRow)
+            with suppress(ValueError):
+                row = decode_json(line, PredictionRow)
                 rows[row.image_id] = row
     return rows
 
@@ -147,8 +148,8 @@ def sweep(out: Path, rows: Sequence[PredictionRow], overlays: int) -> None:
         InputError: A file cannot be removed.
     """
     old: set[str] = set()
-    with suppress(OSError, msgspec.DecodeError):
-        earlier = msgspec.json.decode((out / SUPERSEDED).read_bytes(), type=Superseded)
+    with suppress(OSError, ValueError):
+        earlier = decode_json((out / SUPERSEDED).read_bytes(), Superseded)
         old = {Path(row.file_name).stem for row in earlier.annotations}
     new = [Path(row.file_name).stem for row in rows]
     for folder, kept in ((PNG_FOLDER, new), ("overlays", new[:overlays])):

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from panoptic_cache.pipeline.annotations import SegmentInfo
+from panoptic_cache.pipeline.base.config import decode_json
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import Category
@@ -106,7 +107,7 @@ def read_meta(folder: Path) -> Meta:
     """Reads `meta.json`; InputError where it is missing or malformed."""
     where = folder / META
     try:
-        meta = msgspec.json.decode(where.read_bytes(), type=Meta)
+        meta = decode_json(where.read_bytes(), Meta)
         labels = [category.label for category in meta.categories]
         if labels != [*range(len(labels))]:
             raise msgspec.ValidationError("categories are not listed by label")
@@ -114,7 +115,7 @@ def read_meta(folder: Path) -> Meta:
     except OSError as error:
         what = f"no folder of saved heads: {error.strerror}"
         raise InputError(what, where=where, remedy=REMEDY, code="heads-missing") from None
-    except msgspec.DecodeError as error:
+    except ValueError as error:
         raise InputError(f"malformed: {error}", where=where, remedy=REMEDY) from None
     return meta
 

@@ -1,17 +1,15 @@
-"""Configuration: frozen dataclasses, read from TOML, overridden by `a.b=c`.
+"""TOML and JSON as declared types, and configurations: frozen dataclasses, overridden by `a.b=c`.
 
 Defaults live in the dataclasses and nowhere else; a TOML file holds only what differs. An unknown
-key is an error that names the nearest known one.
+key is an error that names the nearest known one. What only a few need is imported where it is used:
+scoring, which reads JSON, starts sooner by it.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
-import hashlib
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -19,33 +17,55 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_h
 import msgspec
 
 from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import read_file
 
 T = TypeVar("T")
 
 
 def fingerprint(*parts: object) -> str:
     """SHA-256 over the canonical JSON of the parts, as hex."""
+    import hashlib  # noqa: PLC0415
+
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file.
+def decode_json(data: bytes, kind: type[T]) -> T:
+    """JSON as a declared type; ValueError says in a line what is damaged, missing or another type.
 
-    Raises:
-        InputError: The file is missing or is no TOML.
+    Reads what Python's own parser reads: with a byte-order mark, half surrogate pairs and NaN.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        try:
+            return msgspec.json.decode(data, type=kind)
+        except msgspec.ValidationError:
+            raise
+        except msgspec.DecodeError:
+            return msgspec.convert(json.loads(data), kind)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file; InputError where it is missing or no TOML."""
+    import tomllib  # noqa: PLC0415
+
+    try:
+        return tomllib.loads(read_file(path).decode("utf-8-sig"))
     except FileNotFoundError:
         raise InputError("no such configuration", where=path, remedy="see configs/") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except RecursionError:
+        raise InputError("not readable as TOML: nested too deeply", where=path) from None
+    except (ValueError, OSError) as error:
         raise InputError(f"not readable as TOML: {error}", where=path) from None
 
 
 def load_config(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     """Reads a configuration: defaults, then the file, then `a.b=c` overrides in order."""
-    return build_config(cls, override(read_toml(path), overrides), where=str(path))
+    try:
+        return build_config(cls, override(read_toml(path), overrides), where=str(path))
+    except RecursionError:
+        raise InputError("tables are nested too deeply", where=path) from None
 
 
 def override(values: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
@@ -66,23 +86,18 @@ def override(values: Mapping[str, Any], settings: Sequence[str]) -> dict[str, An
 
 
 def _toml_value(text: str) -> Any:
+    import tomllib  # noqa: PLC0415
+
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
 def build_config(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
-    """Makes a (nested) frozen dataclass of plain values.
+    """Makes a (nested) frozen dataclass of plain values; `none` is None, which TOML has not.
 
-    Args:
-        cls: The dataclass.
-        values: Its fields as TOML gives them; `none` stands for None, which TOML has not.
-        where: The file, for messages.
-
-    Raises:
-        InputError: An unknown or missing key, a value of another type or out of the allowed
-            choices.
+    InputError for an unknown or missing key, a value of another type or out of the choices.
     """
     try:
         return msgspec.convert(_known(cls, values, where), cls)
@@ -100,6 +115,8 @@ def _known(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     known: dict[str, Any] = {}
     for key, value in dict(values).items():
         if key not in hints:
+            import difflib  # noqa: PLC0415
+
             near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
             remedy = f"did you mean {near[0]}?" if near else f"known: {', '.join(hints)}"
             raise InputError(f"unknown key {key}", where=where, remedy=remedy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,12 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from panoptic_cache.pipeline.base.errors import InputError
 
 _TEMPORARY = ".tmp-"
 _LOCK = ".lock"
+_NO_LINKS, _NO_WAIT = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_NONBLOCK", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,8 @@ class Storage:
         return f"{self.url.rstrip('/')}/{name}"
 
     def _remote(self) -> tuple[Any, str]:
+        import fsspec  # noqa: PLC0415 - takes 40 ms, and only what is elsewhere needs it
+
         try:
             filesystem, path = fsspec.core.url_to_fs(self.url)
         except ImportError as error:
@@ -88,7 +90,7 @@ class Storage:
         """The bytes of a file; FileNotFoundError where there is none."""
         folder = self.local
         if folder is not None:
-            return (folder / name).read_bytes()
+            return read_file(folder / name)
         filesystem, path = self._remote()
         with _said(self.path(name)):
             return bytes(filesystem.cat_file(f"{path}/{name}"))
@@ -152,23 +154,25 @@ class Storage:
         # A lock file that stands for the lock would stay after a kill.
         lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
         with _writing(folder):
-            path.touch()  # FileLock would make a folder that is not there
-        try:
-            lock.acquire()
-        except Timeout:
-            raise InputError(
-                "another run is writing here",
-                where=folder,
-                remedy="wait for it, or choose another folder",
-                code="locked",
-            ) from None
-        except OSError as error:
-            raise InputError(
-                f"this file system does not lock: {error.strerror}",
-                where=folder,
-                remedy="mount it with locks (Lustre: -o flock), or write to another disk",
-                code="no-lock",
-            ) from None
+            folder.stat()  # FileLock would make a folder that is not there
+            try:
+                lock.acquire()
+            except Timeout:
+                raise InputError(
+                    "another run is writing here",
+                    where=folder,
+                    remedy="wait for it, or choose another folder",
+                    code="locked",
+                ) from None
+            except OSError as error:
+                if error.errno not in {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL}:
+                    raise
+                raise InputError(
+                    f"this file system does not lock: {error.strerror}",
+                    where=folder,
+                    remedy="mount it with locks (Lustre: -o flock), or write to another disk",
+                    code="no-lock",
+                ) from None
         try:
             sweep(folder)
             yield
@@ -218,12 +222,30 @@ def cannot_read(error: OSError, where: Path | str) -> InputError:
 
 def cannot_write(error: OSError, where: Path | str, what: str = "cannot write") -> InputError:
     """The error for a file that cannot be written."""
+    if error.errno == errno.ELOOP:
+        return InputError(f"{what}: it is a link", where, "remove it", "write")
     return InputError(
         f"{what}: {error.strerror or error}",
         where=where,
         remedy="make room or rights, then run the same command to go on",
         code="write",
     )
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a local file; OSError where it is none that ends, such as a pipe or a device."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_WAIT)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return file.read()
+
+
+def no_links(path: str, flags: int) -> int:
+    """An `opener` for files that are not replaced but written to: OSError where one is a link.
+
+    Else somebody who may write in the folder could have another file of the user overwritten.
+    """
+    return os.open(path, flags | _NO_LINKS, 0o666)
 
 
 def write_file(path: Path, data: bytes, *, durable: bool = True) -> None:
@@ -243,16 +265,23 @@ def write_file(path: Path, data: bytes, *, durable: bool = True) -> None:
                 raise InputError("the disk returns other bytes than written", where=path)
             temporary.replace(path)
             if durable:
-                _sync_folder(path.parent)
+                sync_folder(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Syncs a folder, so that a rename in it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_folder(folder: Path) -> None:
+    """Syncs a folder, so that a rename in it survives a power cut, where its file system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # as on Windows
+        return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Shares (CIFS, FUSE, VirtualBox) refuse for folders what they do for files.
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS}:
+            raise
     finally:
         os.close(descriptor)

@@ -16,10 +16,10 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct, convert, to_builtins
 from msgspec.structs import astuple
 
-from panoptic_cache.pipeline.base.config import fingerprint
+from panoptic_cache.pipeline.base.config import decode_json, fingerprint
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage, cannot_read
-from panoptic_cache.pipeline.cache.sample import FORMAT_VERSION, MEMBERS, decode_json
+from panoptic_cache.pipeline.cache.sample import FORMAT_VERSION, MEMBERS
 from panoptic_cache.pipeline.coco import Category, Rejection
 
 PLAN_NAME = "plan.json"
@@ -151,7 +151,7 @@ def is_claimed(storage: Storage, plan: str, settings: Mapping[str, Any]) -> bool
 def claimed_by(storage: Storage, file: str = PLAN_NAME) -> str | None:
     """The plan's fingerprint as `plan.json` or a shard's sidecar says; None where none says it."""
     try:
-        return str(json.loads(storage.read(file))["fingerprint"])
+        return str(decode_json(storage.read(file), dict)["fingerprint"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
@@ -194,7 +194,7 @@ def read_index(storage: Storage) -> ShardIndex:
     """
     where = storage.path(INDEX_NAME)
     try:
-        values = json.loads(storage.read(INDEX_NAME))
+        values = decode_json(storage.read(INDEX_NAME), dict)
         version, digest = values["format_version"], values.pop("digest")
         if version == FORMAT_VERSION and digest == fingerprint(values):
             return convert(values, ShardIndex)

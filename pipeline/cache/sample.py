@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import cv2
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from panoptic_cache.pipeline.base.config import decode_json
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.targets import (
     SegmentMap,
@@ -25,8 +26,6 @@ from panoptic_cache.pipeline.targets import (
     segment_dtype,
     void_mask,
 )
-
-T = TypeVar("T")
 
 FORMAT_VERSION = 1
 MEMBERS = ("eds.png", "jpg", "json", "segments.png", "void.png")
@@ -157,15 +156,6 @@ def decode_table(data: bytes, key: str) -> SampleTable:
     except ValueError as error:
         what = f"no segment table: {error}"
         raise InputError(what, f"{key}.json", code="member-damaged") from None
-
-
-def decode_json(data: bytes, kind: type[T]) -> T:
-    """JSON as a declared type; ValueError names the field that is missing or of another type."""
-    try:
-        return msgspec.json.decode(data, type=kind)
-    except msgspec.DecodeError:
-        # A file name can hold half a surrogate pair, which only Python's parser accepts.
-        return msgspec.convert(json.loads(data), kind)
 
 
 # Measured on COCO. Segment maps are long runs, which compress best and decode fastest unfiltered.
