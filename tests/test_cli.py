@@ -266,12 +266,14 @@ def test_hostile_json_is_one_line_everywhere(
     heads = tmp_path / "heads"
     heads.mkdir()
     (heads / "meta.json").write_bytes(data)
-    deep = f"a={data.decode(errors='replace')}" or "a=1"
+    deep = f"a={data.decode(errors='replace')}"
     for arguments in (
         ("score", bad, good),
         ("score", good, bad, "--pred-dir", good.with_suffix("")),
-        ("preprocess", "--images", tiny_root, "--panoptic-json", bad, "--panoptic-dir", tiny_root)
-        + ("--out", tmp_path / "new"),
+        (
+            *("preprocess", "--images", tiny_root, "--panoptic-json", bad),
+            *("--panoptic-dir", tiny_root, "--out", tmp_path / "new"),
+        ),
         ("preprocess", "--coco", tiny_root, "--split", "train", "--out", cache, "--workers", 0),
         ("inspect", cache),
         ("inspect", cache / "train-00001.tar"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from panoptic_cache.pipeline.base.config import read_toml
+from panoptic_cache.pipeline.base.config import decode_json, read_toml
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.convert.files import image_ids, pair_maps
 from panoptic_cache.pipeline.convert.source import (
@@ -118,7 +117,7 @@ def read_names(path: Path) -> dict[int, str]:
         if path.suffix == ".toml":
             table: Any = read_toml(path)
         elif path.suffix == ".json":
-            table = json.loads(path.read_bytes())
+            table = decode_json(path.read_bytes(), object)
         else:
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
             table = dict(re.split(r"[\s,:;=]+", line.strip(), maxsplit=1) for line in lines)
