@@ -7,12 +7,13 @@ import sys
 import typer
 
 from panoptic_cache.evaluate import commands as evaluate
+from panoptic_cache.evaluate.runs import commands as studies
 from panoptic_cache.pipeline import commands as pipeline
 from panoptic_cache.pipeline.console import run_program
 from panoptic_cache.pipeline.convert import commands as convert
 from panoptic_cache.train import commands as train
 
-STAGES = (pipeline, train, evaluate)
+STAGES = (pipeline, train, evaluate, studies)
 
 
 def panoptic() -> None:

@@ -63,34 +63,43 @@ def write_report(
     Raises:
         InputError: No space or no permission.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # names of files and categories come from users
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "rgb": _rgb, "base64": _base64}
     colours = segment_colours([c.label for c in categories], [c.isthing for c in categories])[1:]
-    text = environment.get_template("template.html").render(
-        title=title,
-        facts=facts,
-        groups={"all categories": result.all, "things": result.things, "stuff": result.stuff},
-        categories=[
-            (category, colour, result.per_class[category.id])
-            for category, colour in zip(categories, colours.tolist(), strict=True)
-        ],
-        measures=measures(values),
-        sizes=filled_sizes(values["sizes"]),
-        confusions=confusions(values["confusion"], categories),
-        best=best,
-        worst=worst,
-        errors={"missed": MISSED, "false": FALSE, "both": BOTH},
+    text = (
+        environment()
+        .get_template("template.html")
+        .render(
+            title=title,
+            facts=facts,
+            groups={"all categories": result.all, "things": result.things, "stuff": result.stuff},
+            categories=[
+                (category, colour, result.per_class[category.id])
+                for category, colour in zip(categories, colours.tolist(), strict=True)
+            ],
+            measures=measures(values),
+            sizes=filled_sizes(values["sizes"]),
+            confusions=confusions(values["confusion"], categories),
+            best=best,
+            worst=worst,
+            errors={"missed": MISSED, "false": FALSE, "both": BOTH},
+        )
     )
     storage = Storage(str(folder))
     storage.create()
     storage.write(PAGE_NAME, text.encode())
     return folder / PAGE_NAME
+
+
+def environment(*folders: Path) -> Environment:
+    """Templates of these folders and of this one, which has the style of all pages."""
+    made = Environment(
+        loader=FileSystemLoader([*folders, Path(__file__).parent]),
+        autoescape=True,  # names of files and categories come from users
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"percent": percent, "rgb": _rgb, "base64": _base64}
+    return made
 
 
 def filled_sizes(sizes: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, float | None]]:
