@@ -76,6 +76,14 @@ Sizes = Annotated[
     typer.Option(help="Average over input sides, as 420,518; each costs (side / trained)^2."),
 ]
 
+Tile = Annotated[
+    int | None,
+    typer.Option(min=0, help="Pixels of a tile; by default as trained, 0 takes photos whole."),
+]
+Overlap = Annotated[
+    int | None, typer.Option(min=0, help="Pixels that tiles share, by default a quarter of one.")
+]
+
 
 @app.command("evaluate")
 def evaluate(
@@ -94,6 +102,8 @@ def evaluate(
     ] = None,
     flip: Flip = False,
     sizes: Sizes = None,
+    tile: Tile = None,
+    overlap: Overlap = None,
     device: Device = None,
     weights: WeightsOption = None,
     precision: PrecisionOption = "fp32",
@@ -111,7 +121,9 @@ def evaluate(
     layout, name = dataset_layout(coco, split, images, panoptic_json, panoptic_dir)
     dataset = read_dataset(layout).head(limit)
     ranks = Ranks.current(cpu=device == "cpu")
-    predictor = _predictor(checkpoint, ranks.device or device, flip, sizes, weights, precision)
+    predictor = _predictor(
+        checkpoint, ranks.device or device, flip, sizes, weights, precision, tile, overlap
+    )
     outcome = run(
         predictor,
         dataset,
@@ -135,6 +147,8 @@ def predict(
     out: Annotated[Path, typer.Option(help="Folder of overlays, panoptic PNGs and JSON.")],
     flip: Flip = False,
     sizes: Sizes = None,
+    tile: Tile = None,
+    overlap: Overlap = None,
     device: Device = None,
     weights: WeightsOption = None,
     precision: PrecisionOption = "fp32",
@@ -147,7 +161,7 @@ def predict(
     from panoptic_cache.evaluate.photos import list_photos, predict_photos
 
     paths = list_photos(pictures)
-    predictor = _predictor(checkpoint, device, flip, sizes, weights, precision)
+    predictor = _predictor(checkpoint, device, flip, sizes, weights, precision, tile, overlap)
     left_out = predict_photos(predictor, paths, out)
     shown = {"pictures": len(paths) - left_out, "left_out": left_out}
     print_values({**shown, "json": str(out / "panoptic.json")}, as_json)
@@ -323,6 +337,8 @@ def _predictor(
     sizes: str | None,
     weights: Literal["model", "ema"] | None,
     precision: Literal["fp32", "bf16"],
+    tile: int | None,
+    overlap: int | None,
 ) -> Predictor:
     from panoptic_cache.evaluate.predict import Predictor
 
@@ -331,7 +347,14 @@ def _predictor(
     except ValueError:
         raise typer.BadParameter(f"--sizes takes numbers such as 420,518, not {sizes}") from None
     return Predictor(
-        checkpoint, device, flip=flip, sizes=sides, weights=weights, precision=precision
+        checkpoint,
+        device,
+        flip=flip,
+        sizes=sides,
+        weights=weights,
+        precision=precision,
+        tile=tile,
+        overlap=overlap,
     )
 
 

@@ -135,6 +135,7 @@ def export_onnx(model: PanopticModel, state: TrainState, out: Path, cells: int) 
         "input": {"photo": ["batch", 3, size, size], "dtype": "uint8", "colours": "RGB"},
         "outputs": OUTPUTS,
         "fit": state.config.data.fit,
+        "tile": state.config.data.tile or None,
         "encoding": {"name": state.config.loss.encoding, "harmonics": state.config.loss.harmonics},
         "cells": cells,
         "categories": [asdict(category) for category in state.categories],

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from panoptic_cache.evaluate.decoder.decode import DecodeConfig, PanopticMap, decode
+from panoptic_cache.evaluate.tiles import cut, stitch
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.pipeline.photo import Fit, fitted_size, resize_photo
 from panoptic_cache.pipeline.pictures.colours import Picture, centroid_colours, semantic_colours
+from panoptic_cache.pipeline.tiles import Window, check_tile, windows
 from panoptic_cache.train.config import Precision
 from panoptic_cache.train.encoding import GRID_CELLS, Encoding, make_encoding, nearest_centroids
 from panoptic_cache.train.model import PanopticModel, check_size
@@ -48,6 +50,10 @@ TURNS: dict[Any, Image.Transpose] = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes a photo upright, by the value of that tag."""
+
+
+TOGETHER = 8
+"""Tiles that the network takes at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,10 @@ class Predictor:
             where there is one.
         precision: Of the network. `bf16` is several times as fast on a GPU and changes a few
             pixels.
+        tile: Side of the tiles that photos are cut into, pixels; each is one input of the network.
+            By default that of training; 0 takes photos whole.
+        overlap: Pixels that neighbouring tiles share at least, by default a quarter of a tile.
+            Objects that are no larger are seen whole by one of them.
 
     Raises:
         InputError: No complete checkpoint, no such device, or a side that the patch size does not
@@ -102,6 +112,8 @@ class Predictor:
         sizes: Sequence[int] = (),
         weights: Weights | None = None,
         precision: Precision = "fp32",
+        tile: int | None = None,
+        overlap: int | None = None,
     ) -> None:
         chosen = find_device(device)
         folder = find_checkpoint(Path(checkpoint))  # once: a running training adds newer ones
@@ -121,6 +133,12 @@ class Predictor:
             "weights": weights or "default",
             "precision": precision,
         }
+        if tile is not None:
+            self.tile = tile or None
+        if self.tile is not None:
+            self.overlap = self.tile // 4 if overlap is None else overlap
+            check_tile(self.tile, self.overlap, where="--tile and --overlap")
+            self.identity |= {"tile": self.tile, "overlap": self.overlap}
 
     @classmethod
     def of_model(cls, model: PanopticModel, state: TrainState) -> Predictor:
@@ -140,6 +158,8 @@ class Predictor:
         self.size, self._fit, self._precision = config.data.size, config.data.fit, precision
         self._decoding = DecodeConfig()
         self._flip = False
+        self.tile = config.data.tile or None
+        self.overlap = config.data.tile // 4
         self._sizes = (self.size,)
         self.categories: tuple[Category, ...] = state.categories
         self.encoding: Encoding = make_encoding(config.loss.encoding, config.loss.harmonics)
@@ -147,11 +167,34 @@ class Predictor:
 
     def __call__(self, photos: Sequence[Pixels]) -> list[PanopticMap]:
         """Panoptic maps of (H, W, 3) uint8 RGB photos, at their own sizes."""
+        if self.tile is not None:
+            return [self.stitch(photo, self.tiles(photo)) for photo in photos]
         return self.decode(self.heads(photos), [(len(p), p.shape[1]) for p in photos])
+
+    def tiles(self, photo: Pixels) -> Iterator[tuple[Window, Heads]]:
+        """The tiles of one photo, and what the network says of each."""
+        assert self.tile is not None
+        places = [*windows((len(photo), photo.shape[1]), self.tile, self.overlap)]
+        for start in range(0, len(places), TOGETHER):
+            some = places[start : start + TOGETHER]
+            # Filled up: a network rounds differently in a smaller batch.
+            filled = some + some[:1] * (TOGETHER - len(some))
+            yield from zip(some, self.heads([photo[one.place] for one in filled]), strict=False)
+
+    def stitch(self, photo: Pixels, tiles: Iterable[tuple[Window, Heads]]) -> PanopticMap:
+        """Decodes the tiles of a photo one by one and merges their maps."""
+        config = replace(self._decoding, min_stuff_area=0)
+        parts = ((one, self.decode([heads], [one.shape], config)[0]) for one, heads in tiles)
+        return stitch(
+            (len(photo), photo.shape[1]), parts, min_stuff_area=self._decoding.min_stuff_area
+        )
 
     @torch.inference_mode()
     def heads(self, photos: Sequence[Pixels]) -> list[Heads]:
-        """Runs the network on one batch of photos of any sizes, once for each view."""
+        """Runs the network on one batch of photos of any sizes, once for each view.
+
+        With tiles, photos must be no larger than these.
+        """
         views = [self._run(photos, side) for side in self._sizes]
         if self._flip:
             turned = [np.ascontiguousarray(photo[:, ::-1]) for photo in photos]
@@ -167,7 +210,7 @@ class Predictor:
         batch = np.zeros((len(photos), side, side, 3), np.uint8)
         spans: list[tuple[slice, slice]] = []
         for canvas, photo in zip(batch, photos, strict=True):
-            height, width = fitted_size(photo.shape[0], photo.shape[1], side, fit)
+            height, width = fitted_size(len(photo), photo.shape[1], side, fit, tile=self.tile or 0)
             top, left = (side - height) // 2, (side - width) // 2
             span = slice(top, top + height), slice(left, left + width)
             canvas[span] = resize_photo(photo, (height, width))
@@ -199,7 +242,12 @@ class Predictor:
         """Cells per axis of the decoding grid."""
         return GRID_CELLS
 
-    def decode(self, heads: Sequence[Heads], sizes: Sequence[tuple[int, int]]) -> list[PanopticMap]:
+    def decode(
+        self,
+        heads: Sequence[Heads],
+        sizes: Sequence[tuple[int, int]],
+        config: DecodeConfig | None = None,
+    ) -> list[PanopticMap]:
         """Panoptic maps at sizes (height, width); see `decoder.decode`."""
         return decode(
             [one.instance for one in heads],
@@ -207,18 +255,38 @@ class Predictor:
             encoding=self.encoding,
             isthing=self._isthing,
             sizes=sizes,
-            config=self._decoding,
+            config=config or self._decoding,
         )
 
-    def head_pictures(self, heads: Heads) -> tuple[Picture, Picture]:
+    def head_pictures(self, photo: Pixels) -> tuple[Picture, Picture]:
         """The instance head as colours of centroids, and the semantic head's best categories.
 
-        Both (h, w, 3) uint8, as in Figure 8 of the paper.
+        Both uint8, as in Figure 8 of the paper: (h, w, 3) of the network's input, or with tiles
+        (H, W, 3) of the photo.
         """
-        uv = nearest_centroids(heads.instance, self.encoding, GRID_CELLS)
-        labels = heads.semantic.argmax(0).cpu().numpy()
         isthing = [category.isthing for category in self.categories]
-        return centroid_colours(uv), semantic_colours(labels, isthing)
+        if self.tile is None:
+            (heads,) = self.heads([photo])
+            uv = nearest_centroids(heads.instance, self.encoding, GRID_CELLS)
+            labels = heads.semantic.argmax(0).cpu().numpy()
+            return centroid_colours(uv), semantic_colours(labels, isthing)
+        size = np.array([photo.shape[1], len(photo)])
+        places = np.full((2, *photo.shape[:2]), np.nan, np.float32)
+        kinds = np.zeros(photo.shape[:2], np.int64)
+        for window, heads in self.tiles(photo):
+            rows, columns = (
+                ((np.arange(pixels) + 0.5) * (side / pixels)).astype(int)
+                for pixels, side in zip(window.shape, heads.semantic.shape[1:], strict=True)
+            )
+            uv = nearest_centroids(heads.instance, self.encoding, GRID_CELLS)  # in the tile
+            corner, extent = np.array([[*window.columns], [*window.rows]]).T
+            corner, extent = corner[:, None, None], (extent - corner)[:, None, None]
+            uv = (uv + 1) * (extent / size[:, None, None]) + 2 * corner / size[:, None, None] - 1
+            labels = heads.semantic.argmax(0).cpu().numpy()
+            own = cut(window, window.core_rows, window.core_columns)
+            places[:, *window.core] = uv[:, rows][:, :, columns][:, *own]
+            kinds[window.core] = labels[rows][:, columns][own]
+        return centroid_colours(places), semantic_colours(kinds, isthing)
 
 
 def average(views: Sequence[Heads]) -> Heads:

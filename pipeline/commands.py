@@ -66,6 +66,10 @@ def preprocess(
         typer.Option(help="native: COCO's own size; squash: a square; longest: longer side."),
     ] = "native",
     size: Annotated[int | None, typer.Option(min=1, help="Pixels; not with native.")] = None,
+    tile: Annotated[
+        int | None, typer.Option(min=1, help="Cut images into tiles of so many pixels a side.")
+    ] = None,
+    overlap: Annotated[int, typer.Option(min=0, help="Pixels that tiles share at least.")] = 0,
     samples_per_shard: Annotated[int, typer.Option(min=1)] = 256,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: only this one.")] = 2,
     scheduler: Annotated[
@@ -88,7 +92,9 @@ def preprocess(
     from panoptic_cache.pipeline.render.plan import RenderConfig
 
     layout, name = dataset_layout(coco, split, images, panoptic_json, panoptic_dir)
-    config = RenderConfig(fit=fit, size=size, samples_per_shard=samples_per_shard)
+    config = RenderConfig(
+        fit=fit, size=size, samples_per_shard=samples_per_shard, tile=tile, overlap=overlap
+    )
     dataset = read_dataset(layout)
     if dry_run:
         outlook = look(

@@ -24,14 +24,24 @@ _JPEG_SIGNATURE = b"\xff\xd8"
 
 
 def fitted_size(
-    height: int, width: int, side: int | None, fit: Fit, scale: float = 1.0
+    height: int,
+    width: int,
+    side: int | None,
+    fit: Fit,
+    scale: float = 1.0,
+    *,
+    tile: int = 0,
 ) -> tuple[int, int]:
-    """(height, width) of a picture after a fit, times a scale; no side is below 1 pixel."""
+    """(height, width) of a picture after a fit, times a scale; no side is below 1 pixel.
+
+    With a tile, so many pixels of the picture take the side, whatever the fit.
+    """
     if side is None or fit == "native":
         return height, width
     fitted: tuple[float, float] = side, side
-    if fit != "squash":
-        ratio = side / (max(height, width) if fit == "longest" else min(height, width))
+    if tile or fit != "squash":
+        taken = max(height, width) if fit == "longest" else min(height, width)
+        ratio = side / (tile or taken)
         fitted = height * ratio, width * ratio
     return max(1, round(fitted[0] * scale)), max(1, round(fitted[1] * scale))
 

@@ -90,6 +90,9 @@ def test_the_fields_are_those_of_a_cache(tiny_cache: Path) -> None:
     rows = table("field of `index.json`")
     assert set(rows) == set(index) == {*names(ShardIndex), "digest"}
     assert codes(rows["settings"]) == names(RenderConfig)
+    settings = {*names(RenderConfig)} - {"tile", "overlap"}  # those of a cache of tiles
+    assert {*index["settings"]} == settings
+    assert {*RenderConfig(tile=8).settings()} == {*names(RenderConfig)}
     assert codes(rows["categories"]) == names(Category)
     assert codes(rows["shards"]) == names(ShardEntry)
 
@@ -100,7 +103,7 @@ def test_the_fields_are_those_of_a_cache(tiny_cache: Path) -> None:
 
     plan = json.loads((tiny_cache / "plan.json").read_text())
     assert set(plan) == {"fingerprint", "settings"}
-    assert set(plan["settings"]) == {"split", *names(RenderConfig)}
+    assert set(plan["settings"]) == {"split", *settings}
     line = TEXT[TEXT.index("A line of `quarantine.jsonl` holds") :].split("\n\n")[0]
     assert [name for name in codes(line) if name in names(Rejection)] == names(Rejection)
 
@@ -118,7 +121,7 @@ def test_the_example_is_true() -> None:
     index, eds, void = example_maps()
     (text,) = blocks("json")
     example = json.loads(text)
-    assert set(example) == set(table("field of `KEY.json`"))
+    assert {*example, "tile"} == set(table("field of `KEY.json`"))
     targets = compute_targets(index, [row["iscrowd"] for row in example["segments"]])
     np.testing.assert_array_equal(encode_distance(targets.distance), eds)
     np.testing.assert_array_equal(targets.void, void)

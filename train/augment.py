@@ -79,13 +79,13 @@ def make_item(sample: Sample, config: DataConfig, augmentation: Augmentation) ->
     """
     side = config.size
     height, width = sample.segment_map.shape
-    size = fitted_size(height, width, side, config.fit, augmentation.scale)
+    size = fitted_size(height, width, side, config.fit, augmentation.scale, tile=config.tile)
 
     # Scale: the photo smoothly, maps by the nearest pixel, all of them to this size.
     photo = decode_photo(sample.photo, f"{sample.key}.jpg", size)
     segment_map = resize_segment_map(sample.segment_map, size)
     void = resize_segment_map(sample.void, size)
-    if 2 * size[0] < height or (config.fit == "squash" and height != width):
+    if 2 * size[0] < height or (config.fit == "squash" and not config.tile and height != width):
         # Distances survive an isotropic scale only, and cached ones end at 127.5 cached pixels,
         # which at less than half the size would cut weights short that still count.
         eds, eds_scale = encode_distance(edge_distance(boundary(segment_map))), 1.0

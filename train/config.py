@@ -44,6 +44,9 @@ class DataConfig:
     # `squash` to the square, as the paper does; `longest` keeps the aspect ratio and pads; `crop`
     # keeps it, fills the square and crops.
     fit: Literal["squash", "longest", "crop"] = "squash"
+    # Instead of a fit: the side, in pixels of the cache, of what fills the input. 0 = that of the
+    # cache's tiles, where it holds tiles. Larger samples are cropped at random places.
+    tile: Annotated[int, Meta(ge=0, le=8192)] = 0
     augment: bool = True  # Switches flip, scale and colour off together
     flip: bool = True  # Mirror half of the samples
     # Range of the isotropic scale, drawn log-uniformly; what grows is cropped, what shrinks is

@@ -17,7 +17,7 @@ import logging
 import math
 from bisect import bisect
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import accumulate, islice
 from typing import Any, cast
@@ -34,7 +34,7 @@ from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.cache.index import ShardIndex, read_index
 from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.train.augment import Item, Place, draw_augmentation, make_item
-from panoptic_cache.train.config import DataConfig
+from panoptic_cache.train.config import DataConfig, TrainConfig
 from panoptic_cache.train.stopping import ignore_signals
 
 log = logging.getLogger(__name__)
@@ -200,6 +200,12 @@ def open_index(config: DataConfig) -> ShardIndex:
         raise InputError("the cache is empty", where=config.cache)
     check_rendered_size(config, index.settings, config.cache)
     return index
+
+
+def follow_tiles(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
+    """The configuration with the side of the cache's tiles, unless it names another one."""
+    tile = config.data.tile or settings.get("tile") or 0
+    return replace(config, data=replace(config.data, tile=tile))
 
 
 def check_rendered_size(config: DataConfig, settings: Mapping[str, Any], cache: str) -> None:

@@ -23,7 +23,7 @@ from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.train.augment import jitter_colour
 from panoptic_cache.train.checkpoint import save_checkpoint
 from panoptic_cache.train.config import TrainConfig
-from panoptic_cache.train.data import Share, iterate, micro_batch_sizes, open_index
+from panoptic_cache.train.data import Share, follow_tiles, iterate, micro_batch_sizes, open_index
 from panoptic_cache.train.encoding import make_encoding
 from panoptic_cache.train.losses import instance_loss, semantic_loss
 from panoptic_cache.train.model import PanopticModel, Task, check_size
@@ -84,6 +84,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
 
     # The data.
     index = open_index(config.data)
+    config = follow_tiles(config, index.settings)
     samples, categories = index.samples, index.categories
     steps = config.total_steps(samples)
     sizes = micro_batch_sizes(config.data, ranks.world)

@@ -167,7 +167,7 @@ def write_pictures(
         photo = read_picture(record.photo, upright=False)
         instance = semantic = None
         if with_heads:  # the heads are not kept; the network runs again on these few images
-            instance, semantic = predictor.head_pictures(predictor.heads([photo])[0])
+            instance, semantic = predictor.head_pictures(photo)
         return ImageView(
             title=record.file_name,
             photo=photo,
@@ -184,7 +184,7 @@ def write_pictures(
         "images": str(outcome.images),
         "step": str(predictor.state.step),
         "input": f"{predictor.size} px",
-        "network runs": f"{predictor.cost:.3g} an image",
+        "network runs": f"{predictor.cost:.3g} {'a tile' if predictor.tile else 'an image'}",
         "seconds an image": f"{sum(outcome.seconds_per_image.values()):.3f}",
     }
     values = outcome.to_json()

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -26,6 +27,7 @@ from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.pipeline.coco import CocoPanoptic, PanopticRecord
 from panoptic_cache.pipeline.png import read_ids
+from panoptic_cache.pipeline.tiles import Window, tile_key, windows
 from panoptic_cache.train.ranks import Ranks
 from panoptic_cache.train.stopping import memory_advice
 
@@ -72,7 +74,9 @@ def predict_share(
     for at in mine:
         record = dataset.records[at]
         row = done.get(record.image_id)
-        saved = heads_folder is None or (heads_folder / f"{record.key}.npz").exists()
+        saved = heads_folder is None or all(
+            (heads_folder / f"{name}.npz").exists() for name in heads_names(predictor, record)
+        )
         if row is not None and saved:
             with suppress(InputError):  # what cannot be read back is predicted again
                 ids = read_ids(out / PNG_FOLDER / row.file_name)
@@ -83,12 +87,12 @@ def predict_share(
     photos = ahead(read_annotated, [dataset.records[at] for at in rest], 2 * batch)
 
     def keep(places: Sequence[int], heads: Sequence[Heads], results: Sequence[PanopticMap]) -> None:
-        """Writes, notes and scores a batch."""
+        """Writes, notes and scores a batch; the heads of tiles are saved already."""
         supersede(out)
-        for at, both, result in zip(places, heads, results, strict=True):
+        for at, both, result in zip_longest(places, heads, results):
             record = dataset.records[at]
             with share.timed("write"):
-                if heads_folder is not None:
+                if heads_folder is not None and both is not None:
                     ids, truth = read_ids(record.png), record.segments
                     heads_of = ImageHeads(record.key, both.instance, both.semantic, ids, truth)
                     save_heads(heads_folder, heads_of)
@@ -111,19 +115,89 @@ def predict_share(
             with share.timed("read"):
                 pixels = [next(photos).result() for _ in places]
             with memory_advice("lower --batch, or ask for fewer or smaller --sizes"):
-                with share.timed("network"):
-                    # The last batch is filled up: a network rounds differently in a smaller one.
-                    filling = pixels[:1] * (batch - len(pixels))
-                    heads = predictor.heads([*pixels, *filling])[: len(pixels)]
-                    predictor.wait()
-                with share.timed("decode"):
-                    results = decoded(predictor, heads, records)
+                heads, results = predict_batch(
+                    predictor, records, pixels, batch, share, heads_folder
+                )
             if kept is not None:
                 kept.result()
             kept = behind.submit(keep, places, heads, results)
         if kept is not None:
             kept.result()
     return share
+
+
+def predict_batch(  # noqa: PLR0917
+    predictor: Predictor,
+    records: Sequence[PanopticRecord],
+    pixels: Sequence[Pixels],
+    batch: int,
+    share: Share,
+    heads_folder: Path | None,
+) -> tuple[list[Heads], list[PanopticMap]]:
+    """Heads and maps of at most `batch` images; of tiles, the heads are saved here and not kept."""
+    if predictor.tile is not None:
+        each = zip(records, pixels, strict=True)
+        return [], [predict_tiles(predictor, *one, share, heads_folder) for one in each]
+    with share.timed("network"):
+        # The last batch is filled up: a network rounds differently in a smaller one.
+        filling = [pixels[0]] * (batch - len(pixels))
+        heads = predictor.heads([*pixels, *filling])[: len(pixels)]
+        predictor.wait()
+    with share.timed("decode"):
+        return heads, decoded(predictor, heads, records)
+
+
+def heads_names(predictor: Predictor, record: PanopticRecord) -> list[str]:
+    """The files, without ending, that hold what the network says of an image."""
+    if predictor.tile is None:
+        return [record.key]
+    places = windows((record.height, record.width), predictor.tile, predictor.overlap)
+    return [tile_key(record.key, one.rows[0], one.columns[0]) for one in places]
+
+
+def predict_tiles(
+    predictor: Predictor,
+    record: PanopticRecord,
+    photo: Pixels,
+    share: Share,
+    heads_folder: Path | None,
+) -> PanopticMap:
+    """The panoptic map of an image that is cut into tiles, of which one batch is in memory.
+
+    Raises:
+        InputError: The network returns NaN; names the photo.
+    """
+    ids = read_ids(record.png) if heads_folder is not None else None
+
+    def tiles() -> Iterator[tuple[Window, Heads]]:
+        parts = predictor.tiles(photo)
+        names = iter(heads_names(predictor, record))
+        while True:
+            with share.timed("network"):
+                part = next(parts, None)
+                predictor.wait()
+            if part is None:
+                return
+            if heads_folder is not None and ids is not None:
+                window, heads = part
+                own = ids[window.place]
+                truth = tuple(each for each in record.segments if (own == each.id).any())
+                save_heads(
+                    heads_folder,
+                    ImageHeads(next(names), heads.instance, heads.semantic, own, truth),
+                )
+            yield part
+
+    before, start = share.seconds["network"], perf_counter()
+    try:
+        return predictor.stitch(photo, tiles())
+    except InputError as error:
+        raise InputError(
+            error.what, where=record.photo, remedy=error.remedy, code=error.code
+        ) from None
+    finally:
+        network = share.seconds["network"] - before
+        share.seconds["decode"] += perf_counter() - start - network
 
 
 def read_annotated(record: PanopticRecord) -> Pixels:

@@ -131,9 +131,9 @@ def is_claimed(storage: Storage, plan: str, settings: Mapping[str, Any]) -> bool
         if found.fingerprint == plan:
             return True
         changed = [
-            f"{name} was {found.settings.get(name)}, now {value}"
-            for name, value in settings.items()
-            if found.settings.get(name) != value
+            f"{name} was {found.settings.get(name)}, now {settings.get(name)}"
+            for name in {**settings, **found.settings}
+            if found.settings.get(name) != settings.get(name)
         ]
         raise InputError(
             "; ".join(changed)

@@ -7,7 +7,7 @@ because readers such as `datasets` learn the fields from the first few samples.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from panoptic_cache.pipeline.base.config import decode_json
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.targets import (
+    Geometry,
     SegmentMap,
     boundary,
     edge_distance,
@@ -32,6 +33,9 @@ MEMBERS = ("eds.png", "jpg", "json", "segments.png", "void.png")
 """Suffixes of a sample's members, in the order in which they lie in the tar."""
 
 _MAPS = ("segments", "eds", "void")
+
+MAX_TILE_KEY = 87
+"""Bytes of a key: a tar header has 100 for a member's name, of which `.segments.png` takes 13."""
 
 EDS_STEP = 0.5
 """Pixels a step of the EDS code."""
@@ -62,6 +66,7 @@ class SampleTable:
     original_size: tuple[int, int]
     size: tuple[int, int]
     segments: tuple[Segment, ...]
+    tile: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,7 @@ class Sample:
     eds: NDArray[np.uint8]
     void: NDArray[np.uint8]  # (H, W) uint8, 0 labelled, 1 unlabelled, 2 crowd
     segments: tuple[Segment, ...]  # The segment table
+    tile: tuple[int, int] | None = None  # (top, left) in the image; none for the whole image
 
     def centroid_map(self) -> NDArray[np.float32]:
         """(2, H, W) float32: (u, v) of the instance at each pixel, nan where there is none."""
@@ -111,12 +117,20 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
     """The members of a sample, by suffix, in the order of `MEMBERS`."""
     height, width = sample.segment_map.shape
     table = SampleTable(
-        sample.image_id, sample.file_name, sample.original_size, (height, width), sample.segments
+        image_id=sample.image_id,
+        file_name=sample.file_name,
+        original_size=sample.original_size,
+        size=(height, width),
+        segments=sample.segments,
+        tile=sample.tile,
     )
+    values = msgspec.to_builtins(table)
+    if sample.tile is None:
+        del values["tile"]
     return {
         "eds.png": _encode_png(sample.eds, _DISTANCE_PNG),
         "jpg": sample.photo,
-        "json": json.dumps(msgspec.to_builtins(table), separators=(",", ":")).encode(),
+        "json": json.dumps(values, separators=(",", ":")).encode(),
         "segments.png": _encode_png(sample.segment_map, _LABEL_PNG),
         "void.png": _encode_png(sample.void, _LABEL_PNG),
     }
@@ -146,6 +160,7 @@ def decode_sample(key: str, members: Mapping[str, bytes]) -> Sample:
         eds=maps["eds"].astype(np.uint8, copy=False),
         void=maps["void"].astype(np.uint8, copy=False),
         segments=table.segments,
+        tile=table.tile,
     )
 
 
@@ -190,6 +205,22 @@ def _decode_png(data: bytes, where: str) -> NDArray[np.unsignedinteger[Any]]:
     return np.asarray(values)
 
 
+def measured(segments: Sequence[Segment], found: Geometry) -> tuple[Segment, ...]:
+    """Rows of a segment table with area, box and centroid as they are on a map."""
+    rows = zip(
+        segments, found.area.tolist(), found.bbox.tolist(), found.centroid.tolist(), strict=True
+    )
+    return tuple(
+        replace(
+            segment,
+            area=area,
+            bbox=tuple(box),
+            centroid=tuple(centroid) if segment.isthing and not segment.iscrowd else None,
+        )
+        for segment, area, box, centroid in rows
+    )
+
+
 def check_sample(sample: Sample) -> None:
     """Checks a decoded sample's table, maps and codes against one another.
 
@@ -199,20 +230,28 @@ def check_sample(sample: Sample) -> None:
     segment_map, count = sample.segment_map, len(sample.segments)
     if segment_map.dtype != segment_dtype(count) or segment_map.max(initial=0) > count:
         raise InputError("segment map and table disagree", where=sample.key, code="table-mismatch")
-    found = geometry(segment_map, count)
-    for row, segment in enumerate(sample.segments):
-        centroid = tuple(found.centroid[row].tolist())
-        measured = replace(
-            segment,
-            area=int(found.area[row]),
-            bbox=tuple(found.bbox[row].tolist()),
-            centroid=centroid if segment.isthing and not segment.iscrowd else None,
-        )
-        if measured != segment:
+    right = measured(sample.segments, geometry(segment_map, count))
+    for segment, found in zip(sample.segments, right, strict=True):
+        if segment != found:
             what = f"segment {segment.id} does not match the map"
             raise InputError(what, where=sample.key, code="table-mismatch")
     void = void_mask(segment_map, [segment.iscrowd for segment in sample.segments])
     if not np.array_equal(sample.void, void):
         raise InputError("void mask does not match the map", where=sample.key, code="void-mismatch")
-    if not np.array_equal(sample.eds, encode_distance(edge_distance(boundary(segment_map)))):
+    # A boundary that is not seen in a tile can be as near as the tile's edge, but no nearer.
+    most = edge_distance(boundary(segment_map))
+    least = np.minimum(most, edge_distance(cut_edges(sample)))
+    if (sample.eds > encode_distance(most)).any() or (sample.eds < encode_distance(least)).any():
         raise InputError("EDS codes do not match the map", where=sample.key, code="eds-mismatch")
+
+
+def cut_edges(sample: Sample) -> NDArray[np.bool_]:
+    """(H, W) pixels along those edges of a tile where its image goes on."""
+    edges = np.zeros(sample.segment_map.shape, np.bool_)
+    if sample.tile is not None:
+        (top, left), (rows, columns) = sample.tile, sample.segment_map.shape
+        edges[0] = top > 0
+        edges[-1] |= top + rows < sample.original_size[0]
+        edges[:, 0] |= left > 0
+        edges[:, -1] |= left + columns < sample.original_size[1]
+    return edges

@@ -43,6 +43,7 @@ from panoptic_cache.pipeline.cache.shards import (
 )
 from panoptic_cache.pipeline.coco import sample_key
 from panoptic_cache.pipeline.photo import decode_photo
+from panoptic_cache.pipeline.tiles import tile_key
 
 
 class Problem(Struct, frozen=True, omit_defaults=True):
@@ -234,7 +235,10 @@ def _has_headers(data: bytes, sidecar: Sidecar) -> bool:
 def _check_content(sample: Sample, index: ShardIndex | None) -> None:
     """Raises InputError unless photo, table and maps agree with one another and the categories."""
     check_sample(sample)
-    if sample_key(sample.image_id, sample.file_name) != sample.key:
+    key = sample_key(sample.image_id, sample.file_name)
+    if sample.tile is not None:
+        key = tile_key(key, *sample.tile)
+    if key != sample.key:
         raise InputError("key and image id disagree", where=sample.key)
     photo, maps = decode_photo(sample.photo, sample.key).shape[:2], sample.segment_map.shape
     if photo != maps:

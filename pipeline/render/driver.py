@@ -108,7 +108,8 @@ def render(
         todo = [shard for shard in plan.shards if shard.name not in done]
         if todo:
             storage.remove(INDEX_NAME)  # an index says that the cache is finished
-        finished = sum(len(shard.records) for shard in plan.shards if shard.name in done)
+        planned = {shard.name: len(shard.records) for shard in plan.shards}
+        finished = sum(planned[name] for name in done)
         job = RenderJob(config, plan.fingerprint, dataset.categories, storage, strict, tools())
         try:
             with (
@@ -119,7 +120,7 @@ def render(
             ):
                 for shard in results:
                     done[shard.entry.name] = shard
-                    advance(shard.entry.samples + len(shard.rejections))
+                    advance(planned[shard.entry.name])
         except Interrupted as stop:
             stop.advice = (
                 f"{len(done)} of {len(plan.shards)} shards are done, run the same command to go on"
@@ -185,7 +186,7 @@ def _finish(
         format_version=FORMAT_VERSION,
         split=plan.split,
         fingerprint=plan.fingerprint,
-        settings=asdict(plan.config),
+        settings=plan.config.settings(),
         categories=dataset.categories,
         samples=sum(shard.samples for shard in shards),
         quarantined=len(rejections),

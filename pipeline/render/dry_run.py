@@ -18,7 +18,7 @@ from panoptic_cache.pipeline.coco import CocoPanoptic, PanopticRecord, Rejection
 from panoptic_cache.pipeline.photo import check_photo
 from panoptic_cache.pipeline.png import read_png
 from panoptic_cache.pipeline.render.driver import finished_shards, left_out
-from panoptic_cache.pipeline.render.job import prepare_worker, render_image
+from panoptic_cache.pipeline.render.job import prepare_worker, render_samples
 from panoptic_cache.pipeline.render.plan import RenderConfig, allowed, make_plan
 
 log = logging.getLogger(__name__)
@@ -77,8 +77,8 @@ def dry_run(
     start, sizes = time.monotonic(), []
     for record in good[:: max(1, len(good) // TRIED)][:TRIED]:
         try:
-            sample = render_image(record, config, categories, Counter())
-            sizes.append(pack_shard([sample])[1][0].size)
+            samples = render_samples(record, config, categories, Counter())
+            sizes.append(sum(entry.size for entry in pack_shard(samples)[1]))
         except InputError as error:
             log.warning("left out: %s", error)
     seconds = (time.monotonic() - start) / max(1, len(sizes))  # an image

@@ -4,28 +4,37 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 import simplejpeg
+from numpy.typing import NDArray
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.base.process import keep_heap
 from panoptic_cache.pipeline.cache.index import ShardEntry, Sidecar
-from panoptic_cache.pipeline.cache.sample import Sample, Segment, encode_distance
+from panoptic_cache.pipeline.cache.sample import (
+    MAX_TILE_KEY,
+    Sample,
+    Segment,
+    encode_distance,
+    measured,
+)
 from panoptic_cache.pipeline.cache.shards import write_shard
 from panoptic_cache.pipeline.coco import Category, PanopticRecord, Rejection
-from panoptic_cache.pipeline.photo import fitted_size, read_photo
+from panoptic_cache.pipeline.photo import Photo, encode_jpeg, fitted_size, read_photo
 from panoptic_cache.pipeline.png import read_ids
 from panoptic_cache.pipeline.render.plan import RenderConfig, ShardPlan
 from panoptic_cache.pipeline.targets import (
     compute_targets,
     drop_empty_rows,
+    geometry,
     make_segment_map,
     resize_segment_map,
 )
+from panoptic_cache.pipeline.tiles import Window, tile_key, windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +96,7 @@ def render_shard(shard: ShardPlan, job: RenderJob) -> FinishedShard:
         for record in shard.records:
             mended: Counter[str] = Counter()
             try:
-                sample = render_image(record, job.config, categories, mended)
+                of_image = render_samples(record, job.config, categories, mended)
                 if job.strict:
                     _refuse_repairs(record, mended)
             except InputError as error:
@@ -98,7 +107,7 @@ def render_shard(shard: ShardPlan, job: RenderJob) -> FinishedShard:
                 continue
             finally:
                 repairs.update(mended)
-            yield sample
+            yield from of_image
 
     sidecar = write_shard(
         job.storage, shard.name, samples(), plan=job.plan, rejections=rejections, repairs=repairs
@@ -132,6 +141,55 @@ def _refuse_repairs(record: PanopticRecord, repairs: Mapping[str, int]) -> None:
             )
 
 
+def render_samples(
+    record: PanopticRecord,
+    config: RenderConfig,
+    categories: dict[int, Category],
+    repairs: Counter[str],
+) -> list[Sample]:
+    """One image to its sample, or to the samples of its tiles; arguments as of `render_image`.
+
+    Raises:
+        InputError: The image must be left out.
+    """
+    if config.tile is None:
+        return [render_image(record, config, categories, repairs)]
+    whole, photo = _render(record, config, categories, repairs)
+    assert photo.rgb is not None
+    tiles = windows(whole.original_size, config.tile, config.overlap)
+    return [cut_tile(whole, photo.rgb, window, config.jpeg_quality) for window in tiles]
+
+
+def cut_tile(whole: Sample, rgb: NDArray[np.uint8], window: Window, jpeg_quality: int) -> Sample:
+    """The sample of a tile, from that of its image and the (H, W, 3) photo.
+
+    Areas, boxes and centroids are those of the parts of segments that lie in the tile: a network
+    that sees no more cannot know where the rest is. Distances are those of the whole image: a
+    boundary outside the tile still counts, and the tile's own edge is none.
+    """
+    segment_map, kept = drop_empty_rows(whole.segment_map[window.place], len(whole.segments))
+    rows = [whole.segments[row] for row in kept]
+    top, left = window.rows[0], window.columns[0]
+    key = tile_key(whole.key, top, left)
+    if len(key.encode()) > MAX_TILE_KEY:
+        raise InputError(
+            f"the key of a tile would have more than {MAX_TILE_KEY} bytes",
+            where=whole.file_name,
+            remedy="give the photo a shorter name",
+            code="key-invalid",
+        )
+    return replace(
+        whole,
+        key=key,
+        photo=encode_jpeg(rgb[window.place], jpeg_quality),
+        segment_map=np.ascontiguousarray(segment_map),
+        eds=np.ascontiguousarray(whole.eds[window.place]),
+        void=np.ascontiguousarray(whole.void[window.place]),
+        segments=measured(rows, geometry(segment_map, len(rows))),
+        tile=(top, left),
+    )
+
+
 def render_image(
     record: PanopticRecord,
     config: RenderConfig,
@@ -149,8 +207,21 @@ def render_image(
     Raises:
         InputError: The image must be left out.
     """
+    whole, photo = _render(record, config, categories, repairs)
+    height, width = whole.segment_map.shape
+    return replace(whole, photo=photo.resized((height, width), config.jpeg_quality))
+
+
+def _render(
+    record: PanopticRecord,
+    config: RenderConfig,
+    categories: dict[int, Category],
+    repairs: Counter[str],
+) -> tuple[Sample, Photo]:
+    """The sample of an image, still without its photo, and the photo as it is on disk."""
     ids = read_ids(record.png, (record.height, record.width))  # (H, W) int32
-    photo = read_photo(record, repairs, pixels=config.size is not None)
+    pixels = config.size is not None or config.tile is not None
+    photo = read_photo(record, repairs, pixels=pixels)
     segment_map = make_segment_map(ids, [segment.id for segment in record.segments])
     if cv2.countNonZero(segment_map) < cv2.countNonZero(ids):
         repairs["png-id-unknown"] += 1
@@ -162,39 +233,33 @@ def render_image(
         segment_map, kept = drop_empty_rows(resize_segment_map(segment_map, size), len(rows))
         rows = [rows[row] for row in kept]
     targets = compute_targets(segment_map, [row.iscrowd for row in rows])
-    geometry = targets.geometry
-    segments = []
-    for row, area, box, centroid in zip(
-        rows,
-        geometry.area.tolist(),
-        geometry.bbox.tolist(),
-        geometry.centroid.tolist(),
-        strict=True,
-    ):
-        if size == ids.shape:
-            repairs["area-wrong"] += row.area is not None and row.area != area
-            repairs["bbox-wrong"] += row.bbox is not None and row.bbox != tuple(box)
-        category = categories[row.category_id]
-        segments.append(
-            Segment(
-                id=row.id,
-                category_id=row.category_id,
-                label=category.label,
-                isthing=category.isthing,
-                iscrowd=bool(row.iscrowd),
-                area=area,
-                bbox=tuple(box),
-                centroid=tuple(centroid) if category.isthing and not row.iscrowd else None,
-            )
+    segments = [
+        Segment(
+            id=row.id,
+            category_id=row.category_id,
+            label=categories[row.category_id].label,
+            isthing=categories[row.category_id].isthing,
+            iscrowd=bool(row.iscrowd),
+            area=0,  # these three are measured on the map
+            bbox=(0, 0, 0, 0),
+            centroid=None,
         )
-    return Sample(
+        for row in rows
+    ]
+    table = measured(segments, targets.geometry)
+    if size == ids.shape:
+        for row, found in zip(rows, table, strict=True):
+            repairs["area-wrong"] += row.area is not None and row.area != found.area
+            repairs["bbox-wrong"] += row.bbox is not None and row.bbox != found.bbox
+    sample = Sample(
         key=record.key,
         image_id=record.image_id,
         file_name=record.file_name,
         original_size=(record.height, record.width),
-        photo=photo.resized(size, config.jpeg_quality),
+        photo=b"",
         segment_map=segment_map,
         eds=encode_distance(targets.distance),
         void=targets.void,
-        segments=tuple(segments),
+        segments=table,
     )
+    return sample, photo

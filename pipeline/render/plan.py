@@ -13,6 +13,7 @@ from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.cache.index import shard_name
 from panoptic_cache.pipeline.cache.sample import FORMAT_VERSION
 from panoptic_cache.pipeline.coco import CocoPanoptic, PanopticRecord, Rejection
+from panoptic_cache.pipeline.tiles import check_tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class RenderConfig:
     samples_per_shard: int = 256  # Images planned into one tar
     jpeg_quality: int = 95  # Of photos that were resized or converted
     seed: int = 0  # Of the fixed permutation that spreads the images over the shards
+    tile: int | None = None  # Side of the tiles that images are cut into, pixels; none: not cut
+    overlap: int = 0  # Pixels that neighbouring tiles share at least
 
     def __post_init__(self) -> None:
         if self.fit == "native" and self.size is not None:
@@ -47,6 +50,23 @@ class RenderConfig:
             raise InputError("JPEG quality is 1 to 100", where=f"jpeg_quality={self.jpeg_quality}")
         if self.seed < 0:
             raise InputError("a seed is 0 or more", where=f"seed={self.seed}")
+        if self.tile is None and self.overlap:
+            raise InputError("an overlap goes with tiles", where="--overlap", remedy="add --tile")
+        if self.tile is not None:
+            check_tile(self.tile, self.overlap, where="--tile and --overlap")
+            if self.fit != "native":
+                raise InputError(
+                    "tiles are cut at native size",
+                    where=f"--fit {self.fit}",
+                    remedy="leave --fit and --size out, or --tile",
+                )
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values; without those of tiles where there are none, as caches always were."""
+        values = asdict(self)
+        if self.tile is None:
+            del values["tile"], values["overlap"]
+        return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +92,7 @@ class Plan:
     @property
     def settings(self) -> dict[str, Any]:
         """The split and the settings as plain values."""
-        return {"split": self.split, **asdict(self.config)}
+        return {"split": self.split, **self.config.settings()}
 
 
 def make_plan(dataset: CocoPanoptic, split: str, config: RenderConfig) -> Plan:
@@ -93,7 +113,7 @@ def make_plan(dataset: CocoPanoptic, split: str, config: RenderConfig) -> Plan:
         for number, start in enumerate(range(0, len(records), step))
     )
     keys = [record.key for record in dataset.records]
-    mark = fingerprint(FORMAT_VERSION, split, dataset.digest, asdict(config), keys)
+    mark = fingerprint(FORMAT_VERSION, split, dataset.digest, config.settings(), keys)
     return Plan(split, config, mark, shards, dataset.rejections)
 
 

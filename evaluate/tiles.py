@@ -1,0 +1,123 @@
+"""The panoptic maps of overlapping tiles -> that of their image.
+
+Maps are merged, not heads: a code names a place in its own tile, and the decoder's 80 cells are
+made for the objects of one. Each pixel takes what the tile says in which it lies deepest. Two
+instances of neighbouring tiles are one where they agree about the pixels that both tiles see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from panoptic_cache.evaluate.decoder.decode import DecodedSegment, PanopticMap
+from panoptic_cache.pipeline.tiles import Span, Window
+
+AGREEMENT = 0.5
+"""IoU of two instances, in the pixels that two tiles share, above which they are one. From 1/2 on,
+an instance agrees with at most one of another tile."""
+
+Rows = NDArray[np.int64]
+"""(H, W) what each pixel shows: a row of the table of all tiles' segments, 0 for void."""
+
+
+def stitch(
+    size: tuple[int, int],
+    parts: Iterable[tuple[Window, PanopticMap]],
+    *,
+    min_stuff_area: int = 0,
+) -> PanopticMap:
+    """Merges the maps of an image's tiles.
+
+    Args:
+        size: (H, W) of the image.
+        parts: Its tiles, as `windows` orders them, and the map of each at the tile's own size.
+        min_stuff_area: Pixels below which a stuff segment is dropped.
+
+    Returns:
+        The map of the image. The score of an instance is the mean over its pixels.
+    """
+    # Row 0 is void, and a stuff class has the same row in all tiles.
+    table = [DecodedSegment(0, -1, isthing=False, score=1.0, area=0)]
+    joined = [0]  # A row that each row is one with, itself at first
+    stuff: dict[int, int] = {}
+    recent: list[tuple[Window, Rows]] = []
+    values = np.zeros(size, np.int64)
+    for window, found in parts:
+        lookup = np.zeros(1 + max((segment.id for segment in found.segments), default=0), np.int64)
+        for segment in found.segments:
+            new = len(table)
+            lookup[segment.id] = new if segment.isthing else stuff.setdefault(segment.label, new)
+            if lookup[segment.id] == new:
+                table.append(segment)
+                joined.append(new)
+        own = lookup[found.ids]
+        recent = [part for part in recent if part[0].rows[1] > window.rows[0]]
+        for other, theirs in recent:
+            if min(other.columns[1], window.columns[1]) <= max(other.columns[0], window.columns[0]):
+                continue
+            for one, another in agreeing(shared(window, own, other), shared(other, theirs, window)):
+                if table[one].isthing and table[one].label == table[another].label:
+                    joined[root(joined, one)] = root(joined, another)
+        recent.append((window, own))
+        values[window.core] = own[cut(window, window.core_rows, window.core_columns)]
+
+    # From rows to segments: stuff by label, then instances in the order of their tiles.
+    count = len(table)
+    area = np.bincount(values.ravel(), minlength=count)
+    roots = np.array([root(joined, row) for row in range(count)])
+    total = np.bincount(roots, area, count)
+    score = np.bincount(roots, area * [segment.score for segment in table], count)
+    order = sorted(
+        np.flatnonzero(total[1:]) + 1,
+        key=lambda row: (table[row].isthing, not table[row].isthing and table[row].label),
+    )
+    kept = [row for row in order if table[row].isthing or total[row] >= min_stuff_area]
+    ids = np.zeros(count, np.int32)
+    ids[kept] = np.arange(1, len(kept) + 1)
+    return PanopticMap(
+        ids[roots[values]],
+        tuple(
+            DecodedSegment(
+                id=number,
+                label=table[row].label,
+                isthing=table[row].isthing,
+                score=float(score[row] / total[row]),
+                area=int(total[row]),
+            )
+            for number, row in enumerate(kept, start=1)
+        ),
+    )
+
+
+def cut(window: Window, rows: Span, columns: Span) -> tuple[slice, slice]:
+    """Where rows and columns of the image lie in an array of the tile."""
+    top, left = window.rows[0], window.columns[0]
+    return slice(rows[0] - top, rows[1] - top), slice(columns[0] - left, columns[1] - left)
+
+
+def shared(window: Window, values: Rows, other: Window) -> Rows:
+    """The part of a tile's values that another tile sees too, as (P,)."""
+    both = [
+        (max(ours[0], theirs[0]), max(min(ours[1], theirs[1]), ours[0], theirs[0]))
+        for ours, theirs in ((window.rows, other.rows), (window.columns, other.columns))
+    ]
+    return values[cut(window, *both)].ravel()
+
+
+def agreeing(one: Rows, other: Rows) -> Iterator[tuple[int, int]]:
+    """Rows of two tiles whose IoU in the (P,) pixels that both see is above `AGREEMENT`."""
+    (a, of_a), (b, of_b) = (np.unique(rows, return_inverse=True) for rows in (one, other))
+    overlap = np.bincount(of_a * len(b) + of_b, minlength=len(a) * len(b)).reshape(len(a), len(b))
+    union = overlap.sum(1)[:, None] + overlap.sum(0) - overlap
+    for i, j in zip(*np.nonzero(overlap > AGREEMENT * union), strict=True):
+        yield int(a[i]), int(b[j])
+
+
+def root(joined: list[int], row: int) -> int:
+    """The row that stands for all rows that this one is joined with."""
+    while joined[row] != row:
+        row = joined[row]
+    return row
