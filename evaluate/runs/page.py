@@ -110,15 +110,14 @@ def draw_galleries(
             continue
         predictor = Predictor(run.train_folder)
         for at, (photo, record) in enumerate(zip(photos, chosen, strict=True)):
-            heads = predictor.heads([photo])[0]
-            codes, labels = predictor.head_pictures(heads)
+            codes, labels = predictor.head_pictures(photo)
             instance[at].append(_panel(variant.name, resized(codes, photo.shape[:2], smooth=False)))
             if variant.name == base:
                 view = ImageView(
                     record.file_name,
                     photo,
                     true_map(read_ids(record.png), record.segments, dataset.categories),
-                    predicted_map(predictor.decode([heads], [photo.shape[:2]])[0]),
+                    predicted_map(predictor([photo])[0]),
                     codes,
                     labels,
                 )
