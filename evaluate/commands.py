@@ -25,6 +25,7 @@ from panoptic_cache.pipeline.console import (
     print_bench,
     print_json,
     print_values,
+    show,
 )
 
 if TYPE_CHECKING:
@@ -248,7 +249,7 @@ def ceiling(
     values = {**result.to_json(), "measured": quality and asdict(quality)}
     _show_scores(result.pq, dataset.categories, values, as_json, by_category=False)
     if quality and not as_json:
-        print(f"measured noise {quality.noise:.3g}, drift {quality.drift:.3g} cells a pixel")
+        show(f"measured noise {quality.noise:.3g}, drift {quality.drift:.3g} cells a pixel")
 
 
 @app.command("export")
@@ -371,7 +372,7 @@ def _show_scores(
     if as_json:
         print_json(values)
         return
-    print(score_text(result, categories, values, by_category=by_category))
+    show(score_text(result, categories, values, by_category=by_category))
     if "seconds_per_image" in values:
         parts = ", ".join(f"{k} {v * 1e3:.1f}" for k, v in values["seconds_per_image"].items())
-        print(f"{values['images']} images; ms an image: {parts}")
+        show(f"{values['images']} images; ms an image: {parts}")

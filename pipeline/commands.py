@@ -22,6 +22,7 @@ from panoptic_cache.pipeline.console import (
     print_bench,
     print_json,
     print_values,
+    show,
 )
 
 app = typer.Typer()
@@ -132,6 +133,7 @@ def verify(
     from msgspec import to_builtins
 
     from panoptic_cache.pipeline.base.files import Storage
+    from panoptic_cache.pipeline.base.terminal import plain
     from panoptic_cache.pipeline.cache.verify import verify as check
 
     report = check(Storage(cache), deep=deep)
@@ -139,10 +141,10 @@ def verify(
         print_json(to_builtins(report))
     else:
         for problem in report.problems:
-            print(problem)
+            show(plain(str(problem)))
         sound = "sound" if deep else "sound by names and sizes, --deep reads the bytes"
         state = sound if report.ok else f"{len(report.problems)} problems"
-        print(f"{report.shards} shards, {report.samples} samples: {state}")
+        show(f"{report.shards} shards, {report.samples} samples: {state}")
     if not report.ok:
         raise typer.Exit(1)
 
@@ -166,7 +168,7 @@ def inspect(
         print_values({"sample": found.key, "picture": str(path)}, as_json)
         return
     summary = describe(place)
-    print(json.dumps(summary) if as_json else summary_table(summary))
+    show(json.dumps(summary) if as_json else summary_table(summary))
     if problem := summary.get("problem"):
         log.warning("%s: %s", place, problem)
 

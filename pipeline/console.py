@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import typer
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.process import Interrupted, interruptible
-from panoptic_cache.pipeline.base.terminal import table
+from panoptic_cache.pipeline.base.terminal import LineFormatter, table
 
 if TYPE_CHECKING:
     from panoptic_cache.pipeline.coco import CocoLayout
@@ -65,7 +66,7 @@ def print_bench(result: BenchTable, as_json: bool) -> None:
     if as_json:
         print_json(result.values)
     else:
-        print(result.title)
+        show(result.title)
         print_table(result.columns, result.rows, left=1)
 
 
@@ -83,12 +84,22 @@ def print_values(values: dict[str, Any], as_json: bool) -> None:
 
 def print_json(values: dict[str, Any]) -> None:
     """Prints one JSON object on one line."""
-    print(json.dumps(values))
+    show(json.dumps(values))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> None:
     """Prints aligned columns, the first `left` of them aligned to the left."""
-    print(table(columns, rows, left=left))
+    show(table(columns, rows, left=left))
+
+
+def show(text: str) -> None:
+    """Prints to standard output, as long as somebody, such as `head`, reads it."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise InputError(f"cannot print: {error.strerror}") from None
 
 
 def run_program(app: Callable[[], object]) -> NoReturn:
@@ -102,10 +113,13 @@ def run_program(app: Callable[[], object]) -> NoReturn:
         SystemExit: Always. 0 finished, 1 failed, 2 wrong usage, 3 too much left out, 130 and 143
             stopped by SIGINT and SIGTERM.
     """
+    _open_streams()
     first = os.environ.get("RANK", "0") == "0"
-    level = logging.WARNING if first else logging.ERROR
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LineFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING if first else logging.ERROR, handlers=[handler])
     logging.getLogger("panoptic_cache").setLevel(logging.INFO if first else logging.ERROR)
+    logging.raiseExceptions = False  # whoever read standard error may have gone
     code = _exit_code(app, first=first)
     if code and os.environ.get("WORLD_SIZE", "1") != "1":
         # Threads of a process group whose other ranks have gone may abort on the way out, and
@@ -115,6 +129,22 @@ def run_program(app: Callable[[], object]) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     raise SystemExit(code)
+
+
+def _open_streams() -> None:
+    """Opens streams that are closed, else a file of ours would get their numbers, and messages.
+
+    What a terminal cannot show, it gets as an escape.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _exit_code(app: Callable[[], object], *, first: bool) -> int:
@@ -131,8 +161,6 @@ def _exit_code(app: Callable[[], object], *, first: bool) -> int:
         if first:
             log.error("%s", stop)
         return stop.exit_code
-    except BrokenPipeError:  # whoever reads what is printed, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # no rights, no such place, a disk that fails
         what = error.strerror or str(error) or type(error).__name__
         log.error("%s: %s", error.filename, what) if error.filename else log.error("%s", what)

@@ -287,6 +287,58 @@ def test_hostile_json_is_one_line_everywhere(
         assert len(err.splitlines()) <= 1, (arguments, err[:500])
 
 
+EVIL = "a\x1b[2J\x07\r\nERROR: \u202enames \udcff \u00e9" + "x" * 5_000
+"""A name that clears the screen, rings, fakes a second line, turns the text and is too wide."""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_names_reach_the_terminal_as_text(
+    cache: Path, tiny_root: Path, tmp_path: Path, encoding: str
+) -> None:
+    truth = json.loads((tiny_root / "annotations/panoptic_val.json").read_text())
+    truth["categories"][0]["name"] = EVIL
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    pngs = tiny_root / "annotations/panoptic_val"
+    (cache / os.fsdecode(b"a\x1b[2J\x07\r\n\xff.tar")).write_bytes(b"")
+    files = (tmp_path / "truth.json", tmp_path / "truth.json")
+    commands: list[tuple[int, list[str | Path]]] = [
+        (0, ["score", *files, "--gt-dir", pngs, "--pred-dir", pngs]),
+        (1, ["inspect", tmp_path / EVIL[:100]]),
+        (1, ["verify", cache]),
+    ]
+    for code, arguments in commands:
+        done = subprocess.run(
+            [sys.executable, "cli.py", *map(os.fsencode, arguments)],
+            env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, check=False,
+        )  # fmt: skip
+        lines = (done.stdout + done.stderr).decode(encoding).split("\n")
+        assert done.returncode == code, lines
+        assert all(line.isprintable() and len(line) < 2_500 for line in lines)
+        assert not any(line.startswith(("ERROR", "Traceback")) for line in lines)
+        assert any(r"a\x1b[2J\x07\r\n" in line for line in lines)
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
+def test_closed_streams_change_nothing_else(tiny_root: Path, tmp_path: Path, closed: str) -> None:
+    scenes = tmp_path / "scenes"
+    command = f"{sys.executable} cli.py synth {scenes} --images 1 --val-images 0 --size 32"
+    for code in (0, 1):  # made; then refused, as another size is asked for
+        assert subprocess.run(f"{command} {closed}", shell=True, check=False).returncode == code
+        command = command.replace("--size 32", "--size 33")
+    assert (scenes / "annotations/panoptic_train.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"), [("| true", 0), ("2>&1 >/dev/full", 1), ("2>/dev/full", 0)]
+)
+def test_a_reader_that_has_gone(cache: Path, end: str, expected: int) -> None:
+    command = f"set -o pipefail; {sys.executable} cli.py inspect {cache}/train-00000.tar {end}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == expected, done
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not expected or done.stdout == "cannot print: No space left on device\n"
+
+
 def test_an_error_is_all_that_standard_error_shows(tmp_path: Path) -> None:
     command = [sys.executable, "cli.py", "inspect", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

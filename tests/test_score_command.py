@@ -162,7 +162,7 @@ def test_a_reader_who_has_enough_sees_no_traceback(truth: Path) -> None:
         stdout=writer, stderr=subprocess.PIPE, text=True, check=False,
     )  # fmt: skip
     os.close(writer)
-    assert done.returncode == 1
+    assert done.returncode == 0, "the work is done"
     assert "Error" not in done.stderr
 
 
