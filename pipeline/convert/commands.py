@@ -38,6 +38,9 @@ Overlap = Annotated[
 Names = Annotated[
     Path | None, typer.Option(help="Names of the classes: lines `7 road`, or TOML or JSON.")
 ]
+SemanticMaps = Annotated[
+    Path | None, typer.Option(help="Folder of maps of classes, which --names names.")
+]
 Void = Annotated[list[int], typer.Option(help="Value of no class; may be given again.")]
 
 
@@ -65,6 +68,51 @@ def write(
         raise typer.Exit(3)
 
 
+@app.command("coco-instances")
+def coco_instances(
+    json: Annotated[Path, typer.Option("--json", help="Annotation file.")],
+    images: Photos,
+    out: Out,
+    split: Split,
+    stuff_json: Annotated[
+        Path | None, typer.Option(help="Annotation file of stuff, drawn below.")
+    ] = None,
+    semantic_maps: SemanticMaps = None,
+    names: Names = None,
+    void: Void = [255],  # noqa: B006
+    background: Background = None,
+    stuff: Annotated[
+        list[str] | None, typer.Option(help="Name of a category without instances, such as sky.")
+    ] = None,
+    overlap: Overlap = "last",
+    no_crowds: Annotated[
+        bool, typer.Option("--no-crowds", help="Take crowds as instances: CVAT marks masks so.")
+    ] = False,
+    workers: Workers = 2,
+    max_bad: MaxBad = 0.01,
+    copy: Copy = False,
+    as_json: Annotated[
+        bool, typer.Option("--summary-json", help="Print one JSON object, and nothing else.")
+    ] = False,
+) -> None:
+    """COCO's JSON of instances: polygons or RLE; of CVAT, Roboflow, FiftyOne and others, too."""
+    from panoptic_cache.pipeline.convert.coco_instances import coco_instances as read
+
+    source = read(
+        json,
+        images,
+        stuff_json=stuff_json,
+        semantic=semantic_maps,
+        names=names,
+        void=void,
+        background=background,
+        stuff=stuff or [],
+        small=overlap == "small",
+        crowds=not no_crowds,
+    )
+    write(source, out, split, workers, max_bad, copy, as_json)
+
+
 @app.command("label-maps")
 def label_maps(
     images: Photos,
@@ -76,9 +124,7 @@ def label_maps(
         typer.Option(help="Name of what the instances are; with --semantic-maps, one of theirs."),
     ] = None,
     background: Background = None,
-    semantic_maps: Annotated[
-        Path | None, typer.Option(help="Folder of maps of classes, which --names names.")
-    ] = None,
+    semantic_maps: SemanticMaps = None,
     names: Names = None,
     void: Void = [255],  # noqa: B006
     workers: Workers = 2,

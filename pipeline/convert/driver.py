@@ -69,7 +69,7 @@ def convert(
     annotations = root.absolute() / "annotations"
     pngs = annotations / f"panoptic_{split}"
     layout = CocoLayout(root.absolute() / split, annotations / f"{pngs.name}.json", pngs)
-    things = frozenset(row["id"] for row in source.categories if row["isthing"])
+    isthing = {row["id"]: bool(row["isthing"]) for row in source.categories}
     items, shared = _distinct(source)
     journal = annotations / f"convert_{split}.jsonl"
     head = {**source.settings, "categories": source.categories, "copy": copy}
@@ -92,7 +92,7 @@ def convert(
                 progress("convert", len(items), "images", len(done)) as advance,
                 journal.open("ab") as rows,
             ):
-                work = partial(convert_image, job=Job(layout, copy, things))
+                work = partial(convert_image, job=Job(layout, copy, isthing))
                 for outcome in map_in_order(work, todo, workers):
                     done[outcome.name] = outcome
                     rows.write(msgspec.json.encode(outcome) + b"\n")

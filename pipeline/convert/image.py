@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class Job:
 
     layout: CocoLayout
     copy: bool  # Photos, instead of linking them
-    things: frozenset[int]  # Ids of the categories that have instances
+    isthing: Mapping[int, bool]  # By id of the category
 
 
 def convert_image(one: tuple[Item, str, str], job: Job) -> Outcome:
@@ -53,7 +54,7 @@ def convert_image(one: tuple[Item, str, str], job: Job) -> Outcome:
     try:
         size = photo_size(item.photo)
         drawing = item.draw(size)
-        ids, segments, empty = number_segments(drawing, job.things)
+        ids, segments, empty = number_segments(drawing, job.isthing)
     except InputError as error:
         return Outcome(item.name, mark, left_out=Rejection.of(item.image_id, item.name, error))
     place = job.layout.panoptic_dir / png
@@ -74,21 +75,23 @@ def convert_image(one: tuple[Item, str, str], job: Job) -> Outcome:
 
 
 def number_segments(
-    drawing: Drawing, things: frozenset[int]
+    drawing: Drawing, isthing: Mapping[int, bool]
 ) -> tuple[NDArray[np.int32], list[dict[str, Any]], int]:
     """Ids of a drawing's segments: (H, W) int32, their rows, and how many rows had no pixel.
 
-    What has one category of stuff becomes one segment. Raises InputError where there are more
-    segments than a sample can hold.
+    What has one category of stuff becomes one segment, and what has an unknown one void. Raises
+    InputError where there are more segments than a sample can hold.
     """
     areas = np.bincount(drawing.segment_map.ravel(), minlength=len(drawing.rows) + 1)
-    empty = int(np.count_nonzero(areas[1:] == 0))
+    empty = 0
     numbers: dict[object, int] = {}  # of the segments kept, from 1
     kept: list[Row] = []
     table = np.zeros(len(drawing.rows) + 1, np.int32)
     for place, row in enumerate(drawing.rows, 1):
-        if areas[place]:
-            one = place if row.category_id in things else ("stuff", row.category_id)
+        thing = isthing.get(row.category_id)
+        empty += bool(thing) and not areas[place]
+        if areas[place] and thing is not None:
+            one = place if thing else ("stuff", row.category_id)
             if one not in numbers:
                 numbers[one] = len(kept) + 1
                 kept.append(row)
@@ -108,7 +111,7 @@ def number_segments(
             {
                 "id": number * _SPREAD & 0xFFFFFF,
                 "category_id": row.category_id,
-                "iscrowd": int(row.iscrowd and row.category_id in things),
+                "iscrowd": int(row.iscrowd and isthing[row.category_id]),
                 "area": int(areas[number]),
                 "bbox": [
                     across.start,

@@ -22,13 +22,13 @@ _TURNED = {5, 6, 7, 8}
 class Row(NamedTuple):
     """A segment of a drawing."""
 
-    category_id: int  # Of the source's categories
+    category_id: int  # Of the source's categories; of another one, it is void
     iscrowd: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """One image's segments. Rows without pixels are left out; those of one stuff become one."""
+    """One image's segments. Rows without pixels go; those of one category of stuff become one."""
 
     segment_map: NDArray[np.uint32]  # (H, W), 0 = unlabelled, i = row i - 1
     rows: list[Row]
