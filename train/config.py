@@ -82,6 +82,10 @@ class ModelConfig:
     # Hub name or local folder of a pretrained DINOv2, DINOv2 with registers or DINOv3 ViT, or
     # `random`.
     backbone: str = "facebook/dinov2-base"
+    # A run, checkpoint or export to start from: encoder, decoder and heads, whose categories are
+    # matched by name. A resumed run does not read it.
+    init: str = ""
+    init_heads: bool = True  # Take its heads too; else both start anew
     # The architecture that `random` builds.
     random: RandomBackbone = field(default_factory=RandomBackbone)
     # Encoder blocks, counted from 1, whose outputs the decoder takes.

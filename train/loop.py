@@ -26,7 +26,7 @@ from panoptic_cache.train.config import TrainConfig
 from panoptic_cache.train.data import Share, follow_tiles, iterate, micro_batch_sizes, open_index
 from panoptic_cache.train.encoding import make_encoding
 from panoptic_cache.train.losses import instance_loss, semantic_loss
-from panoptic_cache.train.model import PanopticModel, Task, check_size
+from panoptic_cache.train.model import Task, check_size
 from panoptic_cache.train.optim import Ema, learning_rate, parameter_groups, set_learning_rate
 from panoptic_cache.train.ranks import Ranks
 from panoptic_cache.train.restore import (
@@ -41,6 +41,7 @@ from panoptic_cache.train.restore import (
 from panoptic_cache.train.runlog import RunLog, installed_trackers
 from panoptic_cache.train.stopping import not_finite, rank_advice, stop_request
 from panoptic_cache.train.stream import make_loader
+from panoptic_cache.train.transfer import first_model
 from panoptic_cache.train.validation import draw_heads, open_held_out, validate
 
 log = logging.getLogger(__name__)
@@ -100,11 +101,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
     # The model.
     set_seed(config.seed)
     encoding = make_encoding(config.loss.encoding, config.loss.harmonics)
-    model = (
-        build_model(config, len(categories), begun)
-        if begun
-        else PanopticModel(config.model, encoding.channels, len(categories))
-    )
+    model = build_model(begun, config, categories) if begun else first_model(config, categories)
     check_size(config.data.size, config.data.size, model.patch_size)
     model.to(device)  # before its optimizer, whose restored state follows the parameters
     set_seed(config.seed + ranks.rank)  # stochastic depth differs between ranks

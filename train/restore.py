@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -141,13 +141,13 @@ def load_model(
     """
     folder = find_checkpoint(path)
     state = read_state(folder)
-    model = build_model(state.config, len(state.categories), folder)
+    model = build_model(folder, state.config, state.categories)
     kind = weights or ("ema" if weights_file(folder, "ema").exists() else "model")
     load_weights(model, folder, kind, checked=True)
     return model.to(device).eval(), state
 
 
-def build_model(config: TrainConfig, classes: int, folder: Path) -> PanopticModel:
+def build_model(folder: Path, config: TrainConfig, categories: Sequence[Category]) -> PanopticModel:
     """The model that a checkpoint's weights fit, without them.
 
     A checkpoint may come from a stranger, and sizes of 10^9 would be built until memory ends: so
@@ -160,7 +160,7 @@ def build_model(config: TrainConfig, classes: int, folder: Path) -> PanopticMode
         return PanopticModel(
             config.model,
             encoding.channels,
-            classes,
+            len(categories),
             load_weights=False,
             architecture=folder / ARCHITECTURE,
         )
