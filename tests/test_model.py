@@ -38,6 +38,22 @@ def seeded(config: ModelConfig = TINY, seed: int = 0, **settings: Any) -> Panopt
     return PanopticModel(config, 16, 5, **settings)
 
 
+def test_scaled_by_itself_a_picture_may_be_darker_or_paler() -> None:
+    model = seeded(replace(TINY, normalise="input")).eval()
+    photo = photos(2).float() / 255
+    with torch.no_grad():
+        found, darker = model(photo), model(0.2 * photo + 0.3)
+        other = seeded().eval()(photo)
+        flat = model(torch.full((1, 3, 28, 28), 0.4))
+    assert torch.allclose(found.instance, darker.instance, atol=1e-4)
+    assert torch.allclose(found.semantic, darker.semantic, atol=1e-4)
+    assert not torch.allclose(found.semantic, other.semantic, atol=1e-2)
+    assert torch.isfinite(flat.semantic).all()
+    # Each picture alone, so that a batch does not matter.
+    with torch.no_grad():
+        assert torch.allclose(model(photo[:1]).semantic, found.semantic[:1], atol=1e-5)
+
+
 # Sizes
 
 

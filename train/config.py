@@ -91,6 +91,10 @@ class ModelConfig:
     # Encoder blocks, counted from 1, whose outputs the decoder takes.
     taps: Annotated[tuple[Layers, ...], Meta(min_length=1)] = (3, 6, 9, 12)
     channels: Side = 256  # Width d of the decoder
+    # What pixels are scaled by: `imagenet`'s mean and deviation, as pretrained weights expect, or
+    # those of each `input` itself, for pictures whose brightness and contrast mean nothing, as in
+    # microscopy.
+    normalise: Literal["imagenet", "input"] = "imagenet"
     # Of the four transposed convolutions. Their product is the upscaling; the rest, up to the
     # image's size, is bilinear. Stride 1 comes second, where it is cheap.
     strides: tuple[Stride, Stride, Stride, Stride] = (2, 1, 2, 2)

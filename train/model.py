@@ -19,6 +19,8 @@ Task = Literal["instance", "semantic", "both"]
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
+LEAST_STD = 0.02
+"""Of a picture's own deviation, with which its pixels are scaled: five steps of 255."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class PanopticModel(nn.Module):
         super().__init__()
         self.encoder = make_backbone(config, load_weights=load_weights, architecture=architecture)
         self.patch_size: int = self.encoder.config.patch_size
+        self.own_scale = config.normalise == "input"
         self.decoder = Decoder(
             len(config.taps) * self.encoder.config.hidden_size, config.channels, config.strides
         )
@@ -87,7 +90,11 @@ class PanopticModel(nn.Module):
         """The shared decoder's output, (B, channels, h, w)."""
         check_size(photo.shape[-2], photo.shape[-1], self.patch_size)
         scaled = photo.float() / 255 if photo.dtype == torch.uint8 else photo
-        taps = self.encoder((scaled - self.mean) / self.std).feature_maps  # (B, e, S / p, T / p)
+        mean, std = self.mean, self.std
+        if self.own_scale:  # (B, 1, 1, 1); an empty picture's noise is not blown up
+            mean = scaled.mean((1, 2, 3), keepdim=True)
+            std = (scaled - mean).square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(LEAST_STD)
+        taps = self.encoder((scaled - mean) / std).feature_maps  # (B, e, S / p, T / p)
         # Channels last is what the encoder makes, what a norm over channels wants, and what
         # convolutions on tensor cores take.
         joined = torch.cat(taps, dim=1).contiguous(memory_format=torch.channels_last)
