@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -32,7 +32,6 @@ from panoptic_cache.pipeline.cache.shards import finished_shard
 from panoptic_cache.pipeline.coco import CocoPanoptic, Rejection, sort_rejections
 from panoptic_cache.pipeline.render.job import FinishedShard, RenderJob, render_shard, tools
 from panoptic_cache.pipeline.render.plan import Plan, RenderConfig, ShardPlan, allowed, make_plan
-from panoptic_cache.pipeline.render.processes import run_here
 
 log = logging.getLogger(__name__)
 
@@ -112,15 +111,13 @@ def render(
         finished = sum(planned[name] for name in done)
         job = RenderJob(config, plan.fingerprint, dataset.categories, storage, strict, tools())
         try:
-            with (
-                progress("render", len(dataset.records), "images", finished) as advance,
-                # Closed before the lock is released: no process of ours writes after that.
-                # What workers of a scheduler still write, `write_shard` holds to the plan.
-                closing(_run(todo, job, workers, scheduler)) as results,
-            ):
-                for shard in results:
+            with progress("render", len(dataset.records), "images", finished) as advance:
+
+                def note(shard: FinishedShard) -> None:
                     done[shard.entry.name] = shard
                     advance(planned[shard.entry.name])
+
+                _run(todo, job, workers, scheduler, note)
         except Interrupted as stop:
             stop.advice = (
                 f"{len(done)} of {len(plan.shards)} shards are done, run the same command to go on"
@@ -153,18 +150,31 @@ def finished_shards(
 
 
 def _run(
-    todo: Sequence[ShardPlan], job: RenderJob, workers: int, scheduler: str | None
-) -> Generator[FinishedShard]:
-    """Renders shards in any order."""
+    todo: Sequence[ShardPlan],
+    job: RenderJob,
+    workers: int,
+    scheduler: str | None,
+    note: Callable[[FinishedShard], None],
+) -> None:
+    """Renders shards in any order, and notes each.
+
+    No process of ours writes after that. What workers of a scheduler still write, `write_shard`
+    holds to the plan.
+    """
+    # Imported here: Dask takes longer than rendering some images.
     if todo and scheduler is not None:
-        # Imported here: it takes longer than rendering some images.
         from panoptic_cache.pipeline.render.cluster import run_on  # noqa: PLC0415
 
-        yield from run_on(scheduler, render_shard, todo, job)
-    elif workers > 0:
-        yield from run_here(render_shard, todo, job, workers=workers)
+        with closing(run_on(scheduler, render_shard, todo, job)) as results:
+            for shard in results:
+                note(shard)
+    elif todo and workers > 0:
+        from panoptic_cache.pipeline.render.processes import run_here  # noqa: PLC0415
+
+        run_here(render_shard, todo, job, workers=workers, note=note)
     else:
-        yield from (render_shard(shard, job) for shard in todo)
+        for plan in todo:
+            note(render_shard(plan, job))
 
 
 def _finish(

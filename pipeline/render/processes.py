@@ -1,15 +1,20 @@
-"""Jobs in processes of our own, each joined to this one by a pipe: no port, which others reach."""
+"""Jobs in processes of our own, by Dask's scheduler for one machine: joined by pipes, no port."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import Pipe, get_context, resource_tracker
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from functools import partial
+from multiprocessing import active_children, get_context, parent_process, resource_tracker
+from multiprocessing.connection import wait
 from typing import Any, NoReturn, TypeVar
+
+from dask.callbacks import Callback
+from dask.multiprocessing import get
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.process import held_back
@@ -18,87 +23,98 @@ from panoptic_cache.pipeline.render.plan import ShardPlan
 T = TypeVar("T")
 
 START_SECONDS = 120
-"""How long a process may take to start."""
+"""How long the first process may take to start."""
 DEATHS = 4
-"""A job that has ended so many processes is at fault itself; Dask counts so, too."""
+"""Jobs that have ended so many processes are at fault themselves; a Dask cluster counts so, too."""
 
 
 def run_here(
-    work: Callable[..., T], shards: Sequence[ShardPlan], *arguments: Any, workers: int
-) -> Generator[T]:
-    """Calls `work(shard, *arguments)` for every shard, in any order; see `run_on`.
+    work: Callable[..., T],
+    shards: Sequence[ShardPlan],
+    *arguments: Any,
+    workers: int,
+    note: Callable[[T], object],
+) -> None:
+    """Calls `note(work(shard, *arguments))` for every shard, in any order.
 
-    A process that dies is replaced, and its job is done again. InputError where a job raised one
-    or ended `DEATHS` processes, or none can start.
+    Where a process dies, what is left goes to new ones. InputError where a job raised one, where
+    `DEATHS` times in a row no shard was finished before a process died, or where none can start.
     """
+    waiting = {shard.name: partial(work, shard, *arguments) for shard in shards}
+    running: set[str] = set()
+    deaths = 0
+
+    def start(name: str, *_: object) -> None:
+        running.add(name)
+
+    def finish(name: str, result: T, *_: object) -> None:
+        nonlocal deaths
+        deaths = 0
+        del waiting[name]
+        running.discard(name)
+        note(result)
+
+    while waiting:
+        jobs = {name: (job,) for name, job in waiting.items()}
+        running.clear()
+        with _pool(min(workers, len(jobs))) as pool, Callback(pretask=start, posttask=finish):
+            try:
+                get(jobs, [*jobs], pool=pool, chunksize=1, optimize_graph=False)
+            except BrokenProcessPool:
+                deaths += 1
+                if deaths == DEATHS:
+                    raise_died(" or ".join(sorted(running)))
+            except MemoryError:
+                raise_died(" or ".join(sorted(running)))
+            except InputError as error:
+                raise getattr(error, "exception", error) from None  # Dask wraps it
+
+
+class _Pool(ProcessPoolExecutor):
+    """Processes that no signal from the terminal reaches, without a standard error."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, mp_context=get_context("spawn"), initializer=_end_with_parent)
+
+    def submit(self, *arguments: Any, **named: Any) -> Any:
+        with held_back(), _no_errors():  # it may start a process
+            return super().submit(*arguments, **named)
+
+
+@contextmanager
+def _pool(size: int) -> Iterator[_Pool]:
+    """Processes, the first of which runs; all are ended at once at the end."""
     # Otherwise the first process to be spawned starts it, and in doing so lets signals through.
     resource_tracker.ensure_running()
-    waiting = deque(shards)
-    processes: dict[Connection, BaseProcess] = {}
-    busy: dict[Connection, ShardPlan] = {}
-    deaths: Counter[str] = Counter()  # by name of the shard, or "" before there was one
+    others = {*active_children()}
+    pool = _Pool(size)
     try:
-        for _ in range(min(workers, len(shards))):
-            _start(work, processes)
-        while waiting or busy:
-            ready = wait(list(processes), None if busy else START_SECONDS)
-            if not ready:
-                _cannot_start(f"not ready after {START_SECONDS} s")
-            for pipe in ready:
-                assert isinstance(pipe, Connection)
-                shard = busy.pop(pipe, None)
-                name = shard.name if shard else ""
-                try:
-                    result = pipe.recv()
-                    deaths[""] = 0
-                    if waiting and not isinstance(result, Exception):
-                        pipe.send((waiting[0], *arguments))
-                        busy[pipe] = waiting.popleft()
-                except (EOFError, OSError):
-                    process = processes.pop(pipe)
-                    process.join()
-                    deaths[name] += 1
-                    if deaths[name] == DEATHS:
-                        raise_died(name) if name else _cannot_start(f"exit code {process.exitcode}")
-                    waiting.extendleft([shard] if shard else [])
-                    _start(work, processes)
-                    continue
-                if isinstance(result, MemoryError):
-                    raise_died(name)
-                if isinstance(result, Exception):
-                    raise result
-                if shard is not None:
-                    yield result
+        try:
+            pool.submit(os.getpid).result(START_SECONDS)
+        except (OSError, BrokenProcessPool, TimeoutError) as error:
+            what = getattr(error, "strerror", "") or str(error) or f"not after {START_SECONDS} s"
+            raise InputError(
+                f"no worker process can start: {what}",
+                remedy="lift the limits on memory, processes and open files, or use --workers 0",
+                code="worker-start",
+            ) from None
+        yield pool
     finally:
-        for process in processes.values():
-            process.kill()  # at once: the next run renders what was under way
-            process.join()
+        for process in {*active_children()} - others:
+            process.kill()  # the next run renders what was under way
+        pool.shutdown(cancel_futures=True)
 
 
-def _start(work: Callable[..., object], processes: dict[Connection, BaseProcess]) -> None:
-    try:
-        ours, theirs = Pipe()
-        with held_back(), _no_errors(), theirs:
-            process = get_context("spawn").Process(target=_serve, args=(work, theirs), daemon=True)
-            process.start()
-    except OSError as error:
-        _cannot_start(error.strerror or str(error))
-    processes[ours] = process
+def _end_with_parent() -> None:
+    """Ends this process when its parent is gone: a pool's processes would wait for ever."""
+    parent = parent_process()
+    assert parent is not None
 
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
 
-def _serve(work: Callable[..., object], pipe: Connection) -> None:
-    """Says that it is there, then does jobs until its driver is gone."""
-    result: object = None
-    while True:
-        try:
-            pipe.send(result)
-            arguments = pipe.recv()
-        except (EOFError, OSError):
-            return
-        try:
-            result = work(*arguments)
-        except Exception as error:  # noqa: BLE001 (the driver raises it)
-            result = error
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
@@ -115,18 +131,10 @@ def _no_errors() -> Iterator[None]:
 
 
 def raise_died(name: str) -> NoReturn:
-    """Raises the InputError of a shard whose worker died `DEATHS` times."""
+    """Raises the InputError of shards whose worker died `DEATHS` times."""
     raise InputError(
         f"its worker died {DEATHS} times, most likely out of memory",
         where=f"shard {name}",
         remedy="go on with fewer --workers, or in another folder with --samples-per-shard 64",
         code="worker-killed",
-    )
-
-
-def _cannot_start(what: str) -> NoReturn:
-    raise InputError(
-        f"no worker process can start: {what}",
-        remedy="lift the limits on memory, processes and open files, or use --workers 0",
-        code="worker-start",
     )
