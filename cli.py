@@ -8,12 +8,14 @@ import typer
 
 from panoptic_cache.evaluate import commands as evaluate
 from panoptic_cache.evaluate.runs import commands as studies
+from panoptic_cache.evaluate.study import commands as study
 from panoptic_cache.pipeline import commands as pipeline
 from panoptic_cache.pipeline.console import run_program
 from panoptic_cache.pipeline.convert import commands as convert
 from panoptic_cache.train import commands as train
 
-STAGES = (pipeline, train, evaluate, studies)
+STAGES = (pipeline, train, evaluate, study, studies)
+MEASURED = (pipeline, train, study)
 
 
 def panoptic() -> None:
@@ -39,7 +41,7 @@ def make_app(name: str = "") -> typer.Typer:
         app.registered_commands = commands
         bench = typer.Typer(help="Measure against the obvious way and the floor.")
         bench.registered_commands = [
-            command for stage in STAGES for command in stage.bench.registered_commands
+            command for stage in MEASURED for command in stage.bench.registered_commands
         ]
         app.add_typer(bench, name="bench", no_args_is_help=True)
         app.add_typer(convert.app, name="convert", no_args_is_help=True)

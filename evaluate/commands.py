@@ -1,4 +1,4 @@
-"""Commands of evaluation: scores, predictions, exports, and how good a decoder is."""
+"""Commands of evaluation: scores, predictions and exports."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import gc
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,15 +13,13 @@ import typer
 
 from panoptic_cache.pipeline.console import (
     Annotations,
-    Count,
     Images,
     Json,
+    Limit,
     Pngs,
     Root,
     Split,
-    bench_layout,
     dataset_layout,
-    print_bench,
     print_json,
     print_values,
     show,
@@ -32,10 +29,8 @@ if TYPE_CHECKING:
     from panoptic_cache.evaluate.metric.pq import PQResult
     from panoptic_cache.evaluate.predict import Predictor
     from panoptic_cache.pipeline.coco import Category
-    from panoptic_cache.train.encoding import Encoding
 
 app = typer.Typer()
-bench = typer.Typer()
 log = logging.getLogger(__name__)
 
 Checkpoint = Annotated[Path, typer.Option(help="A run's folder, or one of its checkpoints.")]
@@ -47,24 +42,6 @@ WeightsOption = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="Such as cuda; by default a GPU if there is one.")]
 
-SemanticNoise = Annotated[
-    float, typer.Option(min=0, help="Level of corruption of the semantic logits, 0 to 3.")
-]
-Drift = Annotated[
-    float,
-    typer.Option(min=0, help="Cells that centroids drift within an instance, of the grid of 80."),
-]
-CodeOf = Annotated[
-    Path | None, typer.Option("--checkpoint", help="Use the code of this run or checkpoint.")
-]
-Harmonics = Annotated[
-    int | None, typer.Option(min=1, max=8, help="L of the positional code; 4 by default.")
-]
-PartOption = Annotated[
-    Literal["all", "tuning", "reporting"],
-    typer.Option("--part", help="Every second image by name, to keep tuning apart from reporting."),
-]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first N images.")]
 PrecisionOption = Annotated[
     Literal["fp32", "bf16"],
     typer.Option("--precision", help="Of the network; bf16 is several times as fast on a GPU."),
@@ -220,38 +197,6 @@ def score(
         log.info("%s", line if difference else "panopticapi finds exactly the same")
 
 
-@app.command("ceiling")
-def ceiling(
-    coco: Root = None,
-    split: Split = None,
-    images: Images = None,
-    panoptic_json: Annotations = None,
-    panoptic_dir: Pngs = None,
-    size: Annotated[int, typer.Option(min=1, help="Side of the network's input.")] = 420,
-    noise: Annotated[float, typer.Option(min=0, help="Level of corruption, 0 to 3.")] = 0.0,
-    semantic_noise: SemanticNoise = 0.0,
-    drift: Drift = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the corruption.")] = 0,
-    checkpoint: CodeOf = None,
-    harmonics: Harmonics = None,
-    limit: Limit = None,
-    as_json: Json = False,
-) -> None:
-    """Score the ground truth, encoded, corrupted and decoded: the best a network could reach."""
-    from panoptic_cache.evaluate.study.comparison import ceiling as measure
-    from panoptic_cache.evaluate.study.corruption import Corruption
-    from panoptic_cache.pipeline.coco import read_dataset
-
-    layout, _ = dataset_layout(coco, split, images, panoptic_json, panoptic_dir)
-    dataset = read_dataset(layout).head(limit)
-    corruption = Corruption(size, noise, semantic_noise, drift, seed)
-    result, quality = measure(dataset, corruption, encoding=_code(checkpoint, harmonics))
-    values = {**result.to_json(), "measured": quality and asdict(quality)}
-    _show_scores(result.pq, dataset.categories, values, as_json, by_category=False)
-    if quality and not as_json:
-        show(f"measured noise {quality.noise:.3g}, drift {quality.drift:.3g} cells a pixel")
-
-
 @app.command("export")
 def export(
     checkpoint: Checkpoint,
@@ -268,67 +213,11 @@ def export(
     predictor = Predictor(checkpoint, "cpu")
     shown: dict[str, Any] = {"folder": str(export_model(predictor.model, predictor.state, out))}
     if onnx:
-        path = export_onnx(predictor.model, predictor.state, out, predictor.cells)
-        difference = onnx_difference(predictor.model, predictor.state, path, predictor.cells)
+        path = export_onnx(predictor.model, predictor.state, out)
+        difference = onnx_difference(predictor.model, predictor.state, path)
         largest = None if difference is None else max(difference.values())
         shown |= {"onnx": str(path), "difference_from_pytorch": largest}
     print_values(shown, as_json)
-
-
-@bench.command("decode")
-def bench_decode(
-    coco: Root = None,
-    split: Split = None,
-    heads: Annotated[
-        Path | None, typer.Option(help="Heads saved by evaluate --save-heads, instead of --coco.")
-    ] = None,
-    count: Annotated[
-        int | None, typer.Option(min=1, help="Images; 4 by default, all of saved heads.")
-    ] = None,
-    size: Annotated[int, typer.Option(min=14, help="Side of the network's output.")] = 420,
-    semantic_noise: SemanticNoise = 0.0,
-    drift: Drift = 0.0,
-    checkpoint: CodeOf = None,
-    harmonics: Harmonics = None,
-    part: PartOption = "all",
-    as_json: Json = False,
-) -> None:
-    """Decoding by this and other decoders: PQ and time, on saved heads or by level of noise."""
-    from panoptic_cache.evaluate.study.bench import bench_decode as measure
-    from panoptic_cache.evaluate.study.bench import bench_heads
-    from panoptic_cache.evaluate.study.corruption import Corruption
-
-    if heads is not None:
-        if coco or split or checkpoint or harmonics or semantic_noise or drift:
-            raise typer.BadParameter("--heads comes with its own images and code")
-        print_bench(bench_heads(heads, part, count), as_json)
-        return
-    corruption = Corruption(size, semantic_noise=semantic_noise, drift=drift)
-    encoding, layout = _code(checkpoint, harmonics), bench_layout(coco, split)
-    print_bench(measure(layout, count or 4, corruption, encoding, part), as_json)
-
-
-@bench.command("score")
-def bench_score(
-    coco: Root = None, split: Split = None, count: Count = 64, as_json: Json = False
-) -> None:
-    """Scoring one image in one process."""
-    from panoptic_cache.evaluate.study.bench import bench_score as measure
-
-    print_bench(measure(bench_layout(coco, split), count), as_json)
-
-
-def _code(checkpoint: Path | None, harmonics: int | None) -> Encoding:
-    """The code of a run, or the positional one."""
-    from panoptic_cache.train.encoding import PositionalCode, make_encoding
-    from panoptic_cache.train.restore import find_checkpoint, read_state
-
-    if checkpoint is None:
-        return PositionalCode(harmonics or PositionalCode().harmonics)
-    if harmonics is not None:
-        raise typer.BadParameter("give --checkpoint or --harmonics, not both")
-    loss = read_state(find_checkpoint(checkpoint)).config.loss
-    return make_encoding(loss.encoding, loss.harmonics)
 
 
 def _predictor(
@@ -360,19 +249,11 @@ def _predictor(
 
 
 def _show_scores(
-    result: PQResult,
-    categories: Sequence[Category],
-    values: dict[str, Any],
-    as_json: bool,
-    *,
-    by_category: bool = True,
+    result: PQResult, categories: Sequence[Category], values: dict[str, Any], as_json: bool
 ) -> None:
     from panoptic_cache.evaluate.report.tables import score_text
 
     if as_json:
         print_json(values)
-        return
-    show(score_text(result, categories, values, by_category=by_category))
-    if "seconds_per_image" in values:
-        parts = ", ".join(f"{k} {v * 1e3:.1f}" for k, v in values["seconds_per_image"].items())
-        show(f"{values['images']} images; ms an image: {parts}")
+    else:
+        show(score_text(result, categories, values))

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from panoptic_cache.evaluate.decoder.graph import GridDecoder
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage, cannot_write
-from panoptic_cache.train.encoding import make_encoding
+from panoptic_cache.train.encoding import GRID_CELLS, make_encoding
 from panoptic_cache.train.model import PanopticModel
 from panoptic_cache.train.restore import ARCHITECTURE, TrainState
 
@@ -49,12 +49,12 @@ OUTPUTS = {
 class ModelAndDecoder(nn.Module):
     """Network and decoder in one module, to be traced."""
 
-    def __init__(self, model: PanopticModel, state: TrainState, cells: int) -> None:
+    def __init__(self, model: PanopticModel, state: TrainState) -> None:
         super().__init__()
         self.model = model
         encoding = make_encoding(state.config.loss.encoding, state.config.loss.harmonics)
         isthing = torch.tensor([category.isthing for category in state.categories])
-        self.decoder = GridDecoder(encoding, isthing, cells)
+        self.decoder = GridDecoder(encoding, isthing, GRID_CELLS)
 
     def forward(self, photo: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(B, 3, S, S) uint8 -> `OUTPUTS`."""
@@ -65,13 +65,8 @@ class ModelAndDecoder(nn.Module):
 def export_model(model: PanopticModel, state: TrainState, out: Path) -> Path:
     """Writes the folder that `Predictor` loads; `complete.json` last.
 
-    Args:
-        model: With the weights to save.
-        state: Of its training; configuration and categories are kept.
-        out: The folder.
-
-    Raises:
-        InputError: It cannot be written.
+    The configuration and the categories of `state` are kept. Raises InputError where the folder
+    cannot be written.
     """
     weights = {name: value.cpu() for name, value in model.weights().items()}
     files = {
@@ -92,17 +87,11 @@ def export_model(model: PanopticModel, state: TrainState, out: Path) -> Path:
     return out
 
 
-def export_onnx(model: PanopticModel, state: TrainState, out: Path, cells: int) -> Path:
+def export_onnx(model: PanopticModel, state: TrainState, out: Path) -> Path:
     """Writes `model.onnx`, for any batch at the trained size, and `model.json`.
 
-    Args:
-        model: The network; it is moved to the CPU and into evaluation mode.
-        state: Of its training.
-        out: The folder.
-        cells: Cells per axis of the decoding grid.
-
-    Raises:
-        InputError: ONNX is not installed, or a file cannot be written.
+    The model is moved to the CPU and into evaluation mode. Raises InputError where ONNX is not
+    installed, or a file cannot be written.
     """
     if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
         raise InputError(
@@ -115,7 +104,7 @@ def export_onnx(model: PanopticModel, state: TrainState, out: Path, cells: int) 
     size = state.config.data.size
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            ModelAndDecoder(model.cpu(), state, cells).eval(),
+            ModelAndDecoder(model.cpu(), state).eval(),
             # Two photos: the exporter would take a batch of one for a constant.
             (torch.zeros(2, 3, size, size, dtype=torch.uint8),),
             input_names=["photo"],
@@ -137,21 +126,18 @@ def export_onnx(model: PanopticModel, state: TrainState, out: Path, cells: int) 
         "fit": state.config.data.fit,
         "tile": state.config.data.tile or None,
         "encoding": {"name": state.config.loss.encoding, "harmonics": state.config.loss.harmonics},
-        "cells": cells,
+        "cells": GRID_CELLS,
         "categories": [asdict(category) for category in state.categories],
     }
     storage.write("model.json", _json(facts))
     return path
 
 
-def onnx_difference(
-    model: PanopticModel, state: TrainState, path: Path, cells: int
-) -> dict[str, float] | None:
+def onnx_difference(model: PanopticModel, state: TrainState, path: Path) -> dict[str, float] | None:
     """How far `model.onnx` is from PyTorch on a photo of noise.
 
-    Returns:
-        For the heads the largest difference, relative to the largest value; for the map and its
-        labels the share that differs. None where onnxruntime is not installed.
+    For the heads it is the largest difference, relative to the largest value; for the map and its
+    labels the share that differs. None where onnxruntime is not installed.
     """
     if find_spec("onnxruntime") is None:
         return None
@@ -163,7 +149,7 @@ def onnx_difference(
     session: Any = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     found = session.run(list(OUTPUTS), {"photo": photo.numpy()})
     with torch.no_grad():
-        expected = ModelAndDecoder(model.cpu(), state, cells).eval()(photo)
+        expected = ModelAndDecoder(model.cpu(), state).eval()(photo)
     return {
         name: _difference(one, other.numpy())
         for name, one, other in zip(OUTPUTS, found, expected, strict=True)

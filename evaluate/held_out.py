@@ -33,16 +33,8 @@ def panoptic_quality(
     On a cache of native size this is the official metric. On a resized cache it is only close to
     it: good for comparing checkpoints, while `panoptic evaluate` gives the number to report.
 
-    Args:
-        model: In evaluation mode.
-        state: Of the run.
-        samples: With their segments.
-
-    Returns:
-        `pq`, `pq_things` and `pq_stuff` as fractions; those that are defined.
-
-    Raises:
-        InputError: A prediction is not finite, or a photo is damaged.
+    Returns `pq`, `pq_things` and `pq_stuff` as fractions, those that are defined. Raises InputError
+    where a prediction is not finite, or a photo is damaged.
     """
     predictor, total, rest = Predictor.of_model(model, state), PQStat(), iter(samples)
     while batch := list(islice(rest, BATCH)):

@@ -237,11 +237,6 @@ class Predictor:
         views = 2 if self._flip else 1
         return views * sum(side**2 for side in self._sizes) / self.size**2
 
-    @property
-    def cells(self) -> int:
-        """Cells per axis of the decoding grid."""
-        return GRID_CELLS
-
     def decode(
         self,
         heads: Sequence[Heads],

@@ -1,25 +1,38 @@
-"""Predictions on disk in COCO's layout: one panoptic PNG per image, and one JSON for all.
+"""Predictions on disk in COCO's layout, and what a run that was killed needs to go on.
 
-panoptic/KEY.png    segment ids of one image
-panoptic.json       its segments: id, category, area and score
+    panoptic/KEY.png       segment ids of one image
+    panoptic.json          its segments: id, category, area and score
+    predictions.jsonl      journal of the main process; predictions-1.jsonl of the next, ...
+    superseded.json        `panoptic.json` of an earlier evaluation, until this run is complete
+
+The first line of a journal says what the predictions depend on. Each further line is an image's row
+of `panoptic.json`, written after its PNG, with the state of the files that it depends on. Journals
+are removed when the run is complete.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, Self
 
 from msgspec import Struct, to_builtins
 
 from panoptic_cache.evaluate.decoder.decode import DecodedSegment, PanopticMap
 from panoptic_cache.pipeline.annotations import ImageId
-from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.base.config import decode_json
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage, cannot_write, no_links
 from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.pipeline.pictures.colours import encode_picture
 from panoptic_cache.pipeline.png import ids_to_rgb, read_ids
 
-PNG_FOLDER, JSON_NAME = "panoptic", "panoptic.json"
+PNG_FOLDER, JSON_NAME, OVERLAYS = "panoptic", "panoptic.json", "overlays"
+SCORES, SUPERSEDED = "scores.json", "superseded.json"
+_JOURNAL = re.compile(r"predictions(-\d+)?\.jsonl")
 
 
 class SegmentRow(Struct, frozen=True):
@@ -39,23 +52,25 @@ class PredictionRow(Struct, frozen=True):
     segments_info: list[SegmentRow]
 
 
+class Noted(Struct, frozen=True):
+    """A line of a journal."""
+
+    row: PredictionRow
+    files: list[int]  # See `stamp`: of the files that the row depends on
+
+
+class _Rows(Struct):
+    """The part of `panoptic.json` that says what to remove."""
+
+    annotations: list[PredictionRow]
+
+
 def write_png(
     folder: Path, image_id: ImageId, name: str, result: PanopticMap, categories: Sequence[Category]
 ) -> PredictionRow:
-    """Writes the PNG of one image; its folder must exist.
+    """Writes `NAME.png` into a folder that exists, and returns its row of `panoptic.json`.
 
-    Args:
-        folder: The folder of all predictions.
-        image_id: Id of the image in the dataset.
-        name: File name of the PNG, without suffix.
-        result: The prediction.
-        categories: By label.
-
-    Returns:
-        The image's row of `panoptic.json`.
-
-    Raises:
-        InputError: The PNG cannot be written.
+    Raises InputError where that is not possible.
     """
     png = encode_picture(ids_to_rgb(result.ids))
     Storage(str(folder / PNG_FOLDER)).write(f"{name}.png", png)
@@ -76,16 +91,140 @@ def write_json(folder: Path, rows: Sequence[PredictionRow], categories: Sequence
 
 
 def read_png(folder: Path, row: PredictionRow, categories: Sequence[Category]) -> PanopticMap:
-    """Reads back what `write_png` wrote.
+    """Reads back what `write_png` wrote; InputError where the PNG is missing or damaged."""
+    of = {category.id: category for category in categories}
+    segments = tuple(
+        DecodedSegment(s.id, of[s.category_id].label, of[s.category_id].isthing, s.score, s.area)
+        for s in row.segments_info
+    )
+    return PanopticMap(read_ids(folder / PNG_FOLDER / row.file_name), segments)
 
-    Raises:
-        InputError: The PNG is missing or damaged.
+
+def stamp(*files: Path) -> list[int]:
+    """Size and time of each file: what differs once one of them has changed."""
+    found = []
+    for file in files:
+        try:
+            state = file.stat()
+            found += [state.st_size, state.st_mtime_ns]
+        except OSError:
+            found += [-1, -1]
+    return found
+
+
+class Journal:
+    """Notes predictions as they are made; a context manager.
+
+    `identity` is what all of them depend on, as plain values, and `rank` this process' number.
     """
-    by_id = {category.id: category for category in categories}
-    segments = []
-    for info in row.segments_info:
-        category = by_id[info.category_id]
-        segments.append(
-            DecodedSegment(info.id, category.label, category.isthing, info.score, info.area)
-        )
-    return PanopticMap(read_ids(folder / PNG_FOLDER / row.file_name), tuple(segments))
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], rank: int = 0) -> None:
+        self._path = folder / (f"predictions-{rank}.jsonl" if rank else "predictions.jsonl")
+        try:
+            self._file = open(self._path, "a+", opener=no_links)  # noqa: SIM115
+            self._file.seek(0)
+            complete = self._file.read().rpartition("\n")[0]  # a kill may cut the last line short
+            self._file.truncate(len(f"{complete}\n".encode()) if complete else 0)
+        except OSError as error:
+            raise cannot_write(error, self._path) from None
+        if not complete:
+            self._add(identity)
+
+    def note(self, row: PredictionRow, files: Sequence[Path] = ()) -> None:
+        """Adds a prediction, and the state of the files that it depends on.
+
+        The line is with the operating system on return, safe from a kill. Raises InputError where
+        it cannot be written.
+        """
+        self._add(to_builtins(Noted(row, stamp(*files))))
+
+    def _add(self, values: Mapping[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise cannot_write(error, self._path) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # `note` has reported what could not be written
+            self._file.close()
+
+
+def read_journals(folder: Path, identity: Mapping[str, Any]) -> dict[ImageId, Noted]:
+    """Notes by image id, from the journals of all processes; damaged lines are skipped.
+
+    Raises InputError where the predictions are another checkpoint's, or made with other settings.
+    """
+    rows: dict[ImageId, Noted] = {}
+    wanted = json.loads(json.dumps(identity))  # as it reads back: tuples become lists
+    for path in _journals(folder):
+        try:
+            first, *lines = path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise InputError(
+                f"journal unreadable: {error}", where=path, remedy="remove it"
+            ) from None
+        if not lines:  # not even the first line is complete
+            continue
+        found: dict[str, Any] = {}
+        with suppress(ValueError):
+            found = decode_json(first, dict[str, Any])
+        other = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+        if other:
+            raise InputError(
+                f"an unfinished run lies here, which differs in {' and '.join(other)}",
+                where=path,
+                remedy="finish it, choose another --out, or remove its predictions*.jsonl",
+                code="journal-differs",
+            )
+        for line in lines[:-1]:
+            with suppress(ValueError):
+                noted = decode_json(line, Noted)
+                rows[noted.row.image_id] = noted
+    return rows
+
+
+def supersede(out: Path) -> None:
+    """Withdraws an earlier evaluation, whose scores and pictures would not fit new predictions.
+
+    `panoptic.json` becomes `superseded.json`, so that `sweep` knows what to remove even after a
+    kill. Without `scores.json` there is no earlier evaluation, and files of `panoptic predict`
+    stay. Every process may call this, any number of times. Raises InputError where a file cannot be
+    renamed or removed.
+    """
+    if not (out / SCORES).exists():
+        return
+    try:
+        with suppress(FileNotFoundError):  # another process was faster
+            (out / JSON_NAME).replace(out / SUPERSEDED)
+    except OSError as error:
+        raise cannot_write(error, out / SUPERSEDED) from None
+    for name in ("report.html", "comparison.png", SCORES):  # the mark of an evaluation goes last
+        Storage(str(out)).remove(name)
+
+
+def sweep(out: Path, rows: Sequence[PredictionRow], overlays: int) -> None:
+    """Removes the journals, and PNGs and overlays that only the superseded evaluation had.
+
+    `rows` are those of the new `panoptic.json`, of which the first `overlays` have an overlay.
+    Raises InputError where a file cannot be removed.
+    """
+    old: set[str] = set()
+    with suppress(OSError, ValueError):
+        earlier = decode_json((out / SUPERSEDED).read_bytes(), _Rows)
+        old = {Path(row.file_name).stem for row in earlier.annotations}
+    new = [Path(row.file_name).stem for row in rows]
+    for folder, kept in ((PNG_FOLDER, new), (OVERLAYS, new[:overlays])):
+        stale = old.difference(kept)
+        for path in [*(out / folder).iterdir()]:
+            if path.stem in stale:
+                Storage(str(out / folder)).remove(path.name)
+    for path in (out / SUPERSEDED, *_journals(out)):
+        Storage(str(out)).remove(path.name)
+
+
+def _journals(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.jsonl") if _JOURNAL.fullmatch(path.name))

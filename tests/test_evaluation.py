@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from conftest import Run
@@ -23,10 +25,15 @@ from msgspec import structs
 from panoptic_cache.evaluate.metric.score import score_image
 from panoptic_cache.evaluate.photos import predict_photos
 from panoptic_cache.evaluate.predict import Heads, Predictor
-from panoptic_cache.evaluate.prediction_files import PredictionRow, SegmentRow
+from panoptic_cache.evaluate.prediction_files import (
+    Journal,
+    Noted,
+    PredictionRow,
+    SegmentRow,
+    read_journals,
+)
 from panoptic_cache.evaluate.split import evaluation
 from panoptic_cache.evaluate.split.evaluation import evaluate, identity_of
-from panoptic_cache.evaluate.split.folder import Journal, read_journals
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
 
@@ -142,6 +149,40 @@ def test_killed_it_goes_on(
     assert len(again) == 12 - 7 + 1, "what was left, and the damaged one"
     assert results(tmp_path) == results(once)
     assert not journal.exists()
+
+
+def test_what_changed_after_a_kill_is_done_again(
+    predictor: Predictor, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = read_dataset(CocoLayout.of(root, "val"))
+    out = tmp_path / "out"
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "write_json", killed)
+        with pytest.raises(Killed):
+            evaluate(predictor, dataset, out)
+    one, two, three, _ = dataset.records
+    for path, flip in (
+        (one.photo, np.invert),  # the photo
+        (two.png, np.fliplr),  # the truth
+        (out / "panoptic" / f"{three.key}.png", np.fliplr),  # the prediction
+    ):
+        cv2.imwrite(str(path), flip(np.asarray(cv2.imread(str(path)))))
+    decode, again = predictor.decode, []
+
+    def counting(heads: Any, sizes: Any) -> Any:
+        again.extend(sizes)
+        return decode(heads, sizes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predictor, "decode", counting)
+        evaluate(predictor, dataset, out, overlays=0)
+    assert len(again) == 3
+    evaluate(predictor, dataset, tmp_path / "new", overlays=0)
+    assert results(out) == results(tmp_path / "new")
 
 
 def test_another_checkpoint_is_not_mixed_in(
@@ -306,7 +347,7 @@ def test_journals_of_all_processes_are_read(tmp_path: Path) -> None:
         file.write('{"image_id": 7, "file_name": 3}\n{"image_id": 8, "file_name": "a.p')
     rows = read_journals(tmp_path, identity)
     assert rows.keys() == {0, 1, "c"}
-    assert rows[1] == PredictionRow(1, "a.png", [SegmentRow(1, 2, 3, 0.5)])
+    assert rows[1] == Noted(PredictionRow(1, "a.png", [SegmentRow(1, 2, 3, 0.5)]), [])
     with pytest.raises(InputError, match="differs in decoding"):
         read_journals(tmp_path, {**identity, "decoding": {}})
     with Journal(tmp_path, identity, 2) as journal:

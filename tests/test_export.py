@@ -73,9 +73,7 @@ def test_onnx_equals_pytorch(run: Run, trained: Path, tmp_path: Path) -> None:
         list(export.OUTPUTS), {"photo": photos.transpose(0, 3, 1, 2)}
     )
     assert facts["outputs"].keys() == set(export.OUTPUTS)
-    expected = ModelAndDecoder(one.model, one.state, one.cells)(
-        torch.from_numpy(photos).permute(0, 3, 1, 2)
-    )
+    expected = ModelAndDecoder(one.model, one.state)(torch.from_numpy(photos).permute(0, 3, 1, 2))
     assert (maps == expected[2].numpy()).mean() > 0.99  # but for ties, up to rounding
     assert maps.shape == (3, 56, 56)
     assert labels.shape == expected[3].shape
@@ -95,13 +93,13 @@ def test_weights_too_large_for_one_file_lie_beside_it(
     with monkeypatch.context() as patch:
         patch.setattr(limit, 0)
         (tmp_path / "new" / ".model.onnx").mkdir(parents=True)  # of one that was killed
-        export_onnx(one.model, one.state, out, one.cells)
+        export_onnx(one.model, one.state, out)
     assert {path.name for path in out.iterdir()} == {"model.onnx", "model.onnx.data", "model.json"}
     moved = out.rename(tmp_path / "moved")
-    difference = onnx_difference(one.model, one.state, moved / "model.onnx", one.cells)
+    difference = onnx_difference(one.model, one.state, moved / "model.onnx")
     assert difference is not None
     assert max(difference.values()) < 1e-3
-    export_onnx(one.model, one.state, moved, one.cells)
+    export_onnx(one.model, one.state, moved)
     assert {path.name for path in moved.iterdir()} == {"model.onnx", "model.json"}
 
 
@@ -111,8 +109,8 @@ def test_without_onnx_one_line_says_so(
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     one = Predictor(trained, "cpu")
     with pytest.raises(InputError, match=r"pip install 'panoptic-target-cache\[export\]'"):
-        export_onnx(one.model, one.state, tmp_path, one.cells)
-    assert onnx_difference(one.model, one.state, tmp_path / "model.onnx", one.cells) is None
+        export_onnx(one.model, one.state, tmp_path)
+    assert onnx_difference(one.model, one.state, tmp_path / "model.onnx") is None
 
 
 @pytest.mark.parametrize("name", ["positional", "direct", "classification"])

@@ -17,18 +17,19 @@ from panoptic_cache.evaluate.decoder.decode import DecodedSegment, PanopticMap
 from panoptic_cache.evaluate.metric.breakdown import Breakdown
 from panoptic_cache.evaluate.metric.pq import PQResult, PQStat, match_image, summarize
 from panoptic_cache.evaluate.metric.score import Scores
-from panoptic_cache.evaluate.report.compare import compare, matched_numbers
 from panoptic_cache.evaluate.report.page import write_report
 from panoptic_cache.evaluate.report.pictures import (
     BOTH,
     FALSE,
     MISSED,
     ImageView,
+    compare,
     comparison_sheet,
     draw_pictures,
     error_picture,
     extremes,
     make_figure,
+    matched_numbers,
     panels,
     predicted_map,
     true_map,

@@ -31,7 +31,7 @@ class Confusion(NamedTuple):
     true: str
     found: str
     segments: int
-    share: float
+    share: float  # Of the category's segments
 
 
 def write_report(
@@ -45,23 +45,10 @@ def write_report(
     title: str,
     facts: Mapping[str, str],
 ) -> Path:
-    """Writes `report.html` whole or not at all; makes the folder.
+    """Writes `report.html` whole or not at all, makes its folder, and returns its path.
 
-    Args:
-        folder: Where to write.
-        result: The metric.
-        categories: By label.
-        values: All measures, see `Scores.to_json`.
-        best: Figures of the best images.
-        worst: Figures of the worst images.
-        title: Headline of the page.
-        facts: Shown below the title, such as the number of images.
-
-    Returns:
-        The page's path.
-
-    Raises:
-        InputError: No space or no permission.
+    `values` are all measures as of `Scores.to_json`. `facts` are shown below the title, such as the
+    number of images. Raises InputError where it cannot be written.
     """
     colours = segment_colours([c.label for c in categories], [c.isthing for c in categories])[1:]
     text = (
@@ -103,11 +90,7 @@ def environment(*folders: Path) -> Environment:
 
 
 def filled_sizes(sizes: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, float | None]]:
-    """Name, instances and mean IoU, from the first to the last size that has instances.
-
-    Args:
-        sizes: See `Breakdown.to_json`.
-    """
+    """Name, instances and mean IoU, from the first to the last size that has instances."""
     filled = [at for at, row in enumerate(sizes) if row["n"]]
     rows = sizes[filled[0] : filled[-1] + 1] if filled else ()
     return [(size_name(row), row["n"], row["iou"]) for row in rows]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panoptic_cache.evaluate.decoder.decode import PanopticMap
-from panoptic_cache.evaluate.report.compare import Comparison, compare, matched_numbers
+from panoptic_cache.evaluate.metric.matching import Overlap, match_segments
 from panoptic_cache.pipeline.annotations import SegmentInfo
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import Category
@@ -20,6 +20,7 @@ from panoptic_cache.pipeline.pictures.colours import (
     LabelledMap,
     Picture,
     encode_picture,
+    instance_numbers,
     overlay,
     resized,
     save_picture,
@@ -51,10 +52,8 @@ class ImageView:
     photo: NDArray[np.uint8]  # (H, W, 3) uint8 RGB
     truth: LabelledMap  # See `true_map`
     prediction: LabelledMap  # See `predicted_map`
-    # Instance head, (h, w, 3) uint8; see `colours.centroid_colours`.
-    instance: Picture | None = None
-    # Semantic head, (h, w, 3) uint8; see `colours.semantic_colours`.
-    semantic: Picture | None = None
+    instance: Picture | None = None  # Instance head; see `colours.centroid_colours`
+    semantic: Picture | None = None  # Semantic head; see `colours.semantic_colours`
     pq: float | None = None  # PQ of this image, see `PQStat.mean_pq`
 
 
@@ -68,6 +67,15 @@ class Figure:
     pictures: tuple[tuple[str, bytes], ...]  # Caption and JPEG bytes of each picture
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Right and wrong segments of one image, by position from 0."""
+
+    matches: dict[int, int]  # Position of the true segment, by that of the predicted one
+    missed: tuple[int, ...]  # True segments without match (FN)
+    false: tuple[int, ...]  # Predicted segments without match that count as wrong (FP)
+
+
 def draw_pictures(
     out: Path,
     names: Sequence[str],
@@ -77,18 +85,11 @@ def draw_pictures(
     *,
     overlays: int,
 ) -> tuple[list[Figure], list[Figure]]:
-    """Writes `overlays/*.jpg` and `comparison.png` of the first images.
+    """Writes overlays of the first images, and `comparison.png`.
 
-    Args:
-        out: The folder of the evaluation.
-        names: File names of the overlays without suffix, one for each image.
-        scores: PQ of each image.
-        view_of: Makes the view of the image at a position, with or without its heads.
-        categories: By label.
-        overlays: Number of images to draw.
-
-    Returns:
-        Figures of the best images, best first, and of the worst that are not among them.
+    `names` are file names without suffix, `scores` the PQ of each image. `view_of` makes the view
+    of the image at a position, with or without its heads. Returns figures of the best images, best
+    first, and of the worst that are not among them.
     """
     Storage(str(out / "overlays")).create()
     best, worst = extremes(scores, SHOWN)
@@ -120,40 +121,58 @@ def extremes(scores: Sequence[float | None], limit: int) -> tuple[list[int], lis
     return best, [at for at in worst if at not in best]
 
 
+def compare(truth: LabelledMap, prediction: LabelledMap) -> Comparison:
+    """Matches the segments of one image, with counted areas."""
+    true = [
+        SegmentInfo(row, label, row - 1 in truth.crowd)
+        for row, label in enumerate(truth.labels, start=1)
+    ]
+    found = dict(enumerate(prediction.labels, start=1))
+    overlap = Overlap.of(truth.segment_map, prediction.segment_map)
+    matching = match_segments("", overlap, true, found)
+    return Comparison(
+        {found_id - 1: true_id - 1 for true_id, found_id in matching.ious},
+        tuple(row - 1 for row in matching.missed),
+        tuple(row - 1 for row in matching.false),
+    )
+
+
+def matched_numbers(
+    truth: LabelledMap, prediction: LabelledMap, comparison: Comparison
+) -> tuple[int, ...]:
+    """Instance numbers of predicted segments that give a match its true segment's colour."""
+    known = instance_numbers(truth.labels)
+    next_free = Counter(truth.labels)
+    numbers: list[int] = []
+    for row, label in enumerate(prediction.labels):
+        if row in comparison.matches:
+            numbers.append(known[comparison.matches[row]])
+        else:
+            numbers.append(next_free[label])
+            next_free[label] += 1
+    return tuple(numbers)
+
+
 def make_figure(view: ImageView, categories: Sequence[Category]) -> Figure:
     """Draws the pictures of an image that has a PQ."""
     found = compare(view.truth, view.prediction)
     total = len(found.matches) + len(found.missed)
     summary = f"{len(found.matches)} of {total} segments found"
-    for name, rows, labels in (
+    for kind, rows, labels in (
         ("missed", found.missed, view.truth.labels),
         ("false", found.false, view.prediction.labels),
     ):
-        if rows:
-            summary += f"; {name}: {_counted(categories[labels[row]].name for row in rows)}"
-    pictures = tuple(
-        (name, encode_picture(tile, ".jpg")) for name, tile in panels(view, categories)
-    )
+        counts = Counter(categories[labels[row]].name for row in rows).most_common()
+        if counts:  # `2 person, car` for two persons and a car
+            named = (name if count == 1 else f"{count} {name}" for name, count in counts)
+            summary += f"; {kind}: {', '.join(named)}"
+    tiles = panels(view, categories)
+    pictures = tuple((name, encode_picture(tile, ".jpg")) for name, tile in tiles)
     return Figure(view.title, view.pq or 0.0, summary, pictures)
 
 
-def _counted(names: Iterable[str]) -> str:
-    """`2 person, car` for two persons and a car."""
-    counts = Counter(names).most_common()
-    return ", ".join(name if count == 1 else f"{count} {name}" for name, count in counts)
-
-
 def panels(view: ImageView, categories: Sequence[Category], longest: int = PANEL) -> list[Tile]:
-    """The captioned pictures of one image: Figure 8 of the paper, the truth and the errors.
-
-    Args:
-        view: The image.
-        categories: By label.
-        longest: Longer side of each picture, pixels.
-
-    Returns:
-        Photo, truth, result, semantic head and instance head where the view has them, errors.
-    """
+    """The captioned pictures of one image: Figure 8 of the paper, the truth and the errors."""
     size = fitted_size(view.photo.shape[0], view.photo.shape[1], longest, "longest")
     photo, truth = resized(view.photo, size), view.truth.resized(size)
     prediction = view.prediction.resized(size)
@@ -212,15 +231,7 @@ def named_overlay(
     *,
     letters: int = LETTERS,
 ) -> Picture:
-    """A photo with its segments in colour and their names.
-
-    Args:
-        photo: (H, W, 3) uint8.
-        segments: Of the same size.
-        categories: By label.
-        numbers: See `segment_colours`.
-        letters: Height of the names, pixels.
-    """
+    """A photo with its segments in colour and their names, of so many pixels' height."""
     colours = segment_colours(segments.labels, segments.isthing, numbers)
     names = [
         categories[label].name + (" (crowd)" if row in segments.crowd else "")
@@ -243,13 +254,7 @@ def predicted_map(result: PanopticMap) -> LabelledMap:
 def true_map(
     ids: NDArray[np.int32], segments: Sequence[SegmentInfo], categories: Sequence[Category]
 ) -> LabelledMap:
-    """An annotated image as segments to draw.
-
-    Args:
-        ids: (H, W) int32 segment ids.
-        segments: As annotated.
-        categories: Of the annotation file.
-    """
+    """An annotated image as segments to draw; `ids` is (H, W)."""
     by_id = {category.id: category for category in categories}
     return LabelledMap(
         make_segment_map(ids, [segment.id for segment in segments]),

@@ -17,14 +17,7 @@ def score_text(
     *,
     by_category: bool = True,
 ) -> str:
-    """All tables of a score, as the terminal shows them.
-
-    Args:
-        result: The metric.
-        categories: Of the ground truth.
-        values: See `Scores.to_json`, or PQ alone.
-        by_category: With a row for each category.
-    """
+    """All tables of a score, as the terminal shows them; `values` as of `Scores.to_json`."""
     parts: list[str] = []
     if by_category:
         columns = ("category", "kind", "PQ", "SQ", "RQ", "TP", "FP", "FN")
@@ -43,6 +36,9 @@ def score_text(
         rows = [(size_name(row), str(row["n"]), percent(row["iou"])) for row in sizes]
         parts.append(table(("things by size", "instances", "IoU"), rows, left=1))
         parts.append(", ".join(f"{name} {value}" for name, value in measures(values)))
+    if "seconds_per_image" in values:
+        steps = ", ".join(f"{k} {v * 1e3:.1f}" for k, v in values["seconds_per_image"].items())
+        parts[-1] += f"\n{values['images']} images; ms an image: {steps}"
     return "\n\n".join(parts)
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from panoptic_cache.evaluate.prediction_files import SCORES
 from panoptic_cache.evaluate.report.tables import size_name
 from panoptic_cache.evaluate.runs.execute import Note
 from panoptic_cache.evaluate.runs.study import Run, Study, Variant
-from panoptic_cache.evaluate.split.folder import SCORES
 from panoptic_cache.pipeline.base.terminal import table
 
 Scores = Mapping[str, Any]

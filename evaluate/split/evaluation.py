@@ -19,7 +19,16 @@ from typing import Any
 
 from panoptic_cache.evaluate.metric.score import Outcome, check_scorable, total_scores
 from panoptic_cache.evaluate.predict import Predictor, read_picture
-from panoptic_cache.evaluate.prediction_files import PNG_FOLDER, PredictionRow, read_png, write_json
+from panoptic_cache.evaluate.prediction_files import (
+    PNG_FOLDER,
+    SCORES,
+    Noted,
+    PredictionRow,
+    read_journals,
+    read_png,
+    sweep,
+    write_json,
+)
 from panoptic_cache.evaluate.report.page import write_report
 from panoptic_cache.evaluate.report.pictures import (
     ImageView,
@@ -27,7 +36,6 @@ from panoptic_cache.evaluate.report.pictures import (
     predicted_map,
     true_map,
 )
-from panoptic_cache.evaluate.split.folder import SCORES, read_journals, sweep
 from panoptic_cache.evaluate.split.share import STEPS, predict_share
 from panoptic_cache.evaluate.study.heads import Meta, save_meta
 from panoptic_cache.pipeline.annotations import ImageId
@@ -80,12 +88,22 @@ def evaluate(
     identity = identity_of(predictor, dataset)
     with ExitStack() as stack:
 
-        def begin() -> dict[ImageId, PredictionRow]:
+        def begin() -> dict[ImageId, Noted]:
             if not ranks.main:
                 return {}
             Storage(str(out / PNG_FOLDER)).create()
             if heads_folder is not None:
-                save_meta(heads_folder, heads_meta(predictor, heads_folder.name))
+                config = predictor.state.config
+                meta = Meta(
+                    name=heads_folder.name,
+                    step=predictor.state.step,
+                    network_size=predictor.size,
+                    encoding=config.loss.encoding,
+                    harmonics=config.loss.harmonics,
+                    fit=config.data.fit,
+                    categories=predictor.categories,
+                )
+                save_meta(heads_folder, meta)
             stack.enter_context(Storage(str(out)).locked())
             return read_journals(out, identity)
 
@@ -132,20 +150,6 @@ def evaluate(
             )
             sweep(out, rows, overlays)
     return outcome
-
-
-def heads_meta(predictor: Predictor, name: str) -> Meta:
-    """What is common to the heads of all images."""
-    config = predictor.state.config
-    return Meta(
-        name=name,
-        step=predictor.state.step,
-        network_size=predictor.size,
-        encoding=config.loss.encoding,
-        harmonics=config.loss.harmonics,
-        fit=config.data.fit,
-        categories=predictor.categories,
-    )
 
 
 def write_pictures(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -19,8 +19,15 @@ from panoptic_cache.evaluate.metric.breakdown import thing_ids
 from panoptic_cache.evaluate.metric.score import ImageScore, score_image
 from panoptic_cache.evaluate.photos import ahead
 from panoptic_cache.evaluate.predict import Heads, Pixels, Predictor, read_picture
-from panoptic_cache.evaluate.prediction_files import PNG_FOLDER, PredictionRow, write_png
-from panoptic_cache.evaluate.split.folder import Journal, supersede
+from panoptic_cache.evaluate.prediction_files import (
+    PNG_FOLDER,
+    Journal,
+    Noted,
+    PredictionRow,
+    stamp,
+    supersede,
+    write_png,
+)
 from panoptic_cache.evaluate.study.heads import ImageHeads, save_heads
 from panoptic_cache.pipeline.annotations import ImageId
 from panoptic_cache.pipeline.base.errors import InputError
@@ -60,27 +67,30 @@ def predict_share(
     *,
     batch: int,
     ranks: Ranks,
-    done: Mapping[ImageId, PredictionRow],
+    done: Mapping[ImageId, Noted],
     identity: Mapping[str, Any],
     heads_folder: Path | None = None,
 ) -> Share:
     """Predicts and scores the images [rank::world], or scores from disk those that are done.
 
-    Raises:
-        InputError: A photo or an annotation cannot be read, or the network returns NaN.
+    What has changed since it was noted is done again. Raises InputError where a photo or an
+    annotation cannot be read, or the network returns NaN.
     """
     share, things = Share(), thing_ids(dataset.categories)
     mine = range(ranks.rank, len(dataset.records), ranks.world)
+
+    def files(record: PanopticRecord) -> list[Path]:
+        found = [record.photo, record.png, out / PNG_FOLDER / f"{record.key}.png"]
+        if heads_folder is not None:
+            found += [heads_folder / f"{name}.npz" for name in heads_names(predictor, record)]
+        return found
+
     for at in mine:
         record = dataset.records[at]
-        row = done.get(record.image_id)
-        saved = heads_folder is None or all(
-            (heads_folder / f"{name}.npz").exists() for name in heads_names(predictor, record)
-        )
-        if row is not None and saved:
-            with suppress(InputError):  # what cannot be read back is predicted again
-                ids = read_ids(out / PNG_FOLDER / row.file_name)
-                share.outcomes[at] = row, score_row(record, row, ids, things)
+        noted = done.get(record.image_id)
+        if noted is not None and noted.files == stamp(*files(record)):
+            ids = read_ids(out / PNG_FOLDER / noted.row.file_name)
+            share.outcomes[at] = noted.row, score_row(record, noted.row, ids, things)
     rest = [at for at in mine if at not in share.outcomes]
     share.predicted = len(rest)
     batch = min(batch, len(dataset.records))
@@ -94,10 +104,10 @@ def predict_share(
             with share.timed("write"):
                 if heads_folder is not None and both is not None:
                     ids, truth = read_ids(record.png), record.segments
-                    heads_of = ImageHeads(record.key, both.instance, both.semantic, ids, truth)
-                    save_heads(heads_folder, heads_of)
+                    image = ImageHeads(record.key, both.instance, both.semantic, ids, truth)
+                    save_heads(heads_folder, image)
                 row = write_png(out, record.image_id, record.key, result, predictor.categories)
-                journal.note(row)
+                journal.note(row, files(record))
             with share.timed("score"):
                 share.outcomes[at] = row, score_row(record, row, result.ids, things)
             advance()
@@ -164,8 +174,7 @@ def predict_tiles(
 ) -> PanopticMap:
     """The panoptic map of an image that is cut into tiles, of which one batch is in memory.
 
-    Raises:
-        InputError: The network returns NaN; names the photo.
+    Raises InputError where the network returns NaN; it names the photo.
     """
     ids = read_ids(record.png) if heads_folder is not None else None
 
@@ -192,9 +201,8 @@ def predict_tiles(
     try:
         return predictor.stitch(photo, tiles())
     except InputError as error:
-        raise InputError(
-            error.what, where=record.photo, remedy=error.remedy, code=error.code
-        ) from None
+        error.where = str(record.photo)
+        raise
     finally:
         network = share.seconds["network"] - before
         share.seconds["decode"] += perf_counter() - start - network
@@ -223,9 +231,8 @@ def decoded(
         if len(heads) > 1:  # one by one, to find the photo
             each = zip(heads, records, strict=True)
             return [decoded(predictor, [one], [record])[0] for one, record in each]
-        raise InputError(
-            error.what, where=records[0].photo, remedy=error.remedy, code=error.code
-        ) from None
+        error.where = str(records[0].photo)
+        raise
 
 
 def score_row(
