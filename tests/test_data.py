@@ -38,12 +38,11 @@ from panoptic_cache.train.data import (
     Share,
     check_rendered_size,
     collate,
-    indexed_loader,
-    iterate,
     micro_batch_sizes,
     open_index,
     step_places,
 )
+from panoptic_cache.train.loader import indexed_loader, iterate
 
 Fit = Literal["squash", "longest", "crop"]
 FITS: tuple[Fit, ...] = ("squash", "longest", "crop")

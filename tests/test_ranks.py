@@ -14,8 +14,9 @@ import pytest
 import torch.distributed as dist
 
 from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.train.loader import prepare_worker
 from panoptic_cache.train.ranks import Ranks, Verdict
-from panoptic_cache.train.stopping import ignore_signals, not_finite, stop_request
+from panoptic_cache.train.stopping import not_finite, stop_request
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["panoptic_cache.train.loop"])
@@ -127,7 +128,7 @@ def test_the_first_signal_counts_and_handlers_come_back() -> None:
 
 
 def stubborn(ready: Any, done: Any) -> None:
-    ignore_signals()
+    prepare_worker(0)
     ready.set()
     done.wait(20)
 

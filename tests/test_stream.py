@@ -17,8 +17,8 @@ from torch import Tensor
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.train.config import DataConfig
-from panoptic_cache.train.data import Batch, Share, iterate, open_index
-from panoptic_cache.train.stream import make_loader
+from panoptic_cache.train.data import Batch, Share, open_index
+from panoptic_cache.train.loader import iterate, make_loader
 
 SMALL = DataConfig(reader="stream", size=56, batch=4, micro_batch=4, workers=0)
 
@@ -131,8 +131,7 @@ def test_rounds_are_augmented_anew(tiny_cache: Path) -> None:
 def test_the_pipeline_can_go_to_a_process_that_is_spawned(tiny_cache: Path) -> None:
     config = replace(SMALL, cache=str(tiny_cache))
     loader = make_loader(config, open_index(config), Share(seed=3, steps=range(3)))
-    pipeline = loader.pipeline[0].dataset  # type: ignore[attr-defined]
-    batch = next(iter(pickle.loads(pickle.dumps(pipeline))))
+    batch = next(iter(pickle.loads(pickle.dumps(loader.dataset))))
     assert batch.keys == next(iter(loader)).keys
 
 

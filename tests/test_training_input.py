@@ -26,10 +26,8 @@ from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
 from panoptic_cache.pipeline.render.driver import render
 from panoptic_cache.pipeline.render.plan import RenderConfig
-from panoptic_cache.train.data import Share, iterate, open_index
 from panoptic_cache.train.loop import train as train_run
 from panoptic_cache.train.stopping import StopRequest, rank_advice
-from panoptic_cache.train.stream import make_loader
 
 Refuse = Callable[..., str]
 
@@ -197,18 +195,6 @@ def test_a_shard_that_cannot_be_read(
     line = refuse(f"data.cache={cache}")
     assert line.startswith("train-0000")
     assert "cannot be read: Input/output error" in line
-
-
-def test_a_loader_process_that_is_killed(tiny_cache: Path, tmp_path: Path) -> None:
-    config = make_config(tiny_cache, tmp_path)
-    data = replace(config.data, workers=1)
-    loader = make_loader(data, open_index(data), Share(seed=0, steps=range(200)))
-    batches: Any = iterate(loader)
-    next(batches)
-    batches.gi_yieldfrom._workers[0].kill()
-    with pytest.raises(InputError, match=r"a loader process failed: .*lower data\.workers"):
-        for _ in batches:
-            pass
 
 
 # Memory and disk

@@ -36,7 +36,8 @@ import panoptic_cache.train.loop
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.train.config import TrainConfig
-from panoptic_cache.train.data import iterate, step_places
+from panoptic_cache.train.data import step_places
+from panoptic_cache.train.loader import iterate
 from panoptic_cache.train.loop import train as train_run
 from panoptic_cache.train.stopping import alone
 
@@ -197,13 +198,13 @@ def train_and_note(config: TrainConfig, notes: Path) -> None:
     """Trains and writes down the keys of this rank's batches."""
     original = iterate
 
-    def noting(loader: Any) -> Any:
+    def noting(loader: Any, request: Any) -> Any:
         with (notes / f"{os.environ['RANK']}.jsonl").open("w") as file:
-            for batch in original(loader):
+            for batch in original(loader, request):
                 print(json.dumps(batch.keys), file=file, flush=True)
                 yield batch
 
-    panoptic_cache.train.loop.iterate = noting  # type: ignore[attr-defined]
+    panoptic_cache.train.loop.iterate = noting  # type: ignore[attr-defined, assignment]
     train_run(config)
 
 

@@ -40,8 +40,9 @@ from panoptic_cache.pipeline.render.plan import RenderConfig
 from panoptic_cache.pipeline.targets import compute_targets, make_segment_map, resize_segment_map
 from panoptic_cache.train.augment import Augmentation, draw_augmentation, jitter_colour, make_item
 from panoptic_cache.train.config import DataConfig, ModelConfig, RandomBackbone, TrainConfig
-from panoptic_cache.train.data import Batch, Share, collate, indexed_loader
+from panoptic_cache.train.data import Batch, Share, collate
 from panoptic_cache.train.encoding import make_encoding
+from panoptic_cache.train.loader import indexed_loader
 from panoptic_cache.train.losses import instance_loss, semantic_loss
 from panoptic_cache.train.model import PanopticModel, Task
 from panoptic_cache.train.optim import parameter_groups, set_learning_rate

@@ -16,18 +16,17 @@ from __future__ import annotations
 import logging
 import math
 from bisect import bisect
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import accumulate, islice
-from typing import Any, cast
+from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
@@ -35,12 +34,8 @@ from panoptic_cache.pipeline.cache.index import ShardIndex, read_index
 from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.train.augment import Item, Place, draw_augmentation, make_item
 from panoptic_cache.train.config import DataConfig, TrainConfig
-from panoptic_cache.train.stopping import ignore_signals
 
 log = logging.getLogger(__name__)
-
-STARVED = ("DataLoader worker (pid", "shared memory", "unable to write to file </torch_")
-"""What a RuntimeError of torch says when a loader process was killed or had no memory left."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +59,25 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; without waiting for the copies where memory is pinned."""
         return Batch(
-            self.keys, *(getattr(self, name).to(device, non_blocking=True) for name in _TENSORS)
+            self.keys, *(getattr(self, name).to(device, non_blocking=True) for name in TENSORS)
         )
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; called by the loader."""
-        return Batch(self.keys, *(getattr(self, name).pin_memory() for name in _TENSORS))
+        return Batch(self.keys, *(getattr(self, name).pin_memory() for name in TENSORS))
+
+    def share_memory(self) -> Batch:
+        """The batch in memory that other processes see; RuntimeError where there is no room.
+
+        torch does that itself when a loader process sends a batch, but in a thread whose failure
+        nobody hears of: the batch is lost, and training waits for it.
+        """
+        for name in TENSORS:
+            getattr(self, name).share_memory_()
+        return self
 
 
-_TENSORS = tuple(field.name for field in fields(Batch) if field.name != "keys")
+TENSORS = tuple(field.name for field in fields(Batch) if field.name != "keys")
 
 
 def collate(items: Sequence[Item]) -> Batch:
@@ -92,7 +97,7 @@ def collate(items: Sequence[Item]) -> Batch:
     segment_map = stack("segment_map")
     if segment_map.dtype != np.uint8:  # torch does little with uint16
         segment_map = segment_map.astype(np.int32)
-    return Batch(
+    batch = Batch(
         keys=tuple(item.key for item in items),
         photo=torch.from_numpy(stack("photo")),
         segment_map=torch.from_numpy(segment_map),
@@ -104,6 +109,7 @@ def collate(items: Sequence[Item]) -> Batch:
         instance=table("instance", 0),
         label=table("label", -1),
     )
+    return batch if get_worker_info() is None else batch.share_memory()
 
 
 @dataclass(frozen=True)
@@ -221,61 +227,3 @@ def check_rendered_size(config: DataConfig, settings: Mapping[str, Any], cache: 
         )
     if fit == "squash" and config.fit != "squash":
         log.warning("%s: squashed already; data.fit = %s changes nothing", cache, config.fit)
-
-
-def indexed_loader(
-    reader: ShardReader, config: DataConfig, share: Share, *, pin: bool = False
-) -> DataLoader[Batch]:
-    """Micro-batches of one rank; not for `Accelerator.prepare`, which would split them again."""
-    return DataLoader(
-        cast("Dataset[Batch]", CachedItems(reader, config, share.seed)),  # collated into batches
-        batch_sampler=MicroBatches(config, len(reader), share),
-        collate_fn=collate,
-        **loader_options(config, share, pin=pin),
-    )
-
-
-def loader_options(config: DataConfig, share: Share, *, pin: bool) -> dict[str, Any]:
-    """What both readers ask of a `DataLoader`."""
-    return {
-        "num_workers": config.workers,
-        "pin_memory": pin,
-        "prefetch_factor": 4 if config.workers else None,
-        # Else starting draws from the global generator, and a resumed run differs.
-        "generator": torch.Generator().manual_seed(share.seed),
-        "worker_init_fn": prepare_worker if config.workers else None,
-    }
-
-
-def prepare_worker(_: int) -> None:
-    """One thread for each loader process; and only the training ends it, not the job's signals."""
-    ignore_signals()
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
-
-
-def iterate(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
-    """The loader's batches; InputError where a loader process raised one, or died.
-
-    Close the generator, so that the loader's processes end.
-    """
-    try:
-        yield from loader
-    except (InputError, RuntimeError, OSError, EOFError) as error:
-        # From another process comes a traceback as the message; its last line is what was said.
-        last = str(error).splitlines()[-1:]
-        if isinstance(error, InputError):
-            name = f"{InputError.__module__}.{InputError.__name__}: "
-            said = InputError("".join(last).removeprefix(name))
-        elif not isinstance(error, RuntimeError) or any(sign in str(error) for sign in STARVED):
-            line = f"{type(error).__name__}: {''.join(last)}"
-            said = InputError(
-                f"a loader process failed: {line[:160]}",
-                where="data.workers",
-                remedy="memory or /dev/shm ran out, as a rule: lower data.workers",
-                code="loader",
-            )
-        else:
-            raise
-        error.__traceback__ = None  # its frames hold the loader, which is to end its processes
-        raise said from None

@@ -23,8 +23,9 @@ from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.train.augment import jitter_colour
 from panoptic_cache.train.checkpoint import save_checkpoint
 from panoptic_cache.train.config import TrainConfig
-from panoptic_cache.train.data import Share, follow_tiles, iterate, micro_batch_sizes, open_index
+from panoptic_cache.train.data import Share, follow_tiles, micro_batch_sizes, open_index
 from panoptic_cache.train.encoding import make_encoding
+from panoptic_cache.train.loader import iterate, make_loader
 from panoptic_cache.train.losses import instance_loss, semantic_loss
 from panoptic_cache.train.model import Task, check_size
 from panoptic_cache.train.optim import Ema, learning_rate, parameter_groups, set_learning_rate
@@ -40,7 +41,6 @@ from panoptic_cache.train.restore import (
 )
 from panoptic_cache.train.runlog import RunLog, installed_trackers
 from panoptic_cache.train.stopping import not_finite, rank_advice, stop_request
-from panoptic_cache.train.stream import make_loader
 from panoptic_cache.train.transfer import first_model
 from panoptic_cache.train.validation import draw_heads, open_held_out, validate
 
@@ -164,7 +164,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
         progress("train", steps, "steps", first) as advance,
         stop_request() as request,
         rank_advice(request),
-        closing(iterate(loader)) as batches,
+        closing(iterate(loader, request)) as batches,
     ):
         for step in range(first, steps):
             started, waited = time.perf_counter(), 0.0

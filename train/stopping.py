@@ -80,16 +80,6 @@ def stop_request() -> Iterator[StopRequest]:
             signal.signal(each, handler)
 
 
-def ignore_signals() -> None:
-    """Lets a loader process outlive the signals that a whole job gets.
-
-    The step that is to be finished would otherwise wait for batches that nobody makes. The process
-    still ends when its loader is closed, and within seconds of its parent's death.
-    """
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
-
-
 @contextmanager
 def guarded_run(config: TrainConfig) -> Iterator[None]:
     """What a training process needs around the run: the folder to itself, failures in one line."""

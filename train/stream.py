@@ -13,25 +13,23 @@ import io
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import count, islice
-from typing import Any
+from typing import Any, cast
 
 import fsspec
 import webdataset as wds
+from torch.utils.data import IterableDataset
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.cache.index import ShardEntry, ShardIndex
 from panoptic_cache.pipeline.cache.sample import Sample, decode_sample
-from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.train.augment import Item, draw_augmentation, make_item
 from panoptic_cache.train.config import DataConfig
 from panoptic_cache.train.data import (
     Batch,
     Share,
     collate,
-    indexed_loader,
-    loader_options,
     micro_batch_sizes,
 )
 
@@ -39,9 +37,9 @@ BUFFER = 256
 """Samples that a loader process mixes; about 40 MB of JPEGs and PNGs."""
 
 
-def stream_loader(
-    storage: Storage, index: ShardIndex, config: DataConfig, share: Share, *, pin: bool = False
-) -> Iterable[Batch]:
+def stream_batches(
+    storage: Storage, index: ShardIndex, config: DataConfig, share: Share
+) -> IterableDataset[Batch]:
     """Micro-batches of one rank; a run that begins at another step reads in another order.
 
     Raises InputError where not every loader process gets a shard of its own, or the environment,
@@ -82,15 +80,15 @@ def stream_loader(
         wds.detshuffle(bufsize=BUFFER, initial=BUFFER, seed=order),
     ).repeat()  # Each round, both shuffles draw anew.
     sizes = micro_batch_sizes(config, world)
-    batches = wds.DataPipeline(
-        rounds,
-        wds.map(decode_members, handler=wds.reraise_exception),  # Sample
-        partial(make_items, config=config, seed=seed, first=first),  # Item
-        partial(make_batches, sizes=sizes),  # Batch
+    return cast(
+        "IterableDataset[Batch]",
+        wds.DataPipeline(
+            rounds,
+            wds.map(decode_members, handler=wds.reraise_exception),  # Sample
+            partial(make_items, config=config, seed=seed, first=first),  # Item
+            partial(make_batches, sizes=sizes, total=len(share.steps) * len(sizes)),  # Batch
+        ),
     )
-    loader = wds.WebLoader(batches, batch_size=None, **loader_options(config, share, pin=pin))
-    found: Iterable[Batch] = loader.with_epoch(nbatches=len(share.steps) * len(sizes))
-    return found
 
 
 def open_shard(source: dict[str, Any], shards: Mapping[str, ShardEntry]) -> dict[str, Any]:
@@ -135,24 +133,8 @@ def make_items(
         yield make_item(sample, config, augmentation)
 
 
-def make_batches(items: Iterator[Item], sizes: tuple[int, ...]) -> Iterator[Batch]:
+def make_batches(items: Iterator[Item], sizes: tuple[int, ...], total: int) -> Iterator[Batch]:
     """Micro-batches in the sizes of a step; the loader takes one from each process in turn."""
     _, _, worker, workers = wds.utils.pytorch_worker_info()
-    for turn in count(worker, workers):
+    for turn in range(worker, total, workers):
         yield collate(list(islice(items, sizes[turn % len(sizes)])))
-
-
-def make_loader(
-    config: DataConfig, index: ShardIndex, share: Share, *, pin: bool = False
-) -> Iterable[Batch]:
-    """Micro-batches of one rank by the reader that is configured."""
-    storage = Storage(config.cache)
-    if config.reader == "stream":
-        return stream_loader(storage, index, config, share, pin=pin)
-    if storage.local is None:
-        raise InputError(
-            "the indexed reader needs a local cache",
-            where=config.cache,
-            remedy="--set data.reader=stream, or copy it to a local disk",
-        )
-    return indexed_loader(ShardReader(storage.local), config, share, pin=pin)
