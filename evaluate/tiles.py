@@ -2,7 +2,8 @@
 
 Maps are merged, not heads: a code names a place in its own tile, and the decoder's 80 cells are
 made for the objects of one. Each pixel takes what the tile says in which it lies deepest. Two
-instances of neighbouring tiles are one where they agree about the pixels that both tiles see.
+instances of neighbouring tiles are one where they agree about the pixels that both tiles see. What
+a seam leaves of an instance that agrees with no other is dropped if it is the smaller part.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from panoptic_cache.pipeline.tiles import Span, Window
 AGREEMENT = 0.5
 """IoU of two instances, in the pixels that two tiles share, above which they are one. From 1/2 on,
 an instance agrees with at most one of another tile."""
+REST = 0.5
+"""Part of what a tile sees of an instance, below which the rest of it is dropped."""
 
 Rows = NDArray[np.int64]
 """(H, W) what each pixel shows: a row of the table of all tiles' segments, 0 for void."""
@@ -69,12 +72,14 @@ def stitch(
     area = np.bincount(values.ravel(), minlength=count)
     roots = np.array([root(joined, row) for row in range(count)])
     total = np.bincount(roots, area, count)
+    seen = np.zeros(count)  # The most that a tile sees of it
+    np.maximum.at(seen, roots, [segment.area for segment in table])
     score = np.bincount(roots, area * [segment.score for segment in table], count)
-    order = sorted(
-        np.flatnonzero(total[1:]) + 1,
-        key=lambda row: (table[row].isthing, not table[row].isthing and table[row].label),
-    )
-    kept = [row for row in order if table[row].isthing or total[row] >= min_stuff_area]
+    things = np.array([segment.isthing for segment in table])
+    large = np.where(things, total >= REST * seen, total >= min_stuff_area) & (total > 0)
+    large[0] = False
+    kept = [*sorted(np.flatnonzero(large & ~things), key=lambda row: table[row].label)]
+    kept += [*np.flatnonzero(large & things)]
     ids = np.zeros(count, np.int32)
     ids[kept] = np.arange(1, len(kept) + 1)
     return PanopticMap(

@@ -209,7 +209,9 @@ def test_true_maps_of_tiles_make_the_true_map(seed: int, tile: int, overlap: int
             lookup = np.zeros(17, np.int32)
             lookup[present] = names
             table = [
-                DecodedSegment(int(name), int(min(true, 5)), bool(true > 4), 0.5, 1)
+                DecodedSegment(
+                    int(name), int(min(true, 5)), bool(true > 4), 0.5, int((own == true).sum())
+                )
                 for name, true in sorted(zip(names, present, strict=True))
             ]
             yield window, PanopticMap(lookup[own], tuple(table))
@@ -235,6 +237,30 @@ def test_small_stuff_is_dropped_in_the_image_not_in_a_tile() -> None:
     without = stitch((20, 20), parts, min_stuff_area=9)
     assert np.array_equal(without.ids, np.where(ids == 2, 0, 1))
     assert [segment.id for segment in without.segments] == [1]
+
+
+def test_what_a_seam_leaves_of_an_instance_is_dropped() -> None:
+    """The left tile sees all 30 px of one, of which the right one makes two, better placed."""
+    left, right = windows((10, 30), 20, 10)
+    ids = np.zeros((10, 20), np.int32)
+    ids[:5, 11:17] = 1
+    other = np.zeros((10, 20), np.int32)
+    other[:5, 1:4], other[:5, 4:7] = 1, 2
+    instance = DecodedSegment(1, 1, True, 1.0, 30)
+    halves = tuple(DecodedSegment(n, 1, True, 1.0, 15) for n in (1, 2))
+    found = stitch(
+        (10, 30), [(left, PanopticMap(ids, (instance,))), (right, PanopticMap(other, halves))]
+    )
+    assert left.core_columns == (0, 15)
+    # 20 of 30 px lie in the left tile's own part, and 10 of the right one's second half.
+    assert [segment.area for segment in found.segments] == [20, 10]
+    ids[:5, 11:17], ids[:5, 13:19] = 0, 1
+    found = stitch(
+        (10, 30), [(left, PanopticMap(ids, (instance,))), (right, PanopticMap(other, halves))]
+    )
+    # 10 of 30 px: dropped.
+    assert [segment.area for segment in found.segments] == [10]
+    assert not found.ids[:, :15].any()
 
 
 def true_heads(predictor: Predictor, photos: list[Pixels]) -> list[Heads]:
