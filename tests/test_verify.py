@@ -270,7 +270,7 @@ def test_a_folder_that_is_no_cache_is_named(tmp_path: Path) -> None:
 def test_a_disk_that_fails_hides_nothing_else(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = Storage.read
 
-    def broken(self: Storage, name: str) -> bytes:
+    def broken(self: Storage, name: str, size: int | None = None) -> bytes:
         if name in {"train-00000.tar", "train-00001.json"}:
             raise OSError(5, "Input/output error")
         return read(self, name)

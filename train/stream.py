@@ -15,7 +15,6 @@ from functools import partial
 from itertools import count, islice
 from typing import Any, cast
 
-import fsspec
 import webdataset as wds
 from torch.utils.data import IterableDataset
 from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -72,7 +71,7 @@ def stream_batches(
         wds.split_by_node,
         wds.split_by_worker,
         # with "stream", the whole tar in memory, of which nothing is damaged;
-        wds.map(partial(open_shard, shards=shards), handler=wds.reraise_exception),
+        wds.map(partial(open_shard, storage=storage, shards=shards), handler=wds.reraise_exception),
         # {"fname": ..., "data": ...} of every member;
         wds.pipelinefilter(tar_file_expander)(handler=wds.reraise_exception),
         # {"__key__": ..., "jpg": ..., "json": ..., ...} of every sample, mixed.
@@ -91,7 +90,9 @@ def stream_batches(
     )
 
 
-def open_shard(source: dict[str, Any], shards: Mapping[str, ShardEntry]) -> dict[str, Any]:
+def open_shard(
+    source: dict[str, Any], storage: Storage, shards: Mapping[str, ShardEntry]
+) -> dict[str, Any]:
     """Reads a tar whole; InputError where that fails or it is not what the index says.
 
     A reader of a damaged tar may end early without error.
@@ -99,8 +100,7 @@ def open_shard(source: dict[str, Any], shards: Mapping[str, ShardEntry]) -> dict
     url = source["url"]
     shard, problem = shards[url], ""
     try:
-        with fsspec.open(url, "rb") as stream:
-            data = stream.read()
+        data = storage.read(f"{shard.name}.tar", shard.size)
     except OSError as error:
         raise InputError(f"cannot read the shard: {error}", where=url) from None
     if len(data) != shard.size:

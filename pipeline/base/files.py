@@ -5,17 +5,26 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from panoptic_cache.pipeline.base.errors import InputError
 
+T = TypeVar("T")
+
 _TEMPORARY = ".tmp-"
 _LOCK = ".lock"
+PAUSES = (0.5, 1.0, 2.0, 4.0)
+"""Seconds before each further try of what is elsewhere."""
+TIMEOUT = 60.0
+"""Seconds without a byte after which an HTTP request has failed."""
+_BUSY = {408, 425, 429, 500, 502, 503, 504}
+"""Answers of HTTP that may be others a moment later."""
 _NO_LINKS, _NO_WAIT = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_NONBLOCK", 0)
 
 
@@ -45,14 +54,28 @@ class Storage:
         return self if "://" in self.url else replace(self, url=str(Path(self.url).absolute()))
 
     def path(self, name: str) -> str:
-        """The full path or URL of a file."""
-        return f"{self.url.rstrip('/')}/{name}"
+        """The full path or URL of a file; a query, such as a signature, stays at the end."""
+        folder, mark, query = self.url.partition("?") if self._is_http else (self.url, "", "")
+        return f"{folder.rstrip('/')}/{name}{mark}{query}"
 
-    def _remote(self) -> tuple[Any, str]:
+    @property
+    def _is_http(self) -> bool:
+        return self.url.startswith(("http://", "https://"))
+
+    def _remote(self, name: str = "") -> tuple[Any, str]:
+        """The file system of the place, and what it calls the folder or a file in it."""
         import fsspec  # noqa: PLC0415 - takes 40 ms, and only what is elsewhere needs it
 
+        options: dict[str, Any] = {}
         try:
-            filesystem, path = fsspec.core.url_to_fs(self.url)
+            if self._is_http:
+                import aiohttp  # noqa: PLC0415 - optional
+
+                wait = aiohttp.ClientTimeout(total=None, connect=TIMEOUT, sock_read=TIMEOUT)
+                # A signature in the query holds for the very bytes of it.
+                options = {"client_kwargs": {"timeout": wait}, "encoded": "?" in self.url}
+            url = self.path(name) if name else self.url
+            filesystem, path = fsspec.core.url_to_fs(url, **options)
         except ImportError as error:
             raise InputError(f"a package is missing: {error}", where=self.url) from None
         except ValueError as error:
@@ -67,8 +90,7 @@ class Storage:
                 folder.mkdir(parents=True, exist_ok=True)
             else:
                 filesystem, path = self._remote()
-                with _said(self.url):
-                    filesystem.makedirs(path, exist_ok=True)
+                _tried(self.url, lambda: filesystem.makedirs(path, exist_ok=True))
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a file whole; see `write_file`."""
@@ -78,29 +100,43 @@ class Storage:
             write_file(self.local / name, data)
 
     def _put(self, name: str, data: bytes) -> None:
-        filesystem, path = self._remote()
-        with _writing(self.path(name)), _said(self.path(name)):
-            filesystem.pipe_file(f"{path}/{name}", data)
+        filesystem, path = self._remote(name)
+
+        def put() -> int:
+            filesystem.pipe_file(path, data)
             filesystem.invalidate_cache()
-            size = filesystem.size(f"{path}/{name}")
-        if size != len(data):
-            raise InputError("stored with another size", where=self.path(name), code="write")
+            return int(filesystem.size(path))
 
-    def read(self, name: str) -> bytes:
-        """The bytes of a file; FileNotFoundError where there is none."""
-        folder = self.local
-        if folder is not None:
-            return read_file(folder / name)
-        filesystem, path = self._remote()
-        with _said(self.path(name)):
-            return bytes(filesystem.cat_file(f"{path}/{name}"))
+        with _writing(self.path(name)):
+            if _tried(self.path(name), put) != len(data):
+                raise InputError("stored with another size", self.path(name), code="write")
 
-    def sizes(self) -> dict[str, int]:
-        """The size of every file here, by name, without temporary files."""
+    def read(self, name: str, size: int | None = None) -> bytes:
+        """The bytes of a file; FileNotFoundError where there is none, OSError where it fails.
+
+        Reads again over HTTP where less than `size` bytes came: a server may cut an answer short.
+        """
+        if self.local is not None:
+            return read_file(self.local / name)
+        filesystem, path = self._remote(name)
+
+        def get() -> bytes:
+            data = bytes(filesystem.cat_file(path))
+            if self._is_http and size is not None and len(data) < size:
+                raise ConnectionError(f"{len(data)} bytes came instead of {size}")
+            return data
+
+        return _tried(self.path(name), get)
+
+    def sizes(self, names: Iterable[str] = ()) -> dict[str, int]:
+        """The size of every file here, by name, without temporary files.
+
+        HTTP has no listing of folders, though many servers show one as a page. Those of `names`
+        that it does not show are asked for one by one.
+        """
         folder = self.local
         if folder is None:
-            with _said(self.url):
-                found = self._remote_sizes()
+            found = self._remote_sizes(names if self._is_http else ())
         elif not folder.is_dir():
             found = {}
         else:
@@ -113,27 +149,39 @@ class Storage:
                 }
         return {name: size for name, size in found.items() if _is_kept(name)}
 
-    def _remote_sizes(self) -> dict[str, int]:
+    def _remote_sizes(self, names: Iterable[str]) -> dict[str, int]:
+        from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - takes 10 ms
+
         filesystem, path = self._remote()
-        filesystem.invalidate_cache()
-        if not filesystem.exists(path):
-            return {}
-        files = [row for row in filesystem.ls(path, detail=True) if row["type"] == "file"]
-        unknown = [row["name"] for row in files if row["size"] is None]  # over HTTP
-        told = dict(zip(unknown, filesystem.sizes(unknown), strict=True)) if unknown else {}
-        return {row["name"].rsplit("/", 1)[-1]: told.get(row["name"], row["size"]) for row in files}
+
+        def listing() -> list[dict[str, Any]]:
+            filesystem.invalidate_cache()
+            there = "?" not in path and filesystem.exists(path)
+            return list(filesystem.ls(path, detail=True)) if there else []
+
+        rows = [row for row in _tried(self.url, listing) if row["type"] == "file"]
+        sizes = {row["name"].rsplit("/", 1)[-1]: row["size"] for row in rows}
+        unknown = [name for name in {**sizes, **dict.fromkeys(names)} if sizes.get(name) is None]
+        with ThreadPoolExecutor(16) as pool:
+            sizes.update(zip(unknown, pool.map(self._size, unknown), strict=True))
+        return {name: size for name, size in sizes.items() if size is not None}
+
+    def _size(self, name: str) -> int | None:
+        filesystem, path = self._remote(name)
+        try:
+            size: int | None = _tried(self.path(name), lambda: filesystem.size(path))
+            return len(self.read(name)) if size is None else size
+        except FileNotFoundError:
+            return None
 
     def remove(self, name: str) -> None:
         """Removes a file if it is there; InputError where that is not possible."""
-        folder = self.local
         with _writing(self.path(name)):
-            if folder is not None:
-                (folder / name).unlink(missing_ok=True)
+            if self.local is not None:
+                (self.local / name).unlink(missing_ok=True)
                 return
-            filesystem, path = self._remote()
-            with _said(self.path(name)):
-                if filesystem.exists(f"{path}/{name}"):
-                    filesystem.rm_file(f"{path}/{name}")
+            filesystem, path = self._remote(name)
+            _tried(self.path(name), lambda: filesystem.exists(path) and filesystem.rm_file(path))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -182,19 +230,32 @@ class Storage:
             lock.release()
 
 
-@contextmanager
-def _said(where: str) -> Iterator[None]:
-    """Turns any error of a library behind fsspec into an OSError that names the place.
+def _tried(where: str, action: Callable[[], T]) -> T:
+    """What an action of a library behind fsspec returns, tried again where it fails in passing.
 
-    The HTTP library, for example, has its own errors for a refused or truncated answer.
+    Whatever it raises becomes an OSError that names the place: the HTTP library, for example, has
+    its own errors for a refused or truncated answer.
     """
-    try:
-        yield
-    except (FileNotFoundError, InputError):
-        raise
-    except Exception as error:
-        what = getattr(error, "strerror", None) or f"{type(error).__name__} {error}".rstrip()
-        raise OSError(errno.EIO, what, where) from error
+    for pause in (*PAUSES, None):
+        try:
+            return action()
+        except InputError:
+            raise
+        except Exception as error:
+            # fsspec says "not found" for whatever a question for a size met over HTTP.
+            cause = error.__cause__ or error
+            status = getattr(cause, "status", None)
+            passes = status in _BUSY or (
+                isinstance(cause, ConnectionError | TimeoutError)
+                or (status is None and type(cause).__module__.startswith("aiohttp"))
+            )
+            if pause is None or not passes:
+                if isinstance(error, FileNotFoundError) and not passes:
+                    raise
+                what = getattr(cause, "strerror", None) or f"{type(cause).__name__} {cause}"
+                raise OSError(errno.EIO, what.rstrip(), where) from error
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
 
 
 @contextmanager

@@ -154,15 +154,14 @@ def find_sample(place: str, key: str | None = None) -> tuple[Sample, tuple[Categ
 
 def _read_cache(storage: Storage, wanted: set[str] | None) -> Iterator[tuple[str, Members]]:
     """Key and members of each sample; no members for keys that are not wanted (None wants all)."""
-    sizes = storage.sizes()
     for shard in read_index(storage).shards:
         for entry in read_sidecar(storage, shard).samples:
             members: Members = {}
             if wanted is None or entry.key in wanted:
-                if problem := size_problem(shard, sizes):
-                    where = storage.path(f"{shard.name}.tar")
-                    raise InputError(problem, where, remedy="run panoptic verify --deep")
-                members = members_of(storage.read(f"{shard.name}.tar"), entry)
+                name = f"{shard.name}.tar"
+                if problem := size_problem(shard, storage.sizes([name])):
+                    raise InputError(problem, storage.path(name), "run panoptic verify --deep")
+                members = members_of(storage.read(name, shard.size), entry)
             yield entry.key, members
 
 

@@ -75,14 +75,15 @@ def verify(storage: Storage, *, deep: bool = False) -> VerifyReport:
     """
     if storage.local is not None and not storage.local.is_dir():
         raise InputError("no such folder", where=storage.url, remedy="give a cache's folder")
-    sizes = storage.sizes()
     index: ShardIndex | None = None
+    sizes: dict[str, int] = {}
     try:
         index = read_index(storage)
+        sizes = storage.sizes(_files(index))
         problems = [*_check_folder(storage, index, sizes)]
         shards = index.shards
     except InputError as error:
-        problems = [Problem(INDEX_NAME, error.what)]
+        problems, sizes = [Problem(INDEX_NAME, error.what)], storage.sizes()
         # Without an index, check the tars against their sidecars.
         shards = tuple(_self_described(storage, sizes))
     names_by_sha256 = {shard.sha256: shard.name for shard in shards}
@@ -93,7 +94,7 @@ def verify(storage: Storage, *, deep: bool = False) -> VerifyReport:
             found.append(Problem(shard.name, problem))
         if deep and f"{shard.name}.tar" in sizes:
             try:
-                data = storage.read(f"{shard.name}.tar")
+                data = storage.read(f"{shard.name}.tar", shard.size)
                 found += _check_tar(data, shard, sidecar, index, names_by_sha256)
             except OSError as error:
                 found.append(Problem(shard.name, f"shard unreadable: {error}"))
@@ -135,12 +136,16 @@ def _check_folder(
         yield Problem(QUARANTINE_NAME, "list of images left out was edited or damaged")
     elif quarantine.count(b"\n") != index.quarantined:
         yield Problem(QUARANTINE_NAME, f"the index counts {index.quarantined} images")
-    known = {INDEX_NAME, PLAN_NAME, QUARANTINE_NAME}
-    known |= {f"{shard.name}.{suffix}" for shard in index.shards for suffix in ("tar", "json")}
-    for name in sorted(sizes.keys() - known):
+    for name in sorted(sizes.keys() - _files(index)):
         # A README does no harm, but a stray tar would be read with `*.tar`.
         if name.endswith((".tar", ".json", ".jsonl")):
             yield Problem(name, "the index knows no such file")
+
+
+def _files(index: ShardIndex) -> set[str]:
+    """The names of all files of a cache."""
+    files = {f"{shard.name}.{suffix}" for shard in index.shards for suffix in ("tar", "json")}
+    return files | {INDEX_NAME, PLAN_NAME, QUARANTINE_NAME}
 
 
 def _bytes(storage: Storage, name: str) -> bytes:
