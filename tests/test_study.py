@@ -20,10 +20,11 @@ from test_browser import BROWSER, FLAGS
 from panoptic_cache.evaluate.runs import execute
 from panoptic_cache.evaluate.runs.charts import code_curves, draw_chart, ticks
 from panoptic_cache.evaluate.runs.results import mean_curve, over_seeds
-from panoptic_cache.evaluate.runs.study import plan_runs, read_study
+from panoptic_cache.evaluate.runs.study import plan_runs, read_study, run_config
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.process import Interrupted, interruptible
 
+STUDIES = Path(__file__).parents[1] / "studies"
 STUDY = """
 title = "Void & EDS"
 config = "{config}"
@@ -275,3 +276,11 @@ def test_a_study_from_photos_to_its_page(study_file: Path, tmp_path: Path, run: 
     assert dom.stdout.count("<polyline") >= 6
     assert "CONSOLE" not in dom.stderr
     shutil.rmtree(tmp_path / "browser", ignore_errors=True)
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.rglob("*.toml")), ids=lambda path: path.stem)
+def test_the_studies_that_ship_can_be_trained(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(STUDIES.parent)
+    study = read_study(path)
+    for run in plan_runs(study, Path("out")):
+        run_config(study, run)

@@ -12,7 +12,7 @@ from panoptic_cache.pipeline.base.config import load_config
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.train.config import DataConfig, ModelConfig, RandomBackbone, TrainConfig
 from panoptic_cache.train.model import PanopticModel
-from panoptic_cache.train.summary import count, summarize_model
+from panoptic_cache.train.summary import count, run_cost, summarize_model
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = TrainConfig(
@@ -89,3 +89,15 @@ def test_activations_and_operations_grow_as_they_should() -> None:
 def test_a_size_that_does_not_fit_is_refused() -> None:
     with pytest.raises(InputError, match="30 pixels are no multiple"):
         summarize_model(replace(TINY, data=DataConfig(size=30)), 5)
+
+
+def test_a_runs_hours_follow_from_operations_and_rate() -> None:
+    config = replace(TINY, epochs=4, data=replace(TINY.data, batch=32, micro_batch=16))
+    summary = summarize_model(config, 5)
+    cost = run_cost(summary, config, "a100", gpus=8, images=320)
+    assert cost.steps == 40
+    flops = 40 * 32 * summary.train_flops_per_image
+    assert cost.hours == pytest.approx(flops / (8 * 312e12 * 0.3) / 3600)
+    # A rank has 4 of the 32 samples, fewer than its micro-batch.
+    memory = summary.state_bytes + 4 * summary.activation_bytes_per_image
+    assert cost.gib_per_gpu == pytest.approx(memory / 2**30)

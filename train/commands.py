@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -54,18 +55,31 @@ def model(
     config: Annotated[Path, typer.Argument(help="A file of configs/.")],
     settings: Settings = None,
     classes: Annotated[int, typer.Option(min=1, help="Categories; COCO has 133.")] = 133,
+    device: Annotated[
+        Literal["a100", "h100", "h200", "l4", "l40s", "rtx4090"] | None,
+        typer.Option(help="Estimate the run's hours and memory on this GPU."),
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs, for --device.")] = 1,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Images to train on, for --device; COCO's by default.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show a configuration's parameters, operations and memory."""
+    """Show a configuration's parameters, operations and memory, and what a run costs on a GPU."""
     from panoptic_cache.pipeline.base.config import load_config
     from panoptic_cache.train.config import TrainConfig
-    from panoptic_cache.train.summary import summarize_model
+    from panoptic_cache.train.summary import COCO_IMAGES, run_cost, summarize_model
 
-    summary = summarize_model(load_config(TrainConfig, config, settings or []), classes)
+    run = load_config(TrainConfig, config, settings or [])
+    summary = summarize_model(run, classes)
+    values, rows = summary.to_json(), summary.rows()
+    if device is not None:
+        cost = run_cost(summary, run, device, gpus=gpus, images=images or COCO_IMAGES)
+        values["run"], rows = asdict(cost), [*rows, *cost.rows()]
     if as_json:
-        print_json(summary.to_json())
+        print_json(values)
     else:
-        print_table(("", str(config)), summary.rows(), left=2)
+        print_table(("", str(config)), rows, left=2)
 
 
 @bench.command("load")

@@ -13,6 +13,36 @@ from panoptic_cache.train.config import TrainConfig
 from panoptic_cache.train.encoding import make_encoding
 from panoptic_cache.train.model import PanopticModel, check_size
 
+COCO_IMAGES = 118_287
+"""Images of COCO's train2017."""
+RATES = {"a100": 312.0, "h100": 989.0, "h200": 989.0, "l4": 121.0, "l40s": 362.0, "rtx4090": 165.0}
+"""Published dense bf16 rates of devices, TFLOP/s."""
+UTILISATION = 0.3
+"""Part of the published rate that training is assumed to reach. It was measured nowhere; `panoptic
+bench step` measures it on a device at hand. The paper's own runs come to about 0.05."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunCost:
+    """What a whole run takes on given devices."""
+
+    device: str  # A key of `RATES`
+    gpus: int
+    images: int  # Of the training cache
+    steps: int  # Optimizer steps
+    utilisation: float  # Assumed, see `UTILISATION`
+    hours: float  # Wall time, if the loader keeps up
+    gib_per_gpu: float  # Weights, gradients, AdamW, and activations of a micro-batch
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Name and value of each line of a table."""
+        where = f"{self.gpus} x {self.device}, {RATES[self.device]:g} TFLOP/s each"
+        return [
+            ("the run", f"{self.steps:,} steps over {self.images:,} images"),
+            ("time", f"{self.hours:.1f} hours on {where}, {self.utilisation:.0%} of it used"),
+            ("memory", f"{self.gib_per_gpu:.1f} GiB a GPU before the losses"),
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSummary:
@@ -105,6 +135,25 @@ def summarize_model(config: TrainConfig, classes: int) -> ModelSummary:
         train_flops_per_image=round(training / 3),
         state_bytes=16 * parts["total"],
         activation_bytes_per_image=bytes_kept // (2 if config.precision == "bf16" else 1),
+    )
+
+
+def run_cost(
+    summary: ModelSummary, config: TrainConfig, device: str, *, gpus: int, images: int
+) -> RunCost:
+    """The cost of a run; for one without gradient checkpointing, which takes a third longer."""
+    steps = config.total_steps(images)
+    flops = steps * config.data.batch * summary.train_flops_per_image
+    micro_batch = min(config.data.micro_batch, -(-config.data.batch // gpus))
+    memory = summary.state_bytes + micro_batch * summary.activation_bytes_per_image
+    return RunCost(
+        device=device,
+        gpus=gpus,
+        images=images,
+        steps=steps,
+        utilisation=UTILISATION,
+        hours=flops / (gpus * RATES[device] * 1e12 * UTILISATION * 3600),
+        gib_per_gpu=memory / 2**30,
     )
 
 
