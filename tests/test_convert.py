@@ -243,7 +243,7 @@ def test_what_changed_is_drawn_again(labelled: Path, tmp_path: Path, run: Run) -
     (labelled / "images/2.png").rename(tmp_path / "away.png")
     out = tmp_path / "out"
     assert run(*arguments(labelled, out, "--workers", 0))[0] == 3
-    assert quarantine(out, "a") == {"2.png": "2.png: its photo is missing in images"}
+    assert quarantine(out, "a") == {"2.png": "its photo is missing in images"}
     before = (out / "annotations/panoptic_a/0.png").stat().st_mtime_ns
     (tmp_path / "away.png").rename(labelled / "images/2.png")
     save(labelled / "maps/4.png", blobs(77).astype(np.uint16))
@@ -287,8 +287,8 @@ def broken_map(values: Map) -> Callable[[Path], object]:
         (broken_map(np.ones((24, 30), np.uint8)), "3.tif: is 24 x 30, its photo 24 x 31"),
         (lambda data: (data / "maps/3.png").write_bytes(b"no PNG"), "3.png: map cannot be read"),
         (lambda data: (data / "images/3.png").write_bytes(b""), "3.png: photo cannot be read"),
-        (lambda data: (data / "maps/3.png").unlink(), "3.png: its map is missing in maps"),
-        (lambda data: (data / "images/3.png").unlink(), "3.png: its photo is missing in images"),
+        (lambda data: (data / "maps/3.png").unlink(), "its map is missing in maps"),
+        (lambda data: (data / "images/3.png").unlink(), "its photo is missing in images"),
         (broken_map(np.arange(300 * 300, dtype=np.int32).reshape(300, 300)), "3.tif: is 300 x 300"),
     ],
 )

@@ -1,10 +1,12 @@
-"""`panoptic convert FORMAT`: a command a format."""
+"""`panoptic convert FORMAT`: a command a format, which gives its source; the rest is shared."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: Typer reads annotations that are put together here.
 
+import inspect
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -16,36 +18,88 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Write a dataset in COCO's panoptic layout from other annotations.")
 log = logging.getLogger(__name__)
 
-Out = Annotated[Path, typer.Option(help="Root of the dataset to write.")]
-Split = Annotated[str, typer.Option(help="Name of the split to write.")]
+Read = TypeVar("Read", bound=Callable[..., Any])
+Root = Annotated[Path, typer.Argument(help="Folder of the dataset.")]
 Photos = Annotated[Path, typer.Option(help="Folder of photos; folders below it, too.")]
 Maps = Annotated[Path, typer.Option(help="Folder of maps, named like their photos.")]
-Copy = Annotated[bool, typer.Option("--copy", help="Copy the photos instead of linking them.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes; 0: only this one.")]
-MaxBad = Annotated[
-    float, typer.Option(min=0, help="Images that may be left out: a share below 1, or a count.")
+SemanticMaps = Annotated[Path | None, typer.Option(help="Folder of maps of classes; see --names.")]
+Names = Annotated[
+    Path | None, typer.Option(help="Names of the classes: lines `7 road`, or TOML or JSON.")
 ]
+Void = Annotated[list[int], typer.Option(help="Value of no class; may be given again.")]
 Thing = Annotated[str, typer.Option(help="Name of what the instances are.")]
 Background = Annotated[
     str | None, typer.Option(help="Name of the rest, as stuff; without one it is unlabelled.")
 ]
 Overlap = Annotated[
     Literal["last", "small"],
-    typer.Option(
-        help="Whose pixels are where instances overlap: the last one's, or the smaller's."
-    ),
+    typer.Option(help="Who has the pixels where instances overlap: the last, or the smaller one."),
 ]
-Names = Annotated[
-    Path | None, typer.Option(help="Names of the classes: lines `7 road`, or TOML or JSON.")
+
+
+Out = Annotated[Path, typer.Option(help="Root of the dataset to write.")]
+Split = Annotated[str, typer.Option(help="Name of the split.")]
+Merge = Annotated[
+    str | None,
+    typer.Option(help="supercategory, or a TOML or JSON file of new names and their old ones."),
 ]
-SemanticMaps = Annotated[
-    Path | None, typer.Option(help="Folder of maps of classes, which --names names.")
+Workers = Annotated[int, typer.Option(min=0, help="Processes; 0: only this one.")]
+MaxBad = Annotated[
+    float, typer.Option(min=0, help="Images that may be left out: a share below 1, or a count.")
 ]
-Void = Annotated[list[int], typer.Option(help="Value of no class; may be given again.")]
+Copy = Annotated[bool, typer.Option("--copy", help="Copy the photos instead of linking them.")]
+# One format has a file that is called --json.
+Summary = Annotated[
+    bool, typer.Option("--summary-json", help="Print one JSON object, and nothing else.")
+]
+
+
+def command(name: str) -> Callable[[Read], Read]:
+    """Makes a command of a function that gives a source: its options, then those of all formats."""
+
+    def register(read: Read) -> Read:
+        def run(
+            *,
+            out: Out,
+            split: Split,
+            merge: Merge = None,
+            workers: Workers = 2,
+            max_bad: MaxBad = 0.01,
+            copy: Copy = False,
+            as_json: Json = False,
+            **own: Any,
+        ) -> None:
+            if "split" in options:  # of the source, too
+                own["split"] = split
+            source = read(**own)
+            write(source, out, split, merge, workers, max_bad, copy, as_json)
+
+        options = inspect.signature(read).parameters
+        shared = dict(inspect.signature(run).parameters)
+        del shared["own"]
+        if "json" in options:
+            shared["as_json"] = shared["as_json"].replace(annotation=Summary)
+        every = {
+            key: each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for key, each in {**options, **shared}.items()
+        }
+        run.__signature__ = inspect.Signature([*every.values()])  # type: ignore[attr-defined]
+        run.__annotations__ = {key: each.annotation for key, each in every.items()}
+        app.command(name, help=read.__doc__)(run)
+        return read
+
+    return register
 
 
 def write(
-    source: Source, out: Path, split: str, workers: int, max_bad: float, copy: bool, as_json: bool
+    source: "Source",
+    out: Path,
+    split: str,
+    merge: str | None,
+    workers: int,
+    max_bad: float,
+    copy: bool,
+    as_json: bool,
 ) -> None:
     """Converts a source, prints the summary; exit code 3 where too much was left out."""
     from dataclasses import asdict
@@ -53,6 +107,10 @@ def write(
     from panoptic_cache.pipeline.convert.driver import convert
     from panoptic_cache.pipeline.render.plan import allowed
 
+    if merge is not None:
+        from panoptic_cache.pipeline.convert.merge import merge as merged
+
+        source = merged(source, merge)
     limit = allowed(max_bad, len(source.items) + len(source.left_out))
     result = convert(source, out, split, workers=workers, copy=copy)
     values = asdict(result)
@@ -68,12 +126,10 @@ def write(
         raise typer.Exit(3)
 
 
-@app.command("coco-instances")
+@command("coco-instances")
 def coco_instances(
     json: Annotated[Path, typer.Option("--json", help="Annotation file.")],
     images: Photos,
-    out: Out,
-    split: Split,
     stuff_json: Annotated[
         Path | None, typer.Option(help="Annotation file of stuff, drawn below.")
     ] = None,
@@ -88,17 +144,11 @@ def coco_instances(
     no_crowds: Annotated[
         bool, typer.Option("--no-crowds", help="Take crowds as instances: CVAT marks masks so.")
     ] = False,
-    workers: Workers = 2,
-    max_bad: MaxBad = 0.01,
-    copy: Copy = False,
-    as_json: Annotated[
-        bool, typer.Option("--summary-json", help="Print one JSON object, and nothing else.")
-    ] = False,
-) -> None:
+) -> "Source":
     """COCO's JSON of instances: polygons or RLE; of CVAT, Roboflow, FiftyOne and others, too."""
     from panoptic_cache.pipeline.convert.coco_instances import coco_instances as read
 
-    source = read(
+    return read(
         json,
         images,
         stuff_json=stuff_json,
@@ -110,15 +160,12 @@ def coco_instances(
         small=overlap == "small",
         crowds=not no_crowds,
     )
-    write(source, out, split, workers, max_bad, copy, as_json)
 
 
-@app.command("label-maps")
+@command("label-maps")
 def label_maps(
     images: Photos,
     maps: Maps,
-    out: Out,
-    split: Split,
     thing: Annotated[
         list[str] | None,
         typer.Option(help="Name of what the instances are; with --semantic-maps, one of theirs."),
@@ -127,15 +174,11 @@ def label_maps(
     semantic_maps: SemanticMaps = None,
     names: Names = None,
     void: Void = [255],  # noqa: B006
-    workers: Workers = 2,
-    max_bad: MaxBad = 0.01,
-    copy: Copy = False,
-    as_json: Json = False,
-) -> None:
+) -> "Source":
     """One integer map an image: 0 is background or void, each other value an instance."""
     from panoptic_cache.pipeline.convert.label_maps import label_maps as read
 
-    source = read(
+    return read(
         images,
         maps,
         things=thing or [],
@@ -144,43 +187,57 @@ def label_maps(
         names=names,
         void=void,
     )
-    write(source, out, split, workers, max_bad, copy, as_json)
 
 
-@app.command("masks")
+@command("masks")
 def masks(
     root: Annotated[Path, typer.Option(help="Folder of a folder an image.")],
-    out: Out,
-    split: Split,
     thing: Thing = "object",
     background: Background = None,
     overlap: Overlap = "last",
-    workers: Workers = 2,
-    max_bad: MaxBad = 0.01,
-    copy: Copy = False,
-    as_json: Json = False,
-) -> None:
+) -> "Source":
     """A folder an image, with images/ and one binary mask a file in masks/."""
     from panoptic_cache.pipeline.convert.masks import masks as read
 
-    source = read(root, thing=thing, background=background, small=overlap == "small")
-    write(source, out, split, workers, max_bad, copy, as_json)
+    return read(root, thing=thing, background=background, small=overlap == "small")
 
 
-@app.command("semantic-maps")
+@command("semantic-maps")
 def semantic_maps(
     images: Photos,
     maps: Maps,
-    out: Out,
-    split: Split,
     names: Names = None,
     void: Void = [255],  # noqa: B006
-    workers: Workers = 2,
-    max_bad: MaxBad = 0.01,
-    copy: Copy = False,
-    as_json: Json = False,
-) -> None:
+) -> "Source":
     """One map of classes an image and no instances: everything is stuff."""
     from panoptic_cache.pipeline.convert.semantic_maps import semantic_maps as read
 
-    write(read(images, maps, names=names, void=void), out, split, workers, max_bad, copy, as_json)
+    return read(images, maps, names=names, void=void)
+
+
+@command("cityscapes")
+def cityscapes(root: Root, split: str) -> "Source":
+    """Cityscapes, after createPanopticImgs of cityscapesScripts: train, val or test."""
+    from panoptic_cache.pipeline.convert.panoptic import cityscapes as read
+
+    return read(root, split)
+
+
+@command("ade20k")
+def ade20k(root: Root, split: str) -> "Source":
+    """ADE20K, after prepare_ade20k_pan_seg.py of Mask2Former: train or val."""
+    from panoptic_cache.pipeline.convert.panoptic import ade20k as read
+
+    return read(root, split)
+
+
+@command("coco-panoptic")
+def coco_panoptic(
+    panoptic_json: Annotated[Path, typer.Option(help="Annotation file.")],
+    panoptic_dir: Annotated[Path, typer.Option(help="Folder of panoptic PNGs.")],
+    images: Photos,
+) -> "Source":
+    """COCO's panoptic format itself, for --merge."""
+    from panoptic_cache.pipeline.convert.panoptic import coco_panoptic as read
+
+    return read(panoptic_json, panoptic_dir, images)

@@ -14,7 +14,7 @@ PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 """Suffixes of photos, in lower case."""
 MAPS = {".png", ".tif", ".tiff", ".bmp"}
 """Suffixes of maps and masks, in lower case."""
-ENDINGS = ("", "_masks", "_mask", "_labels", "_label", "_cp_masks", "_gt", "_seg", "_instances")
+ENDINGS = ("", "_masks", "_mask", "_labels", "_label", "_labelids", "_cp_masks", "_gt", "_seg")
 """What stands behind a photo's name in its map's name; the first that is there is taken."""
 PHOTO_ENDING = "_img"
 """What may stand behind it in the photo's."""
@@ -126,4 +126,4 @@ def _photo_of(stem: str) -> set[str]:
 
 
 def _lonely(name: str, problem: str, folder: Path, code: str) -> Rejection:
-    return Rejection(without_suffix(name), name, code, f"{name}: {problem} in {folder.name}")
+    return Rejection(without_suffix(name), name, code, f"{problem} in {folder.name}")

@@ -38,6 +38,8 @@ class Drawing:
 
 Size = tuple[int, int]
 """(height, width)"""
+Draw = Callable[[Size], Drawing]
+"""Draws the segments of a photo of that size; InputError where the image must be left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +49,7 @@ class Item:
     image_id: ImageId
     name: str  # The photo's name in the new dataset: a relative path with slashes
     photo: Path
-    # Draws the segments of a photo of that size; pickled, so a function of a module or a `partial`
-    # of one. Raises InputError where the image must be left out.
-    draw: Callable[[Size], Drawing]
+    draw: Draw  # Pickled, so a function of a module or a `partial` of one
     inputs: tuple[Path, ...]  # Files that `draw` reads, which a later run looks at for changes
     mark: str = ""  # The same for what it does not read from files of its own
 
