@@ -44,6 +44,7 @@ from panoptic_cache.train.config import (
     DataConfig,
     LossConfig,
     OptimConfig,
+    TaskRatio,
     TrainConfig,
 )
 from panoptic_cache.train.loop import task_of
@@ -96,7 +97,7 @@ def test_a_line_for_each_step(whole: Path, tiny_cache: Path) -> None:
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for step, line in enumerate(lines):
         assert set(line) == FIELDS
-        assert line["task"] == task_of(config.seed, step)
+        assert line["task"] == task_of(config.seed, step, config.tasks)
         assert line["epoch"] == pytest.approx(4 * (step + 1) / SAMPLES)
         assert line["lr"] == learning_rate(config.optim, step, STEPS, 3)
         assert line["loss"] == pytest.approx(
@@ -304,14 +305,14 @@ def test_a_loss_that_is_not_finite_stops_with_a_line(
 def test_each_block_of_three_has_two_instance_steps_and_a_semantic_one(
     seed: int, block: int
 ) -> None:
-    tasks = [task_of(seed, 3 * block + place) for place in range(3)]
+    tasks = [task_of(seed, 3 * block + place, TaskRatio()) for place in range(3)]
     assert Counter(tasks) == {"instance": 2, "semantic": 1}
-    assert tasks == [task_of(seed, 3 * block + place) for place in range(3)]
+    assert tasks == [task_of(seed, 3 * block + place, TaskRatio()) for place in range(3)]
 
 
 def test_tasks_are_shuffled() -> None:
     places = Counter(
-        step % 3 for step in range(3000) if task_of(0, step) == "semantic"
+        step % 3 for step in range(3000) if task_of(0, step, TaskRatio()) == "semantic"
     )  # fmt: skip
     assert min(places.values()) > 250
     assert sum(places.values()) == 1000

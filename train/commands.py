@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,6 +22,7 @@ from panoptic_cache.pipeline.console import (
 
 app = typer.Typer()
 bench = typer.Typer()
+log = logging.getLogger(__name__)
 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Override a setting, as data.size=616.")
@@ -40,14 +42,17 @@ def train(
 
     Several GPUs: accelerate launch -m panoptic_cache.train CONFIG ...
     """
-    from panoptic_cache.pipeline.base.config import load_config
-    from panoptic_cache.train.config import TrainConfig
     from panoptic_cache.train.loop import train as run
+    from panoptic_cache.train.stages import begun_stages, load_stages
     from panoptic_cache.train.stopping import guarded_run
 
-    chosen = load_config(TrainConfig, config, settings or [])
-    with guarded_run(chosen):
-        run(chosen, resume=resume, trust_config=trust_config)
+    stages = load_stages(config, settings or [])
+    begun = begun_stages(stages) if resume else 0
+    for number, chosen in enumerate(stages[max(0, begun - 1) :], max(1, begun)):
+        if len(stages) > 1:
+            log.info("stage %d of %d: %s", number, len(stages), chosen.out)
+        with guarded_run(chosen):
+            run(chosen, resume=resume, trust_config=trust_config)
 
 
 @app.command("model")
@@ -66,20 +71,21 @@ def model(
     as_json: Json = False,
 ) -> None:
     """Show a configuration's parameters, operations and memory, and what a run costs on a GPU."""
-    from panoptic_cache.pipeline.base.config import load_config
-    from panoptic_cache.train.config import TrainConfig
+    from panoptic_cache.train.stages import load_stages
     from panoptic_cache.train.summary import COCO_IMAGES, run_cost, summarize_model
 
-    run = load_config(TrainConfig, config, settings or [])
-    summary = summarize_model(run, classes)
-    values, rows = summary.to_json(), summary.rows()
-    if device is not None:
-        cost = run_cost(summary, run, device, gpus=gpus, images=images or COCO_IMAGES)
-        values["run"], rows = asdict(cost), [*rows, *cost.rows()]
+    stages, found = load_stages(config, settings or []), []
+    for run in stages:
+        summary = summarize_model(run, classes)
+        values, rows = summary.to_json(), summary.rows()
+        if device is not None:
+            cost = run_cost(summary, run, device, gpus=gpus, images=images or COCO_IMAGES)
+            values["run"], rows = asdict(cost), [*rows, *cost.rows()]
+        found.append(values)
+        if not as_json:
+            print_table(("", str(config) if len(stages) == 1 else run.out), rows, left=2)
     if as_json:
-        print_json(values)
-    else:
-        print_table(("", str(config)), rows, left=2)
+        print_json(found[0] if len(found) == 1 else {"stages": found})
 
 
 @bench.command("load")

@@ -164,6 +164,14 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskRatio:
+    """How many of some steps in turn train each head; 0 leaves a head alone (section 5.1)."""
+
+    instance: Interval = 2
+    semantic: Interval = 1
+
+
+@dataclass(frozen=True, slots=True)
 class TrainConfig:
     """A whole run."""
 
@@ -184,6 +192,7 @@ class TrainConfig:
     pictures_every: Interval = 1000
     # Accelerate's trackers to use beside `metrics.jsonl`, if they are installed.
     trackers: tuple[str, ...] = ("tensorboard",)
+    tasks: TaskRatio = field(default_factory=TaskRatio)  # See `TaskRatio`
     data: DataConfig = field(default_factory=DataConfig)  # See `DataConfig`
     model: ModelConfig = field(default_factory=ModelConfig)  # See `ModelConfig`
     loss: LossConfig = field(default_factory=LossConfig)  # See `LossConfig`
@@ -195,6 +204,7 @@ class TrainConfig:
         taps, looks = self.model.taps, self.validation
         problems = [
             ("data.scale must be two rising numbers", low > high),
+            ("tasks must train a head", self.tasks.instance + self.tasks.semantic == 0),
             ("model.taps must be rising block numbers from 1", sorted({0, *taps}) != [0, *taps]),
             ("validation.every needs a validation.cache", looks.every > 0 and not looks.cache),
             (

@@ -22,7 +22,7 @@ from panoptic_cache.pipeline.base.process import Interrupted
 from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.train.augment import jitter_colour
 from panoptic_cache.train.checkpoint import save_checkpoint
-from panoptic_cache.train.config import TrainConfig
+from panoptic_cache.train.config import TaskRatio, TrainConfig
 from panoptic_cache.train.data import Share, follow_tiles, micro_batch_sizes, open_index
 from panoptic_cache.train.encoding import make_encoding
 from panoptic_cache.train.loader import iterate, make_loader
@@ -168,7 +168,8 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
     ):
         for step in range(first, steps):
             started, waited = time.perf_counter(), 0.0
-            task, distance = task_of(config.seed, step), config.loss.distance_at(step / steps)
+            task = task_of(config.seed, step, config.tasks)
+            distance = config.loss.distance_at(step / steps)
             set_learning_rate(optimizer, rate := learning_rate(config.optim, step, steps, warmup))
             network.train()
             # Total, pixel, TV and DICE loss of each micro-batch: (micro-batches, 4)
@@ -257,12 +258,12 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
     return last
 
 
-def task_of(seed: int, step: int) -> Task:
-    """The task of an optimizer step: in each block of three steps, one is semantic.
+def task_of(seed: int, step: int, tasks: TaskRatio) -> Task:
+    """The task of an optimizer step. Which steps of a block are semantic is random.
 
-    Which one is random, but a pure function of (seed, step): the same on every rank and after
-    resuming.
+    But it is a pure function of (seed, step): the same on every rank and after resuming.
     """
-    block, place = divmod(step, 3)
-    semantic = np.random.default_rng([seed, block]).integers(3)
-    return "semantic" if place == semantic else "instance"
+    block, place = divmod(step, tasks.instance + tasks.semantic)
+    draw = np.random.default_rng([seed, block])
+    semantic = draw.choice(tasks.instance + tasks.semantic, tasks.semantic, replace=False)
+    return "semantic" if place in semantic else "instance"

@@ -103,8 +103,9 @@ def incomplete(folder: Path, *, deep: bool = False) -> str | None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint from its folder, or the newest of a run's folder."""
-    for folder in (path / "checkpoints", path):
+    """A checkpoint from its folder, or the newest of a run's folder, of its last stage."""
+    stages = sorted(path.glob("stage-*"), key=lambda stage: (len(stage.name), stage.name))
+    for folder in (path / "checkpoints", path, *(s / "checkpoints" for s in reversed(stages))):
         if found := latest_checkpoint(folder):
             return found
     problem = incomplete(path) if path.is_dir() else "no such folder"

@@ -56,8 +56,7 @@ class ModelSummary:
     blocks: int  # Encoder blocks
     features: int  # Side of the decoder's output before the last resize
     flops_per_image: int  # Floating-point operations of a forward pass with both heads
-    # Of a training step, forward and backward, averaged over the tasks: two for instances, one for
-    # categories.
+    # Of a training step, forward and backward, averaged over the tasks as they alternate.
     train_flops_per_image: int
     state_bytes: int  # Weights, gradients and AdamW's two moments, in float32
     activation_bytes_per_image: int  # Kept for the backward pass of an instance step, before losses
@@ -115,7 +114,9 @@ def summarize_model(config: TrainConfig, classes: int) -> ModelSummary:
         output.sum().backward()
     with FlopCounterMode(display=False) as semantic:
         model(photo, "semantic").semantic.sum().backward()
-    training = 2 * instance.get_total_flops() + semantic.get_total_flops()
+    ratio = config.tasks
+    training = ratio.instance * instance.get_total_flops()
+    training += ratio.semantic * semantic.get_total_flops()
     bytes_kept = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())  # as float32
     parts = {
         "total": count(model),
@@ -132,7 +133,7 @@ def summarize_model(config: TrainConfig, classes: int) -> ModelSummary:
         blocks=encoder.num_hidden_layers,
         features=features,
         flops_per_image=forward.get_total_flops(),
-        train_flops_per_image=round(training / 3),
+        train_flops_per_image=round(training / (ratio.instance + ratio.semantic)),
         state_bytes=16 * parts["total"],
         activation_bytes_per_image=bytes_kept // (2 if config.precision == "bf16" else 1),
     )

@@ -1,0 +1,65 @@
+"""A run in stages: trainings one after another, each from the weights of the one before.
+
+    [[stages]]
+    epochs = 280
+    tasks = {instance = 1, semantic = 0}
+    data = {size = 280, batch = 1024}
+
+A stage is a run of its own, in `OUT/stage-1`, `OUT/stage-2`, ..., with a fresh schedule. Its table
+holds what differs from the rest of the file; settings of the command line hold for all stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from panoptic_cache.pipeline.base.config import build_config, override, read_toml
+from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.train.config import TrainConfig
+
+
+def load_stages(path: Path, settings: Sequence[str] = ()) -> list[TrainConfig]:
+    """The configurations of a file's stages, in order; one where it has none.
+
+    Raises:
+        InputError: The file is no TOML, or a value of it is wrong; the message names the stage.
+    """
+    values = read_toml(path)
+    tables = values.pop("stages", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise InputError("stages must be tables: [[stages]]", where=path)
+    if not tables:
+        return [build_config(TrainConfig, override(values, settings), where=str(path))]
+    runs: list[TrainConfig] = []
+    for number, table in enumerate(tables, 1):
+        where = f"{path}, stage {number}"
+        if {"out", "stages"} & {*table}:
+            raise InputError("a stage has no out and no stages of its own", where=where)
+        merged = override(merge(values, table), settings)
+        out = merged.get("out", TrainConfig().out)
+        model = dict(merged.get("model", {}))
+        if runs:
+            model["init"] = runs[-1].out
+        merged |= {"out": f"{out}/stage-{number}", "model": model}
+        runs.append(build_config(TrainConfig, merged, where=where))
+    return runs
+
+
+def merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested tables with the changes put in."""
+    merged = dict(values)
+    for key, change in changes.items():
+        before = merged.get(key)
+        if isinstance(before, Mapping) and isinstance(change, Mapping):
+            merged[key] = merge(before, change)
+        else:
+            merged[key] = change
+    return merged
+
+
+def begun_stages(runs: Sequence[TrainConfig]) -> int:
+    """How many stages lie in their folders; all but the last of them are complete."""
+    begun = [(Path(run.out) / "config.toml").exists() for run in runs]
+    return len(begun) - begun[::-1].index(True) if any(begun) else 0
