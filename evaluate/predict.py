@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from panoptic_cache.evaluate.decoder.decode import DecodeConfig, PanopticMap, decode
-from panoptic_cache.evaluate.tiles import cut, stitch
+from panoptic_cache.evaluate.tiles import paste, stitch
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.pipeline.photo import Fit, fitted_size, resize_photo
@@ -259,29 +259,18 @@ class Predictor:
         Both uint8, as in Figure 8 of the paper: (h, w, 3) of the network's input, or with tiles
         (H, W, 3) of the photo.
         """
-        isthing = [category.isthing for category in self.categories]
-        if self.tile is None:
-            (heads,) = self.heads([photo])
+
+        def read(heads: Heads) -> NDArray[np.float32]:  # (3, h, w) of u, v and label
             uv = nearest_centroids(heads.instance, self.encoding, GRID_CELLS)
-            labels = heads.semantic.argmax(0).cpu().numpy()
-            return centroid_colours(uv), semantic_colours(labels, isthing)
-        size = np.array([photo.shape[1], len(photo)])
-        places = np.full((2, *photo.shape[:2]), np.nan, np.float32)
-        kinds = np.zeros(photo.shape[:2], np.int64)
-        for window, heads in self.tiles(photo):
-            rows, columns = (
-                ((np.arange(pixels) + 0.5) * (side / pixels)).astype(int)
-                for pixels, side in zip(window.shape, heads.semantic.shape[1:], strict=True)
-            )
-            uv = nearest_centroids(heads.instance, self.encoding, GRID_CELLS)  # in the tile
-            corner, extent = np.array([[*window.columns], [*window.rows]]).T
-            corner, extent = corner[:, None, None], (extent - corner)[:, None, None]
-            uv = (uv + 1) * (extent / size[:, None, None]) + 2 * corner / size[:, None, None] - 1
-            labels = heads.semantic.argmax(0).cpu().numpy()
-            own = cut(window, window.core_rows, window.core_columns)
-            places[:, *window.core] = uv[:, rows][:, :, columns][:, *own]
-            kinds[window.core] = labels[rows][:, columns][own]
-        return centroid_colours(places), semantic_colours(kinds, isthing)
+            return np.concatenate([uv, heads.semantic.argmax(0)[None].float().cpu().numpy()])
+
+        if self.tile is None:
+            values = read(self.heads([photo])[0])
+        else:
+            size = len(photo), photo.shape[1]
+            values = paste(size, ((one, read(heads)) for one, heads in self.tiles(photo)))
+        isthing = [category.isthing for category in self.categories]
+        return centroid_colours(values[:2]), semantic_colours(values[2].astype(np.int64), isthing)
 
 
 def average(views: Sequence[Heads]) -> Heads:

@@ -97,6 +97,31 @@ def stitch(
     )
 
 
+def paste(
+    size: tuple[int, int], parts: Iterable[tuple[Window, NDArray[np.float32]]]
+) -> NDArray[np.float32]:
+    """What the heads say of tiles, as one picture of the image.
+
+    Args:
+        size: (H, W) of the image.
+        parts: Tiles, and (3, h, w) at any size for each: u and v in the tile, and the label.
+
+    Returns:
+        (3, H, W) u and v in the image, and the label, by the nearest pixel.
+    """
+    result = np.zeros((3, *size), np.float32)
+    for window, values in parts:
+        rows, columns = (
+            ((np.arange(pixels) + 0.5) * (side / pixels)).astype(int)
+            for pixels, side in zip(window.shape, values.shape[1:], strict=True)
+        )
+        own = values[:, rows][:, :, columns]  # at the tile's own size
+        for axis, (first, end), side in ((0, window.columns, size[1]), (1, window.rows, size[0])):
+            own[axis] = ((own[axis] + 1) * (end - first) + 2 * first) / side - 1
+        result[:, *window.core] = own[:, *cut(window, window.core_rows, window.core_columns)]
+    return result
+
+
 def cut(window: Window, rows: Span, columns: Span) -> tuple[slice, slice]:
     """Where rows and columns of the image lie in an array of the tile."""
     top, left = window.rows[0], window.columns[0]

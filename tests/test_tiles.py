@@ -24,7 +24,7 @@ from panoptic_cache.evaluate.decoder.decode import DecodedSegment, PanopticMap
 from panoptic_cache.evaluate.predict import Heads, Pixels, Predictor
 from panoptic_cache.evaluate.split.evaluation import evaluate
 from panoptic_cache.evaluate.study.heads import list_heads, read_heads, read_meta
-from panoptic_cache.evaluate.tiles import stitch
+from panoptic_cache.evaluate.tiles import paste, stitch
 from panoptic_cache.pipeline.base.config import build_config
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
@@ -380,6 +380,19 @@ def test_photos_of_any_size_are_tiled(tiled_run: Path, shape: tuple[int, int]) -
     assert [(s.id, s.area) for s in found.segments] == [*zip(present, areas, strict=True)]
     for picture in predictor.head_pictures(photo):
         assert picture.shape == (*shape, 3)
+
+
+def test_pictures_of_heads_name_places_in_the_image() -> None:
+    """Each pixel of a tile names itself; so does each pixel of the image then."""
+    size = (40, 70)
+
+    def places(height: int, width: int) -> NDArray[np.float32]:
+        v, u = np.mgrid[:height, :width].astype(np.float32)
+        u, v = (2 * u + 1) / width - 1, (2 * v + 1) / height - 1
+        return np.stack([u, v, np.full_like(u, 3)])
+
+    parts = [(window, places(*window.shape)) for window in windows(size, 32, 8)]
+    assert np.allclose(paste(size, parts), places(*size), atol=1e-5)
 
 
 def test_evaluation_on_tiles_resumes(
