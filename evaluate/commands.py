@@ -53,7 +53,7 @@ Sizes = Annotated[
     str | None,
     typer.Option(help="Average over input sides, as 420,518; each costs (side / trained)^2."),
 ]
-
+Batch = Annotated[int, typer.Option(min=1, help="Images the network takes at once.")]
 Tile = Annotated[
     int | None,
     typer.Option(min=0, help="Pixels of a tile; by default as trained, 0 takes photos whole."),
@@ -72,7 +72,7 @@ def evaluate(
     images: Images = None,
     panoptic_json: Annotations = None,
     panoptic_dir: Pngs = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images the network takes at once.")] = 8,
+    batch: Batch = 8,
     limit: Limit = None,
     overlays: Annotated[int, typer.Option(min=0, help="Images to draw.")] = 16,
     save_heads: Annotated[
@@ -120,9 +120,11 @@ def evaluate(
 
 @app.command("predict")
 def predict(
-    pictures: Annotated[list[Path], typer.Argument(help="JPEGs, PNGs, or folders of them.")],
+    pictures: Annotated[list[Path], typer.Argument(help="Photos, videos, or folders of them.")],
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="Folder of overlays, panoptic PNGs and JSON.")],
+    recursive: Annotated[bool, typer.Option("--recursive", help="Also of sub-folders.")] = False,
+    batch: Batch = 8,
     flip: Flip = False,
     sizes: Sizes = None,
     tile: Tile = None,
@@ -135,14 +137,23 @@ def predict(
     """Segment any pictures: overlays with labels, panoptic PNGs and their JSON.
 
     What cannot be read is left out, and the exit code is 3.
+    If it was stopped, run it again to go on.
+    Several GPUs: accelerate launch -m panoptic_cache.cli predict ...
     """
-    from panoptic_cache.evaluate.photos import list_photos, predict_photos
+    from panoptic_cache.evaluate.photos import predict_photos
+    from panoptic_cache.pipeline.sources import list_photos
+    from panoptic_cache.train.ranks import Ranks
 
-    paths = list_photos(pictures)
-    predictor = _predictor(checkpoint, device, flip, sizes, weights, precision, tile, overlap)
-    left_out = predict_photos(predictor, paths, out)
-    shown = {"pictures": len(paths) - left_out, "left_out": left_out}
-    print_values({**shown, "json": str(out / "panoptic.json")}, as_json)
+    paths = list_photos(pictures, recursive=recursive, besides=out)
+    ranks = Ranks.current(cpu=device == "cpu")
+    predictor = _predictor(
+        checkpoint, ranks.device or device, flip, sizes, weights, precision, tile, overlap
+    )
+    done, left_out = predict_photos(predictor, paths, out, batch=batch, ranks=ranks)
+    ranks.leave()
+    if ranks.main:
+        shown = {"pictures": done, "left_out": left_out}
+        print_values({**shown, "json": str(out / "panoptic.json")}, as_json)
     if left_out:
         raise typer.Exit(3)
 

@@ -38,6 +38,7 @@ from panoptic_cache.train.model import PanopticModel
 from panoptic_cache.train.restore import ARCHITECTURE, TrainState
 
 OPSET = 18
+ONNX = ("model.onnx", "model.onnx.data", "model.json")
 OUTPUTS = {
     "codes": "(B, channels, S, S) float32: instance head",
     "logits": "(B, C, S, S) float32: semantic head",
@@ -80,10 +81,12 @@ def export_model(model: PanopticModel, state: TrainState, out: Path) -> Path:
     }
     storage = Storage(str(out))
     storage.create()
-    storage.remove("complete.json")  # until all files are the new ones
-    for name, data in files.items():
-        storage.write(name, data)
-    storage.write("complete.json", _json(sums))
+    with storage.locked():
+        for name in ("complete.json", *ONNX):  # an earlier export's, of other weights
+            storage.remove(name)
+        for name, data in files.items():
+            storage.write(name, data)
+        storage.write("complete.json", _json(sums))
     return out
 
 

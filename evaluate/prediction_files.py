@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from msgspec import Struct, to_builtins
 
@@ -44,12 +44,13 @@ class SegmentRow(Struct, frozen=True):
     score: float
 
 
-class PredictionRow(Struct, frozen=True):
+class PredictionRow(Struct, frozen=True, omit_defaults=True):
     """A predicted image, as COCO's `annotations` list it; `file_name` is the PNG's."""
 
     image_id: ImageId
     file_name: str
     segments_info: list[SegmentRow]
+    source: str = ""  # Path of any photo or video, as it was given
 
 
 class Noted(Struct, frozen=True):
@@ -66,7 +67,13 @@ class _Rows(Struct):
 
 
 def write_png(
-    folder: Path, image_id: ImageId, name: str, result: PanopticMap, categories: Sequence[Category]
+    folder: Path,
+    image_id: ImageId,
+    name: str,
+    result: PanopticMap,
+    categories: Sequence[Category],
+    *,
+    source: str = "",
 ) -> PredictionRow:
     """Writes `NAME.png` into a folder that exists, and returns its row of `panoptic.json`.
 
@@ -78,7 +85,7 @@ def write_png(
         SegmentRow(one.id, categories[one.label].id, one.area, round(one.score, 4))
         for one in result.segments
     ]
-    return PredictionRow(image_id, f"{name}.png", segments)
+    return PredictionRow(image_id, f"{name}.png", segments, source)
 
 
 def write_json(folder: Path, rows: Sequence[PredictionRow], categories: Sequence[Category]) -> None:
@@ -120,15 +127,8 @@ class Journal:
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], rank: int = 0) -> None:
         self._path = folder / (f"predictions-{rank}.jsonl" if rank else "predictions.jsonl")
-        try:
-            self._file = open(self._path, "a+", opener=no_links)  # noqa: SIM115
-            self._file.seek(0)
-            complete = self._file.read().rpartition("\n")[0]  # a kill may cut the last line short
-            self._file.truncate(len(f"{complete}\n".encode()) if complete else 0)
-        except OSError as error:
-            raise cannot_write(error, self._path) from None
-        if not complete:
-            self._add(identity)
+        self._identity = identity
+        self._file: TextIO | None = None
 
     def note(self, row: PredictionRow, files: Sequence[Path] = ()) -> None:
         """Adds a prediction, and the state of the files that it depends on.
@@ -136,11 +136,16 @@ class Journal:
         The line is with the operating system on return, safe from a kill. Raises InputError where
         it cannot be written.
         """
-        self._add(to_builtins(Noted(row, stamp(*files))))
-
-    def _add(self, values: Mapping[str, Any]) -> None:
+        lines = json.dumps(to_builtins(Noted(row, stamp(*files)))) + "\n"
         try:
-            self._file.write(json.dumps(values) + "\n")
+            if self._file is None:  # a run that predicts nothing leaves no journal
+                self._file = open(self._path, "a+", opener=no_links)  # noqa: SIM115
+                self._file.seek(0)
+                complete = self._file.read().rpartition("\n")[0]  # a kill may cut the last line
+                self._file.truncate(len(f"{complete}\n".encode()) if complete else 0)
+                if not complete:
+                    lines = f"{json.dumps(self._identity)}\n{lines}"
+            self._file.write(lines)
             self._file.flush()
         except OSError as error:
             raise cannot_write(error, self._path) from None
@@ -150,7 +155,8 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         with suppress(OSError):  # `note` has reported what could not be written
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
 
 
 def read_journals(folder: Path, identity: Mapping[str, Any]) -> dict[ImageId, Noted]:
@@ -188,14 +194,16 @@ def read_journals(folder: Path, identity: Mapping[str, Any]) -> dict[ImageId, No
 
 
 def supersede(out: Path) -> None:
-    """Withdraws an earlier evaluation, whose scores and pictures would not fit new predictions.
+    """Withdraws an earlier `panoptic.json`, and the scores and pictures of an evaluation.
 
-    `panoptic.json` becomes `superseded.json`, so that `sweep` knows what to remove even after a
-    kill. Without `scores.json` there is no earlier evaluation, and files of `panoptic predict`
-    stay. Every process may call this, any number of times. Raises InputError where a file cannot be
-    renamed or removed.
+    They would not fit new predictions. That of an evaluation becomes `superseded.json`, so that
+    `sweep` knows what to remove even after a kill. Without `scores.json` there is no evaluation,
+    and the PNGs and overlays of `panoptic predict` stay. Every process may call this, any number of
+    times, until the new one is written. Raises InputError where a file cannot be renamed or
+    removed.
     """
     if not (out / SCORES).exists():
+        Storage(str(out)).remove(JSON_NAME)
         return
     try:
         with suppress(FileNotFoundError):  # another process was faster
@@ -215,8 +223,8 @@ def sweep(out: Path, rows: Sequence[PredictionRow], overlays: int) -> None:
     old: set[str] = set()
     with suppress(OSError, ValueError):
         earlier = decode_json((out / SUPERSEDED).read_bytes(), _Rows)
-        old = {Path(row.file_name).stem for row in earlier.annotations}
-    new = [Path(row.file_name).stem for row in rows]
+        old = {row.file_name.removesuffix(".png") for row in earlier.annotations}
+    new = [row.file_name.removesuffix(".png") for row in rows]
     for folder, kept in ((PNG_FOLDER, new), (OVERLAYS, new[:overlays])):
         stale = old.difference(kept)
         for path in [*(out / folder).iterdir()]:

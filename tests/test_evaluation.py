@@ -195,8 +195,8 @@ def test_another_checkpoint_is_not_mixed_in(
     out = tmp_path / "out"
     (out / "panoptic").mkdir(parents=True)
     dataset = read_dataset(CocoLayout.of(tiny_root, "val"))
-    with Journal(out, identity_of(Predictor(other, "cpu"), dataset)):
-        pass
+    with Journal(out, identity_of(Predictor(other, "cpu"), dataset)) as journal:
+        journal.note(PredictionRow(1, "a.png", []))
     code, _, err = run(
         *("evaluate", "--checkpoint", trained, "--coco", tiny_root, "--split", "val"),
         *("--out", out, "--device", "cpu"),
@@ -210,8 +210,8 @@ def test_another_checkpoint_is_not_mixed_in(
 def test_photos_of_another_folder_are_not_mixed_in(
     predictor: Predictor, tiny_dataset: CocoPanoptic, tmp_path: Path
 ) -> None:
-    with Journal(tmp_path, identity_of(predictor, tiny_dataset)):
-        pass
+    with Journal(tmp_path, identity_of(predictor, tiny_dataset)) as journal:
+        journal.note(PredictionRow(1, "a.png", []))
     records = [replace(r, photo=tmp_path / r.file_name) for r in tiny_dataset.records]
     with pytest.raises(InputError, match="differs in photos"):
         evaluate(predictor, replace(tiny_dataset, records=tuple(records)), tmp_path)
@@ -242,7 +242,6 @@ def test_an_evaluation_that_predicts_nothing_leaves_the_earlier_one(
     records = (replace(first, photo=tmp_path / "gone.jpg"), *rest)
     with pytest.raises(InputError, match=r"gone\.jpg"):
         evaluate(predictor, replace(tiny_dataset, records=records), tmp_path)
-    (tmp_path / "predictions.jsonl").unlink()
     assert hashes(tmp_path) == before
 
 
@@ -320,6 +319,7 @@ def test_a_journal_on_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: Any) 
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with Journal(tmp_path, {}) as journal:
+        journal.note(PredictionRow(0, "a.png", []))
         monkeypatch.setattr(journal, "_file", Full())
         with pytest.raises(InputError, match="No space left"):
             journal.note(PredictionRow(1, "a.png", []))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +18,17 @@ import torch
 from conftest import Run
 from PIL import Image, ImageOps
 
+from panoptic_cache.evaluate import photos as photos_module
 from panoptic_cache.evaluate.photos import predict_photos, unique_names
 from panoptic_cache.evaluate.predict import Heads, Pixels, Predictor, read_picture
+from panoptic_cache.evaluate.split.evaluation import evaluate
 from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.coco import CocoLayout, read_dataset
 from panoptic_cache.pipeline.png import read_ids
+from panoptic_cache.pipeline.sources import list_photos, read_frames
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +168,7 @@ def test_a_nan_from_the_network_names_the_photo(
 
 
 def test_names_are_unique() -> None:
-    assert unique_names(["a", "a_2", "a", "a", "b"]) == ["a", "a_2", "a_3", "a_4", "b"]
+    assert unique_names(["a", "a_2", "a", "A", "b"]) == ["a", "a_2", "a_3", "A_4", "b"]
     long = unique_names(["x" * 250, "x" * 251, "\N{SNOWMAN}" * 80])
     assert len(set(long)) == 3
     assert all(len(name.encode()) < 220 for name in long)  # whole characters
@@ -177,7 +187,7 @@ def test_a_failure_leaves_what_an_earlier_call_wrote(
     predictor: Predictor, tiny_root: Path, tmp_path: Path
 ) -> None:
     photos = sorted((tiny_root / "val").iterdir())[:2]
-    assert predict_photos(predictor, photos, tmp_path / "out") == 0
+    assert predict_photos(predictor, photos, tmp_path / "out") == (2, 0)
     before = (tmp_path / "out" / "panoptic.json").read_bytes()
     (tmp_path / "bad.jpg").write_bytes(b"none")
     with pytest.raises(InputError):
@@ -213,9 +223,180 @@ def test_stopped_it_leaves_the_json_of_what_is_done(
 
     monkeypatch.setattr(predictor, "heads", stopped)
     with pytest.raises(KeyboardInterrupt):
-        predict_photos(predictor, paths, tmp_path / "out")
+        predict_photos(predictor, paths, tmp_path / "out", batch=1)
     rows = json.loads((tmp_path / "out" / "panoptic.json").read_text())["annotations"]
     assert [row["file_name"] for row in rows] == ["a.png", "b.png"]
+
+
+def predicted(folder: Path) -> dict[str, bytes]:
+    """All that `predict` wrote, by relative path."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((folder / "panoptic.json").read_text())["annotations"]
+    return rows
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def test_killed_it_goes_on_but_not_with_what_changed(
+    predictor: Predictor,
+    trained: Path,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    paths = sorted((root / "train").iterdir())[:6]
+    out, network, runs = tmp_path / "out", predictor.heads, []
+
+    def dying(photos: Sequence[Pixels]) -> list[Heads]:
+        runs.append(len(photos))
+        if len(runs) == 3:
+            raise Killed
+        return network(photos)
+
+    predict_photos(predictor, paths[:1], out, batch=2)
+    monkeypatch.setattr(predictor, "heads", dying)
+    monkeypatch.setattr(photos_module, "_write", lambda *_: None)  # no last words
+    with pytest.raises(Killed):
+        predict_photos(predictor, paths, out, batch=2)
+    assert not (out / "panoptic.json").exists(), "of the run before: its PNGs are replaced"
+    monkeypatch.undo()
+    assert len((out / "predictions.jsonl").read_text().splitlines()) == 1 + 4
+    cv2.imwrite(str(paths[1]), np.invert(np.asarray(cv2.imread(str(paths[1])))))
+    with pytest.raises(InputError, match="an unfinished run lies here"):
+        predict_photos(Predictor(trained, "cpu", flip=True), paths, out)
+    decode, again = predictor.decode, []
+
+    def counting(heads: Any, sizes: Any) -> Any:
+        again.extend(sizes)
+        return decode(heads, sizes)
+
+    monkeypatch.setattr(predictor, "decode", counting)
+    assert predict_photos(predictor, paths, out, batch=2) == (6, 0)
+    assert len(again) == 3, "two were left, and one has changed"
+    predict_photos(predictor, paths, tmp_path / "new", batch=2)
+    assert predicted(out) == predicted(tmp_path / "new")
+
+
+def test_an_evaluation_in_its_folder_is_withdrawn(
+    predictor: Predictor, tiny_root: Path, tmp_path: Path
+) -> None:
+    dataset = read_dataset(CocoLayout.of(tiny_root, "val"))
+    evaluate(predictor, dataset, tmp_path)
+    predict_photos(predictor, [dataset.records[0].photo], tmp_path)
+    key = Path(dataset.records[0].file_name).stem
+    files = {f"panoptic/{key}.png", f"overlays/{key}.jpg", "panoptic.json"}
+    assert predicted(tmp_path).keys() == files
+
+
+def test_two_at_once(predictor: Predictor, tiny_root: Path, tmp_path: Path) -> None:
+    photos = sorted((tiny_root / "val").iterdir())[:1]
+    with Storage(str(tmp_path)).locked(), pytest.raises(InputError, match="another run"):
+        predict_photos(predictor, photos, tmp_path)
+    assert not [*(tmp_path / "panoptic").iterdir()]
+
+
+def test_folders_in_folders(
+    run: Run, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "photos"
+    for name in ("a.png", "more/a.png", "more/deep/A.PNG", ".hidden.png", ".trash/b.png", "t.txt"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        if path.suffix.lower() == ".png":
+            Image.fromarray(GRAY).save(path)
+    out = folder / "out"
+    command = ("predict", folder, "--checkpoint", trained, "--out", out, "--json")
+    caplog.set_level("INFO")
+    for more, names, said in (
+        ((), ["a.png"], "1 folders, 1 *.txt (--recursive"),
+        (("--recursive",), ["a.png", "more/a.png", "more/deep/A.PNG"], "2 hidden"),
+    ):
+        caplog.clear()
+        assert run(*command, *more)[0] == 0
+        rows = rows_of(out)
+        assert [row["source"] for row in rows] == [str(folder / name) for name in names]
+        assert all((out / "panoptic" / row["file_name"]).is_file() for row in rows)
+        assert len({row["file_name"] for row in rows}) == len(rows)
+        assert said in caplog.text
+    (tmp_path / "empty").mkdir()
+    code, _, err = run("predict", tmp_path / "empty", "--checkpoint", trained, "--out", out)
+    assert (code, err) == (1, f"{tmp_path / 'empty'}: no photo or video in this folder")
+
+
+def video(path: Path, frames: int = 5) -> Path:
+    """A bright bar that moves; the codec has no key frames only, as those of phones."""
+    noise = np.random.default_rng(0)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10, (64, 48))
+    for number in range(frames):
+        frame = noise.integers(0, 60, (48, 64, 3), np.uint8)
+        frame[:, 10 * number : 10 * number + 10] = 255
+        writer.write(frame)
+    writer.release()
+    return path
+
+
+def test_videos_frame_by_frame(run: Run, trained: Path, tmp_path: Path) -> None:
+    path, out = video(tmp_path / "v.mp4"), tmp_path / "out"
+    command = ("predict", "--checkpoint", trained, "--out", out, "--batch", 2, "--json")
+    code, said, _ = run(*command, path)
+    assert (code, json.loads(said)["pictures"]) == (0, 5)
+    rows = rows_of(out)
+    assert [row["image_id"] for row in rows] == [f"v.mp4/{k:06d}" for k in range(5)]
+    assert {row["source"] for row in rows} == {str(path)}
+    for row in rows:
+        assert read_ids(out / "panoptic" / row["file_name"]).shape == (48, 64)
+        assert (out / "overlays" / f"{row['image_id']}.jpg").is_file()
+    for number, pixels in read_frames(path, lambda number: number % 2 == 1):
+        assert number % 2 == 1
+        assert pixels[:, 10 * number + 2 : 10 * number + 8].mean() > 200
+        assert pixels[:, : 10 * number - 4].mean() < 80
+
+
+@pytest.mark.parametrize(("suffix", "share"), [("mkv", 0.6), ("avi", 0.6), ("avi", 0.99)])
+def test_a_video_that_ends_early_keeps_what_is_before(
+    run: Run, trained: Path, tmp_path: Path, suffix: str, share: float
+) -> None:
+    path = video(tmp_path / f"v.{suffix}")
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    command = ("predict", path, "--checkpoint", trained, "--out", tmp_path / "out", "--json")
+    code, said, err = run(*command)
+    found = json.loads(said)
+    assert (code, found["left_out"]) == (3, 1)
+    assert 0 < found["pictures"] == len(rows_of(tmp_path / "out")) < 5
+    assert f"{path}: the video ends early: {found['pictures']} whole frames of 5" in err
+    assert len(err.splitlines()) == 1
+    path.write_bytes(b"no video")
+    code, said, err = run(*command)
+    assert (code, said, len(err.splitlines())) == (1, "", 1)
+    assert "not a readable video" in err
+
+
+@pytest.mark.slow
+def test_two_processes_predict_the_same(
+    predictor: Predictor, trained: Path, root: Path, tmp_path: Path
+) -> None:
+    folder = root / "train"
+    video(folder / "v.mp4")
+    (folder / "bad.jpg").write_text("hello")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "cli.py", "predict", str(folder), "--batch", "4"]
+    command += ["--checkpoint", str(trained), "--out", str(tmp_path / "two"), "--device", "cpu"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert "bad.jpg" in done.stderr
+    assert done.stderr.count("left out") == 1
+    paths = list_photos([folder])
+    assert predict_photos(predictor, paths, tmp_path / "one", batch=4) == (12 + 5, 1)
+    assert predicted(tmp_path / "two") == predicted(tmp_path / "one")
 
 
 def test_bf16_predicts_nearly_the_same(trained: Path) -> None:

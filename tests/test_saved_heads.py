@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run
+from msgspec.structs import replace
 
 from panoptic_cache.evaluate.metric.score import score_image
 from panoptic_cache.evaluate.study import bench
@@ -28,6 +29,7 @@ from panoptic_cache.evaluate.study.heads import (
 )
 from panoptic_cache.evaluate.study.rivals import Rival, rivals
 from panoptic_cache.pipeline.annotations import SegmentInfo
+from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category, CocoPanoptic
 from panoptic_cache.train.encoding import PositionalCode
 
@@ -39,6 +41,7 @@ ROW = {"decoder", "All", "Things", "Stuff", "agnostic", "tp", "fp", "fn", "ms"}
 def saved(tiny_dataset: CocoPanoptic, tmp_path: Path) -> Path:
     """Perfect heads of five made-up scenes, with a code of L = 2."""
     folder = tmp_path / "heads"
+    folder.mkdir()
     save_meta(folder, Meta(network_size=56, harmonics=2, categories=tiny_dataset.categories))
     few = tiny_dataset.head(5)
     for image in corrupted_heads(few, Corruption(56), PositionalCode(2)):
@@ -113,6 +116,13 @@ def test_an_evaluation_saves_its_heads(
     ours = json.loads(again)["rows"][0]
     wanted = json.loads(out)["All"]["pq"]
     assert ours["All"] == pytest.approx(100 * wanted, abs=0.2), "float16 is nearly the same"
+
+
+def test_heads_of_two_networks_are_not_mixed(saved: Path) -> None:
+    meta = read_meta(saved)
+    save_meta(saved, meta)  # an evaluation that goes on
+    with pytest.raises(InputError, match="heads of another network"):
+        save_meta(saved, replace(meta, step=3))
 
 
 def test_which_code(run: Run, trained: Path, tiny_root: Path) -> None:

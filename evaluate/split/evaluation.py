@@ -92,6 +92,7 @@ def evaluate(
             if not ranks.main:
                 return {}
             Storage(str(out / PNG_FOLDER)).create()
+            stack.enter_context(Storage(str(out)).locked())
             if heads_folder is not None:
                 config = predictor.state.config
                 meta = Meta(
@@ -103,8 +104,10 @@ def evaluate(
                     fit=config.data.fit,
                     categories=predictor.categories,
                 )
+                Storage(str(heads_folder)).create()
+                if heads_folder.resolve() != out.resolve():
+                    stack.enter_context(Storage(str(heads_folder)).locked())
                 save_meta(heads_folder, meta)
-            stack.enter_context(Storage(str(out)).locked())
             return read_journals(out, identity)
 
         done = ranks.gather(begin)[0]

@@ -97,10 +97,12 @@ def save_heads(folder: Path, image: ImageHeads) -> None:
 
 
 def save_meta(folder: Path, meta: Meta) -> None:
-    """Makes the folder and writes its `meta.json`."""
-    storage = Storage(str(folder))
-    storage.create()
-    storage.write(META, msgspec.json.encode(meta) + b"\n")
+    """Writes `meta.json`; InputError where the folder holds heads of another network."""
+    if next(folder.glob("*.npz"), None) is not None and read_meta(folder) != meta:
+        raise InputError(
+            "holds the heads of another network", where=folder, remedy="choose another folder"
+        )
+    Storage(str(folder)).write(META, msgspec.json.encode(meta) + b"\n")
 
 
 def read_meta(folder: Path) -> Meta:
