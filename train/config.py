@@ -99,6 +99,11 @@ class ModelConfig:
     # image's size, is bilinear. Stride 1 comes second, where it is cheap.
     strides: tuple[Stride, Stride, Stride, Stride] = (2, 1, 2, 2)
     drop_path: Decay = 0.0  # Stochastic depth, the same for each block
+    # A part that keeps its weights, with neither gradients nor a state of the optimizer.
+    freeze: Literal["none", "encoder", "decoder"] = "none"
+    freeze_epochs: Weight | None = None  # How long; the whole run by default
+    # Of the encoder train only so many of the last blocks, and its final norm; all by default.
+    trainable_blocks: Layers | None = None
     # Recompute the encoder in the backward pass to save memory.
     gradient_checkpointing: bool = False
 
@@ -138,6 +143,8 @@ class OptimConfig:
     """AdamW with layer decay, linear warm-up and a cosine."""
 
     lr: PeakRate = 5e-4  # Peak learning rate of the decoder and the heads
+    # Peak learning rate of the encoder's last block; by default `lr` times `layer_decay`.
+    encoder_lr: PeakRate | None = None
     min_lr: Rate = 1e-6  # Where the cosine ends
     warmup_epochs: Weight = 3.0  # Length of the linear warm-up
     # Factor per block, from the last block down to the embeddings. The paper gives none; 0.6 is its
@@ -224,4 +231,12 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values for TOML and JSON; fields that are None are left out."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return _without_none(asdict(self))
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_none(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if value is not None
+    }

@@ -14,6 +14,7 @@ import tomli_w
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from torch.nn.parallel import DistributedDataParallel
 
 from panoptic_cache.pipeline.base.config import fingerprint
 from panoptic_cache.pipeline.base.errors import InputError
@@ -28,7 +29,13 @@ from panoptic_cache.train.encoding import make_encoding
 from panoptic_cache.train.loader import iterate, make_loader
 from panoptic_cache.train.losses import instance_loss, semantic_loss
 from panoptic_cache.train.model import Task, check_size
-from panoptic_cache.train.optim import Ema, learning_rate, parameter_groups, set_learning_rate
+from panoptic_cache.train.optim import (
+    Ema,
+    learning_rate,
+    parameter_groups,
+    set_learning_rate,
+    set_trainable,
+)
 from panoptic_cache.train.ranks import Ranks
 from panoptic_cache.train.restore import (
     TrainState,
@@ -106,6 +113,9 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
     model.to(device)  # before its optimizer, whose restored state follows the parameters
     set_seed(config.seed + ranks.rank)  # stochastic depth differs between ranks
     blocks = model.encoder.config.num_hidden_layers
+    epochs = config.model.freeze_epochs
+    thaw = steps if epochs is None else round(epochs * samples / config.data.batch)
+    set_trainable(model, config.model, thawed=thaw < steps)  # the optimizer has all that ever will
     optimizer = torch.optim.AdamW(
         parameter_groups(model, blocks, config.optim), lr=0.0, betas=config.optim.betas
     )
@@ -126,6 +136,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
     )
     mine = Share(seed=config.seed, steps=range(first, steps), rank=ranks.rank, world=ranks.world)
     loader = make_loader(config.data, index, mine, pin=device.type == "cuda")
+    set_trainable(model, config.model, thawed=first >= thaw)
     # Not the loader, which is cut into ranks already.
     network, optimizer = accelerator.prepare(
         torch.compile(model) if config.compile else model,
@@ -170,6 +181,13 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
             started, waited = time.perf_counter(), 0.0
             task = task_of(config.seed, step, config.tasks)
             distance = config.loss.distance_at(step / steps)
+            if first < step == thaw:
+                set_trainable(model, config.model, thawed=True)
+                if isinstance(network, DistributedDataParallel):  # knows what trained when it began
+                    accelerator.free_memory()
+                    network = DistributedDataParallel(
+                        network.module, network.device_ids, find_unused_parameters=True
+                    )
             set_learning_rate(optimizer, rate := learning_rate(config.optim, step, steps, warmup))
             network.train()
             # Total, pixel, TV and DICE loss of each micro-batch: (micro-batches, 4)

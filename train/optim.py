@@ -1,4 +1,4 @@
-"""Parameter groups with layer decay, the learning rate of a step, the average of the weights."""
+"""What trains and how fast: frozen parts, layer decay, the schedule, the average of the weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.train.backbone import own_name
-from panoptic_cache.train.config import OptimConfig
+from panoptic_cache.train.config import ModelConfig, OptimConfig
 from panoptic_cache.train.model import PanopticModel
 
 _UNDECAYED = ("pos_embed", "_token", "_tokens")
@@ -26,23 +27,44 @@ def layer_id(name: str, blocks: int) -> int:
     return int(rest[1]) + 1 if rest[0] == "blocks" else 0
 
 
-def parameter_groups(model: nn.Module, blocks: int, config: OptimConfig) -> list[dict[str, Any]]:
-    """AdamW groups; `scale` is layer_decay^(blocks + 1 - id), 1 after the encoder.
+def set_trainable(model: PanopticModel, config: ModelConfig, *, thawed: bool = False) -> None:
+    """Freezes what a configuration freezes; `thawed`, once `freeze_epochs` are over."""
+    blocks = model.encoder.config.num_hidden_layers
+    training = blocks + 1 if config.trainable_blocks is None else config.trainable_blocks
+    if config.trainable_blocks is not None and training > blocks:
+        raise InputError(
+            f"{training} blocks cannot train, the encoder has {blocks} up to its last tap",
+            where="model.trainable_blocks",
+            remedy=f"choose from 1..{blocks}",
+        )
+    for name, parameter in model.named_parameters():
+        frozen = name.startswith(f"{config.freeze}.") and not thawed
+        below = layer_id(name, blocks) <= blocks - training  # of all blocks that train
+        # The mask token is never used: without a gradient it would stop DDP.
+        parameter.requires_grad_(not (frozen or below or name.endswith("mask_token")))
 
-    No weight decay on vectors (biases, norms, LayerScale), position embeddings and tokens.
+
+def parameter_groups(model: nn.Module, blocks: int, config: OptimConfig) -> list[dict[str, Any]]:
+    """AdamW groups of what trains; `scale` is layer_decay^(blocks + 1 - id), 1 after the encoder.
+
+    With a rate of its own, the encoder's norm and last block have that, and decay begins below. No
+    weight decay on vectors (biases, norms, LayerScale), position embeddings and tokens.
     """
-    groups: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
+    share = 1.0 if config.encoder_lr is None else config.encoder_lr / config.lr
+    groups: dict[tuple[int, bool, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decayed = parameter.ndim > 1 and not own_name(name).endswith(_UNDECAYED)
-            groups[layer_id(name, blocks), decayed].append(parameter)
+            own = config.encoder_lr is not None and name.startswith("encoder.")
+            groups[layer_id(name, blocks), decayed, own].append(parameter)
     return [
         {
             "params": parameters,
-            "scale": config.layer_decay ** (blocks + 1 - layer),
+            "scale": (share if own else 1.0)
+            * config.layer_decay ** (max(0, blocks - layer) if own else blocks + 1 - layer),
             "weight_decay": config.weight_decay if decayed else 0.0,
         }
-        for (layer, decayed), parameters in sorted(groups.items(), key=lambda group: group[0])
+        for (layer, decayed, own), parameters in sorted(groups.items(), key=lambda group: group[0])
     ]
 
 

@@ -53,7 +53,7 @@ MAY_CHANGE = frozenset(
         *("checkpoint_every", "keep", "log_every", "pictures_every", "trackers"),
         *("data.cache", "data.reader", "data.micro_batch", "data.workers", "data.upscale"),
         "model.gradient_checkpointing",
-        *("optim.lr", "optim.min_lr", "optim.warmup_epochs", "optim.clip_norm"),
+        *("optim.lr", "optim.encoder_lr", "optim.min_lr", "optim.warmup_epochs", "optim.clip_norm"),
         *(f"validation.{name}" for name in ("cache", "every", "samples", "metric")),
     }
 )

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from panoptic_cache.train.config import TrainConfig
 from panoptic_cache.train.encoding import make_encoding
 from panoptic_cache.train.model import PanopticModel, check_size
+from panoptic_cache.train.optim import set_trainable
 
 COCO_IMAGES = 118_287
 """Images of COCO's train2017."""
@@ -89,6 +90,9 @@ def summarize_model(config: TrainConfig, classes: int) -> ModelSummary:
         model = PanopticModel(config.model, channels, classes, load_weights=False)
         photo = torch.empty(1, 3, size, size)
     check_size(size, size, model.patch_size)
+    every = count(model, trained=True)
+    set_trainable(model, config.model)
+    frozen = every - count(model, trained=True)
     encoder = model.encoder.config
     tokens = (size // model.patch_size) ** 2
     with torch.no_grad():
@@ -134,7 +138,7 @@ def summarize_model(config: TrainConfig, classes: int) -> ModelSummary:
         features=features,
         flops_per_image=forward.get_total_flops(),
         train_flops_per_image=round(training / (ratio.instance + ratio.semantic)),
-        state_bytes=16 * parts["total"],
+        state_bytes=16 * parts["total"] - 12 * frozen,
         activation_bytes_per_image=bytes_kept // (2 if config.precision == "bf16" else 1),
     )
 
@@ -158,6 +162,6 @@ def run_cost(
     )
 
 
-def count(module: nn.Module) -> int:
-    """Parameters of a module."""
-    return sum(parameter.numel() for parameter in module.parameters())
+def count(module: nn.Module, *, trained: bool = False) -> int:
+    """Parameters of a module, or those that train."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
