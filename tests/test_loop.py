@@ -209,7 +209,7 @@ def test_a_run_killed_while_it_saves_goes_on_bit_for_bit(
 ) -> None:
     """`test_checkpoint` has all moments of saving, `test_two_ranks` random ones."""
     config = make_config(tiny_cache, tmp_path)
-    assert kill_in(config, "panoptic_cache.train.checkpoint", "_sync", 15) == [2]
+    assert kill_in(config, "panoptic_cache.train.checkpoint", "sync_folder", 3) == [2]
     train_run(config, resume=True)
     assert same_run(whole, tmp_path)
     assert saved_steps(tmp_path) == [6, 7]
