@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import pytest
 import torch.distributed as dist
 
 from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.process import Interrupted, interruptible
 from panoptic_cache.train.loader import prepare_worker
 from panoptic_cache.train.ranks import Ranks, Verdict
 from panoptic_cache.train.stopping import not_finite, stop_request
@@ -125,6 +130,64 @@ def test_the_first_signal_counts_and_handlers_come_back() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         assert request.signal == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_during_an_import_is_not_swallowed_by_the_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "catches_all.py").write_text(
+        "import os, signal, time\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(0.01)\n"
+        "except BaseException:\n"
+        "    pass\n"
+        "else:\n"
+        "    whole = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    whole = []
+
+    def start() -> None:
+        whole.append(importlib.import_module("catches_all").whole)
+        time.sleep(5)
+
+    with pytest.raises(Interrupted), interruptible():
+        start()
+    assert whole == [True]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [
+        ("typer", "from panoptic_cache.cli import main; main()"),
+        ("typer", "from panoptic_cache.train.__main__ import main; main()"),
+        ("torch", "from panoptic_cache.cli import main; main()"),
+    ],
+)
+def test_a_signal_while_it_starts_ends_it_at_once(
+    tmp_path: Path, number: signal.Signals, module: str, command: str
+) -> None:
+    """A module that takes long to import stands for all of them."""
+    (tmp_path / f"{module}.py").write_text(
+        "import os, time\n"
+        "try:\n"
+        f"    os.kill(os.getpid(), {number.value})\n"
+        "    time.sleep(20)\n"
+        "except BaseException:\n"
+        "    time.sleep(20)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", command, "train", "run.toml"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=15,
+        check=False,
+    )
+    assert done.returncode == 128 + number
+    assert done.stderr == f"stopped by {number.name}\n"
 
 
 def stubborn(ready: Any, done: Any) -> None:

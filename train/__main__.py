@@ -6,17 +6,25 @@ SIGTERM and SIGINT, as shells have it: with a checkpoint once steps are made, so
 
 from __future__ import annotations
 
-import typer
+from panoptic_cache.pipeline.base.process import handled, leave
 
-from panoptic_cache.pipeline.console import run_program
-from panoptic_cache.train.commands import train
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command()(train)
+def main() -> None:
+    """Runs the command."""
+    with handled(leave):  # before what takes long to import
+        import typer  # noqa: PLC0415
+
+        from panoptic_cache.pipeline.console import run_program  # noqa: PLC0415
+        from panoptic_cache.train.commands import train  # noqa: PLC0415
+
+        app = typer.Typer(
+            add_completion=False,
+            pretty_exceptions_enable=False,
+            context_settings={"help_option_names": ["-h", "--help"]},
+        )
+        app.command()(train)
+        run_program(app)
+
 
 if __name__ == "__main__":
-    run_program(app)
+    main()

@@ -42,9 +42,12 @@ def train(
 
     Several GPUs: accelerate launch -m panoptic_cache.train CONFIG ...
     """
-    from panoptic_cache.train.loop import train as run
-    from panoptic_cache.train.stages import begun_stages, load_stages
-    from panoptic_cache.train.stopping import guarded_run
+    from panoptic_cache.pipeline.base.process import handled, leave
+
+    with handled(leave):  # seconds, in which there is nothing to close
+        from panoptic_cache.train.loop import train as run
+        from panoptic_cache.train.stages import begun_stages, load_stages
+        from panoptic_cache.train.stopping import guarded_run
 
     stages = load_stages(config, settings or [])
     begun = begun_stages(stages) if resume else 0

@@ -177,14 +177,14 @@ class Wait:
         """Takes over from the handler that torch has set."""
         if self._main:
             self._before = signal.signal(signal.SIGCHLD, self._on_death)
-            signal.signal(signal.SIGALRM, self._on_time)
 
     def until(self, work: Callable[[], Batch | None]) -> Batch | None:
         """What the work gives, unless the wait for it ends early."""
         if not self._main:
             return work()
         self._since = time.monotonic()
-        signal.setitimer(signal.ITIMER_REAL, GRACE, GRACE)
+        handler = signal.signal(signal.SIGALRM, self._on_time)
+        alarm, _ = signal.setitimer(signal.ITIMER_REAL, GRACE, GRACE)
         try:
             self._waiting = True
             if self._died:
@@ -193,7 +193,9 @@ class Wait:
             return work()
         finally:
             self._waiting = False
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            waited = time.monotonic() - self._since
+            signal.setitimer(signal.ITIMER_REAL, max(alarm - waited, 0.01) if alarm else 0)
+            signal.signal(signal.SIGALRM, handler)
 
     def end(self) -> None:
         """Ends loader processes, stopped ones too, for which torch and the interpreter wait."""

@@ -22,7 +22,7 @@ from torch.distributed import DistError
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
-from panoptic_cache.pipeline.base.process import SIGNALS
+from panoptic_cache.pipeline.base.process import handled
 from panoptic_cache.train.config import TrainConfig
 from panoptic_cache.train.ranks import Ranks
 
@@ -72,12 +72,8 @@ def stop_request() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {each: signal.signal(each, request) for each in SIGNALS}
-    try:
+    with handled(request):
         yield request
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 @contextmanager

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import FrameType
@@ -39,23 +41,46 @@ class Interrupted(BaseException):
 
 
 @contextmanager
+def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Calls a handler at each of `SIGNALS`; for the main thread."""
+    before = {each: signal.signal(each, handler) for each in SIGNALS}
+    try:
+        yield
+    finally:
+        for each, one in before.items():
+            signal.signal(each, one)
+
+
+def leave(number: int, _: FrameType | None) -> None:
+    """Ends the process at once: a handler for the time before there is something to close."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"{Interrupted(number)}\n".encode())
+    os._exit(Interrupted(number).exit_code)
+
+
+@contextmanager
 def interruptible() -> Iterator[None]:
     """Raises `Interrupted` in the main thread at the first signal, and ignores further ones.
 
     What follows the first is only the closing of files and workers; impatience would spoil it.
     """
-
-    def stop(number: int, _: FrameType | None) -> None:
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_IGN)
-        raise Interrupted(number)
-
-    before = {each: signal.signal(each, stop) for each in SIGNALS}
-    try:
+    with handled(_stop):
         yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            # A module that is being imported may catch whatever is raised in it, and be left half
+            # made: the signal comes again later.
+            later = threading.Timer(0.1, os.kill, (os.getpid(), number))
+            later.daemon = True
+            later.start()
+            return
+        frame = frame.f_back
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise Interrupted(number)
 
 
 @contextmanager
