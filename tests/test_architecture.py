@@ -40,7 +40,7 @@ ARROWS = {
     "evaluate.runs": "pipeline.* train evaluate evaluate.report evaluate.split",
     "evaluate.runs.commands": "pipeline.* pipeline.console evaluate.runs",
     "evaluate.commands": "pipeline.* pipeline.console train evaluate.*",
-    "cli": "pipeline.console pipeline.commands pipeline.convert.commands train.commands"
+    "cli": "pipeline.base pipeline.console pipeline.commands pipeline.convert.commands train.commands"
     " evaluate.commands evaluate.runs.commands evaluate.study.commands",
 }
 """What the files of a package may import beside their own: packages without their sub-packages, or
