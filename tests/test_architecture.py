@@ -40,8 +40,8 @@ ARROWS = {
     "evaluate.runs": "pipeline.* train evaluate evaluate.report evaluate.split",
     "evaluate.runs.commands": "pipeline.* pipeline.console evaluate.runs",
     "evaluate.commands": "pipeline.* pipeline.console train evaluate.*",
-    "cli": "pipeline.base pipeline.console pipeline.commands pipeline.convert.commands train.commands"
-    " evaluate.commands evaluate.runs.commands evaluate.study.commands",
+    "cli": "pipeline.base pipeline.console pipeline.commands pipeline.convert.commands"
+    " train.commands evaluate.commands evaluate.runs.commands evaluate.study.commands",
 }
 """What the files of a package may import beside their own: packages without their sub-packages, or
 `name.*` for a package with them. What is not in the table may not be imported: commands, by none
