@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,55 @@ def test_cut_tar_is_told(cache: Path) -> None:
         describe(str(tar))
     with pytest.raises(InputError, match="bytes, the index says"):
         find_sample(str(cache))
+
+
+def header(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.linkname = size, kind, "a.json"
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+HOSTILE_TARS = {
+    "link": header("a.json", kind=tarfile.LNKTYPE),
+    "link to itself": header("a.json", kind=tarfile.SYMTYPE) * 3,
+    "device": header("a.json", kind=tarfile.CHRTYPE),
+    "sparse": header("a.json", 512, tarfile.GNUTYPE_SPARSE) + bytes(512),
+    "huge": header("a.json", 1 << 62) + bytes(512),
+    "negative": header("a.json", -1 << 40) + bytes(512),
+    "huge pax": header("pax", 1 << 62, tarfile.XHDTYPE) + bytes(512),
+    "odd pax": header("pax", 20, tarfile.XHDTYPE) + b"99 size=-7\n".ljust(512, b"\0"),
+    "many pax": (header("pax", 8, tarfile.XHDTYPE) + b"8 a=b\n".ljust(512, b"\0")) * 5_000,
+    "a way out": header("../../a.json", 512) + b"{}".ljust(512),
+    "no sample": header("README", 512) + b"{}".ljust(512),
+    "no table": header("a.json", 4) + b"null".ljust(512, b"\0"),
+    "cut": header("a.json", 5_000) + bytes(512),
+}
+
+
+@pytest.mark.parametrize("end", [b"", bytes(1024)])
+@pytest.mark.parametrize("name", HOSTILE_TARS)
+def test_a_hostile_tar_is_one_line(tmp_path: Path, name: str, end: bytes) -> None:
+    tar = tmp_path / "a.tar"
+    tar.write_bytes(HOSTILE_TARS[name] + end)
+    for look in (describe, find_sample):
+        if look is describe and end and name in {"odd pax", "many pax"}:
+            assert describe(str(tar))["samples"] == []  # it holds no file
+            continue
+        with pytest.raises(InputError) as caught:
+            look(str(tar))
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_tar_that_other_programs_made_is_read(tiny_cache: Path, tmp_path: Path) -> None:
+    with tarfile.open(tars(tiny_cache)[0]) as shard:
+        shard.extractall(tmp_path / "files", filter="data")
+    for number, kind in enumerate((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)):
+        with tarfile.open(tmp_path / f"{number}.tar", "w", format=kind) as made:
+            made.add(tmp_path / "files", ".")  # with folders and times
+        rows = describe(str(tmp_path / f"{number}.tar"))["samples"]
+        assert sorted(row["key"] for row in rows) == sorted(
+            row["key"] for row in describe(str(tars(tiny_cache)[0]))["samples"]
+        )
 
 
 def test_sheet_shows_the_sample(tiny_cache: Path) -> None:

@@ -230,7 +230,7 @@ def test_sidecars_survive_encoding(tiny_cache: Path) -> None:
         ('"members":[[', '"members":[[1,2],[', "length <= 5 - at `$.samples[0].members`"),
         ('"repairs":{}', '"repairs":{"a":null}', "got `null` - at `$.repairs[...]`"),
         ('"samples":[', '"samples":[3,', "Expected `object`, got `int` - at `$.samples[0]`"),
-        ('"samples":[', '"samples":', "Expecting property name"),
+        ('"samples":[', '"samples":', "Expected `array`, got `object`"),
     ],
 )
 def test_what_is_wrong_with_a_sidecar_is_named(old: str, new: str, message: str) -> None:

@@ -32,7 +32,12 @@ from panoptic_cache.pipeline.cache.index import (
     read_sidecar,
 )
 from panoptic_cache.pipeline.cache.sample import Sample, encode_sample
-from panoptic_cache.pipeline.cache.shards import finished_shard, pack_shard, write_shard
+from panoptic_cache.pipeline.cache.shards import (
+    ShardReader,
+    finished_shard,
+    pack_shard,
+    write_shard,
+)
 from panoptic_cache.pipeline.cache.verify import VerifyReport, verify
 from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.pipeline.photo import encode_jpeg
@@ -335,6 +340,14 @@ def first_segment(sample: Sample, **changes: object) -> Sample:
     )
 
 
+def change_entry(**changes: object) -> Callable[[Sidecar], Sidecar]:
+    def change(sidecar: Sidecar) -> Sidecar:
+        entry = structs.replace(sidecar.samples[0], **changes)
+        return structs.replace(sidecar, samples=(entry, *sidecar.samples[1:]))
+
+    return change
+
+
 def test_a_true_cache_made_by_hand_is_fine(tmp_path: Path) -> None:
     assert write_cache(tmp_path, [GOOD]).problems == []
 
@@ -364,19 +377,57 @@ def test_a_sample_that_was_written_wrong_is_named(
     assert re.search(message, report.problems[0].problem)
 
 
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (first_segment(GOOD, label=5_000), "no label of the cache"),
+        (first_segment(GOOD, label=-1), "no segment table"),
+        (first_segment(GOOD, area="many"), "no segment table"),
+        (first_segment(GOOD, centroid=(float("nan"), 0.0)), "no segment table"),
+        (first_segment(GOOD, id=1 << 70), "no segment table"),
+        (replace(GOOD, segments=()), "segment map and table disagree"),
+    ],
+)
+def test_a_sample_that_was_written_wrong_is_not_trained_on(
+    tmp_path: Path, sample: Sample, message: str
+) -> None:
+    assert not write_cache(tmp_path, [sample]).ok
+    with pytest.raises(InputError, match=message):
+        ShardReader(tmp_path).sample(0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"categories": ()}, "categories are not labelled"),
+        ({"categories": CATEGORIES[1:]}, "categories are not labelled"),
+        ({"samples": 1 << 70}, "out of range|<="),
+        ({"shards": (ShardEntry("../x-00000", 1, 1, "", ""),)}, "matching regex"),
+    ],
+)
+def test_an_index_that_vouches_for_nonsense_is_refused(
+    tmp_path: Path, values: dict[str, object], message: str
+) -> None:
+    write_cache(tmp_path, [GOOD])
+    index = structs.replace(read_index(Storage(str(tmp_path))), **values)
+    (tmp_path / "index.json").write_bytes(encode_index(index))
+    with pytest.raises(InputError, match=message):
+        ShardReader(tmp_path)
+    assert check(tmp_path).problems[0].shard == "index.json"
+
+
+@pytest.mark.parametrize("place", [10_240, (1 << 62) - 1])
+def test_a_sample_outside_of_its_shard_is_refused(tmp_path: Path, place: int) -> None:
+    write_cache(tmp_path, [GOOD], change_entry(members=((place, 1),) * 5), deep=False)
+    with pytest.raises(InputError, match="outside of its shard"):
+        ShardReader(tmp_path)
+
+
 def test_a_sample_that_is_there_twice_is_named(tmp_path: Path) -> None:
     report = write_cache(tmp_path, [GOOD, GOOD])
     assert [(p.sample, p.problem) for p in report.problems] == [
         (GOOD.key, "sample is there more than once")
     ]
-
-
-def change_entry(**changes: object) -> Callable[[Sidecar], Sidecar]:
-    def change(sidecar: Sidecar) -> Sidecar:
-        entry = structs.replace(sidecar.samples[0], **changes)
-        return structs.replace(sidecar, samples=(entry, *sidecar.samples[1:]))
-
-    return change
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,10 @@ def stream_batches(
         "IterableDataset[Batch]",
         wds.DataPipeline(
             rounds,
-            wds.map(decode_members, handler=wds.reraise_exception),  # Sample
+            wds.map(
+                partial(decode_members, classes=len(index.categories)),
+                handler=wds.reraise_exception,
+            ),  # Sample
             partial(make_items, config=config, seed=seed, first=first),  # Item
             partial(make_batches, sizes=sizes, total=len(share.steps) * len(sizes)),  # Batch
         ),
@@ -117,9 +120,9 @@ def open_shard(
     return {**source, "stream": io.BytesIO(data)}
 
 
-def decode_members(members: dict[str, Any]) -> Sample:
+def decode_members(members: dict[str, Any], classes: int) -> Sample:
     """The sample of its members by suffix; InputError where one is damaged."""
-    return decode_sample(members["__key__"], members)
+    return decode_sample(members["__key__"], members, classes)
 
 
 def make_items(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from panoptic_cache.pipeline.base.errors import InputError
 
@@ -293,11 +293,18 @@ def cannot_write(error: OSError, where: Path | str, what: str = "cannot write") 
     )
 
 
+def open_file(path: Path) -> BinaryIO:
+    """Opens a local file; OSError where it is none that ends, such as a pipe or a device."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_WAIT))  # noqa: SIM115
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
 def read_file(path: Path) -> bytes:
-    """The bytes of a local file; OSError where it is none that ends, such as a pipe or a device."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_WAIT)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
+    """The bytes of a local file; see `open_file`."""
+    with open_file(path) as file:
         return file.read()
 
 

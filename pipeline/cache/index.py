@@ -26,7 +26,9 @@ PLAN_NAME = "plan.json"
 INDEX_NAME = "index.json"
 QUARANTINE_NAME = "quarantine.jsonl"
 
-Span = tuple[int, Annotated[int, Meta(ge=0)]]
+Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
+Name = Annotated[str, Meta(pattern=r"^[^/\\]+\Z")]
+Span = tuple[Count, Count]
 """Offset and size of a member's payload in its tar, bytes."""
 
 
@@ -37,8 +39,8 @@ class SampleEntry(Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     key: str
-    offset: int
-    size: int
+    offset: Count
+    size: Count
     crc32: int
     members: Annotated[tuple[Span, ...], Meta(min_length=len(MEMBERS), max_length=len(MEMBERS))]
 
@@ -46,9 +48,9 @@ class SampleEntry(Struct, frozen=True, forbid_unknown_fields=True):
 class ShardEntry(Struct, frozen=True, forbid_unknown_fields=True):
     """A shard in the index."""
 
-    name: str
-    samples: int
-    size: int
+    name: Name
+    samples: Count
+    size: Count
     sha256: str
     sidecar_sha256: str
 
@@ -56,9 +58,9 @@ class ShardEntry(Struct, frozen=True, forbid_unknown_fields=True):
 class Sidecar(Struct, frozen=True, forbid_unknown_fields=True):
     """Everything known about one shard; written right after its tar."""
 
-    name: str
+    name: Name
     fingerprint: str
-    size: int
+    size: Count
     sha256: str
     samples: tuple[SampleEntry, ...]
     rejections: tuple[Rejection, ...]
@@ -84,8 +86,8 @@ class ShardIndex(Struct, frozen=True, forbid_unknown_fields=True):
     fingerprint: str
     settings: Mapping[str, Any]
     categories: tuple[Category, ...]
-    samples: int
-    quarantined: int
+    samples: Count
+    quarantined: Count
     quarantine_sha256: str
     shards: tuple[ShardEntry, ...]
 
@@ -197,7 +199,11 @@ def read_index(storage: Storage) -> ShardIndex:
         values = decode_json(storage.read(INDEX_NAME), dict)
         version, digest = values["format_version"], values.pop("digest")
         if version == FORMAT_VERSION and digest == fingerprint(values):
-            return convert(values, ShardIndex)
+            index = convert(values, ShardIndex)
+            labels = [category.label for category in index.categories]
+            if not labels or labels != [*range(len(labels))]:
+                raise ValueError("its categories are not labelled 0, 1, ...")
+            return index
     except FileNotFoundError:
         what = "no index: no cache, or one that is not finished"
         remedy = "run panoptic preprocess to make or finish it"

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.files import Storage
-from panoptic_cache.pipeline.base.terminal import table
+from panoptic_cache.pipeline.base.files import Storage, open_file, read_file
+from panoptic_cache.pipeline.base.terminal import plain, table
 from panoptic_cache.pipeline.cache.index import (
     INDEX_NAME,
     decode_sidecar,
@@ -23,11 +23,16 @@ from panoptic_cache.pipeline.cache.index import (
     size_problem,
 )
 from panoptic_cache.pipeline.cache.sample import Sample, decode_sample, decode_table
-from panoptic_cache.pipeline.cache.shards import members_of
+from panoptic_cache.pipeline.cache.shards import BLOCK, members_of
 from panoptic_cache.pipeline.coco import Category, sample_key
 
 COUNTS = ("height", "width", "bytes", "segments", "things", "stuff", "crowd")
 REMEDY = "give the folder of a cache or a .tar in it; panoptic verify checks a cache"
+
+LARGEST = 1 << 30
+"""Bytes of a member that is still read."""
+ASIDE = {tarfile.DIRTYPE, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME}
+"""Members that other programs put beside files; what they say is not needed."""
 
 Members = dict[str, bytes]
 
@@ -92,13 +97,15 @@ def _describe_shard(path: Path) -> dict[str, Any]:
     beside = path.with_suffix(".json")
     if beside.is_file():
         try:
-            sidecar = decode_sidecar(beside.read_bytes(), str(beside))
+            sidecar = decode_sidecar(read_file(beside), str(beside))
             rejections = len(sidecar.rejections)
             same_keys = [entry.key for entry in sidecar.samples] == [row["key"] for row in samples]
             same = same_keys and sidecar.size == size
             problem = "" if same else "the sidecar describes another tar"
         except InputError as error:
             problem = error.what
+        except OSError as error:
+            problem = f"sidecar unreadable: {error.strerror}"
     return {
         "place": str(path),
         "bytes": size,
@@ -168,15 +175,35 @@ def _read_cache(storage: Storage, wanted: set[str] | None) -> Iterator[tuple[str
 def _read_tar(path: Path) -> Iterator[tuple[str, Members]]:
     """Key and members by suffix of each sample, in the order of the tar."""
     try:
-        with tarfile.open(path, "r:") as tar:
-            files = ((info.name.partition("."), tar.extractfile(info)) for info in tar)
-            members = ((key, suffix, file.read()) for (key, _, suffix), file in files if file)
+        with open_file(path) as file:
+            members = ((*name.partition(".")[::2], data) for name, data in _tar_members(file))
             for key, group in groupby(members, key=itemgetter(0)):
                 yield key, {suffix: data for _, suffix, data in group}
     except FileNotFoundError:
         raise InputError("no such shard", path, REMEDY, "place-missing") from None
-    except (tarfile.TarError, OSError) as error:
+    except (tarfile.TarError, OSError, ValueError) as error:
         raise InputError(f"not a readable tar: {error}", path, REMEDY, "shard-damaged") from None
+
+
+def _tar_members(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of each file in a tar; ValueError or TarError where it is no shard.
+
+    Our own walk over the headers: `tarfile` follows links, believes any size and recurses through
+    headers of headers.
+    """
+    while (header := file.read(BLOCK)).strip(b"\0"):
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        if not 0 <= info.size <= LARGEST:
+            raise ValueError(f"{plain(info.name)} claims {info.size} bytes")
+        data = file.read(info.size + -info.size % BLOCK)[: info.size]
+        if len(data) < info.size:
+            raise ValueError(f"{plain(info.name)} is cut off")
+        if info.type in {tarfile.REGTYPE, tarfile.AREGTYPE}:
+            yield info.name.removeprefix("./"), data
+        elif info.type not in ASIDE:
+            raise ValueError(f"{plain(info.name)} is a link or another thing that is no file")
+    if not header:
+        raise ValueError("the end is missing")
 
 
 def readable(count: float) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import cv2
 import msgspec
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from panoptic_cache.pipeline.base.config import decode_json
@@ -43,18 +44,23 @@ EDS_FAR = 255
 """The code of 127.5 px or more, which counts as infinitely far."""
 
 
+Count = Annotated[int, Meta(ge=0, lt=1 << 31)]
+Size = tuple[Annotated[int, Meta(ge=1, le=1 << 16)], Annotated[int, Meta(ge=1, le=1 << 16)]]
+Part = Annotated[float, Meta(ge=-1, le=1)]
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A row of the segment table, as measured on the cached map; FORMAT.md describes the fields."""
 
-    id: int
+    id: Count
     category_id: int
-    label: int
+    label: Count
     isthing: bool
     iscrowd: bool
-    area: int
-    bbox: tuple[int, int, int, int]
-    centroid: tuple[float, float] | None
+    area: Count
+    bbox: tuple[Count, Count, Count, Count]
+    centroid: tuple[Part, Part] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +69,8 @@ class SampleTable:
 
     image_id: int | str
     file_name: str
-    original_size: tuple[int, int]
-    size: tuple[int, int]
+    original_size: Size
+    size: Size
     segments: tuple[Segment, ...]
     tile: tuple[int, int] | None = None
 
@@ -136,8 +142,8 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
     }
 
 
-def decode_sample(key: str, members: Mapping[str, bytes]) -> Sample:
-    """The inverse of `encode_sample`.
+def decode_sample(key: str, members: Mapping[str, bytes], classes: int | None = None) -> Sample:
+    """The inverse of `encode_sample`, of a cache with so many `classes` if that is known.
 
     InputError where a member is missing, cannot be decoded, or disagrees with the table.
     """
@@ -150,6 +156,10 @@ def decode_sample(key: str, members: Mapping[str, bytes]) -> Sample:
         if values.shape != table.size or wide:
             what = f"map is {values.dtype} {values.shape}, the table says {table.size}"
             raise InputError(what, f"{key}.{name}.png", code="member-damaged")
+    if maps["segments"].max(initial=0) > len(table.segments):
+        raise InputError("segment map and table disagree", key, code="table-mismatch")
+    if classes is not None and any(segment.label >= classes for segment in table.segments):
+        raise InputError("a segment has no label of the cache", key, code="table-mismatch")
     return Sample(
         key=key,
         image_id=table.image_id,

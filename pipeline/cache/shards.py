@@ -165,6 +165,11 @@ class ShardReader:
         self.keys = tuple(keys)
         self._shards = np.array(shards, np.int32)
         self._places = np.array(places, np.int64).reshape(-1, len(MEMBERS), 2)
+        ends = self._places.sum(2).max(1, initial=0)  # (N,)
+        limits = np.array([shard.size for shard in self.index.shards], np.int64)[self._shards]
+        if len(outside := np.flatnonzero(ends > limits)):
+            what = f"sample {self.keys[outside[0]]} lies outside of its shard"
+            raise InputError(what, folder, "run panoptic verify", "sidecar-damaged")
         self._files: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -183,7 +188,8 @@ class ShardReader:
 
     def sample(self, position: int) -> Sample:
         """A sample, decoded; InputError where it is damaged."""
-        return decode_sample(self.keys[position], self.members(position))
+        classes = len(self.index.categories)
+        return decode_sample(self.keys[position], self.members(position), classes)
 
     def _file(self, number: int) -> int:
         if number not in self._files:

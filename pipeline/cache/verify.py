@@ -230,11 +230,14 @@ def _check_tar(
 
 def _has_headers(data: bytes, sidecar: Sidecar) -> bool:
     """Whether each member has its tar header where the sidecar says."""
-    return all(
-        data[offset - BLOCK : offset] == member_header(f"{entry.key}.{suffix}", size)
-        for entry in sidecar.samples
-        for suffix, (offset, size) in zip(MEMBERS, entry.members, strict=True)
-    )
+    try:
+        return all(
+            data[offset - BLOCK : offset] == member_header(f"{entry.key}.{suffix}", size)
+            for entry in sidecar.samples
+            for suffix, (offset, size) in zip(MEMBERS, entry.members, strict=True)
+        )
+    except ValueError:  # no header holds such a key
+        return False
 
 
 def _check_content(sample: Sample, index: ShardIndex | None) -> None:
