@@ -97,7 +97,7 @@ def evaluate(
     from panoptic_cache.train.ranks import Ranks
 
     layout, name = dataset_layout(coco, split, images, panoptic_json, panoptic_dir)
-    dataset = read_dataset(layout).head(limit)
+    dataset = read_dataset(layout).spread(limit)
     ranks = Ranks.current(cpu=device == "cpu")
     predictor = _predictor(
         checkpoint, ranks.device or device, flip, sizes, weights, precision, tile, overlap

@@ -127,11 +127,17 @@ class CocoPanoptic:
     rejections: tuple[Rejection, ...]  # The images that cannot, by ascending id
     digest: str  # SHA-256 of the annotation file
 
-    def head(self, limit: int | None) -> CocoPanoptic:
-        """The first `limit` records, or all; without rejections, if limited."""
+    def spread(self, limit: int | None) -> CocoPanoptic:
+        """`limit` records, evenly spread over the split, or all; without rejections, if limited.
+
+        Neighbours by id are often of one place or one day, so the first ones say little of all.
+        """
         if limit is None:
             return self
-        return replace(self, records=self.records[:limit], rejections=())
+        count = len(self.records)
+        places = [(2 * at + 1) * count // (2 * limit) for at in range(limit)]
+        records = self.records if limit >= count else tuple(self.records[at] for at in places)
+        return replace(self, records=records, rejections=())
 
 
 def read_dataset(layout: CocoLayout) -> CocoPanoptic:

@@ -28,7 +28,7 @@ Split = Annotated[str | None, typer.Option(help="Name of the split, such as val2
 Images = Annotated[Path | None, typer.Option(help="Folder of photos, instead of --coco.")]
 Annotations = Annotated[Path | None, typer.Option(help="Annotation file, instead of --coco.")]
 Pngs = Annotated[Path | None, typer.Option(help="Folder of panoptic PNGs, instead of --coco.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first N images.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use N images, evenly spread over all.")]
 Count = Annotated[int, typer.Option("--count", min=1, help="Images to measure on.")]
 
 GRACE = 5.0

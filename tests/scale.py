@@ -126,7 +126,7 @@ def plan_step(root: Path) -> dict[str, Any]:
 def render_step(root: Path, out: Path, images: int, workers: int) -> dict[str, Any]:
     """Renders the first images with the driver holding the whole split; see `growth`."""
     dataset = read_dataset(CocoLayout.of(root, SPLIT))
-    first = dataset.head(images)
+    first = dataset.spread(images)
     resident: list[int] = []
     done = threading.Event()
 

@@ -81,7 +81,7 @@ def test_corrupted_logits_lose_more_with_each_level() -> None:
 
 
 def test_noise_of_one_head_leaves_the_other_alone(tiny_dataset: CocoPanoptic) -> None:
-    few = tiny_dataset.head(2)
+    few = tiny_dataset.spread(2)
     for clean, spoiled in zip(
         corrupted_heads(few, Corruption(56, noise=1, seed=3)),
         corrupted_heads(few, Corruption(56, noise=1, semantic_noise=2, seed=3)),
@@ -122,7 +122,7 @@ def test_drifting_heads_differ_in_their_codes_alone(tiny_dataset: CocoPanoptic) 
     assert torch.equal(logits, same)
     assert not torch.equal(plain, code)
     assert torch.allclose(plain.square().sum(0), code.square().sum(0), atol=1e-4)
-    drifted = scored(tiny_dataset.head(4), size=160, drift=2).pq.all
+    drifted = scored(tiny_dataset.spread(4), size=160, drift=2).pq.all
     assert drifted is not None
     assert drifted.pq > 0.85
 
@@ -146,7 +146,7 @@ def test_what_is_measured_tells_noise_from_drift(tiny_dataset: CocoPanoptic) -> 
 
 @pytest.mark.parametrize("encoding", [PositionalCode(2), DirectCode(), ClassificationCode()])
 def test_the_ceiling_of_other_codes(tiny_dataset: CocoPanoptic, encoding: Encoding) -> None:
-    outcome, quality = ceiling(tiny_dataset.head(4), Corruption(112), encoding=encoding)
+    outcome, quality = ceiling(tiny_dataset.spread(4), Corruption(112), encoding=encoding)
     assert outcome.pq.all is not None
     assert outcome.pq.all.pq > 0.8
     assert quality is not None

@@ -6,7 +6,7 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -292,3 +292,14 @@ def test_every_flipped_bit_of_a_png_is_seen(tmp_path: Path) -> None:
         path.write_bytes(data[:length])
         with pytest.raises(InputError):
             read_ids(path)
+
+
+@pytest.mark.parametrize(("limit", "places"), [(1, [6]), (3, [2, 6, 10]), (12, range(12))])
+def test_a_limit_takes_images_of_the_whole_split(
+    tiny_dataset: CocoPanoptic, limit: int, places: Sequence[int]
+) -> None:
+    records = tiny_dataset.records
+    assert tiny_dataset.spread(limit).records == tuple(records[at] for at in places)
+    assert tiny_dataset.spread(99).records == records
+    assert tiny_dataset.spread(0).records == ()
+    assert tiny_dataset.spread(None) is tiny_dataset

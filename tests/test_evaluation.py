@@ -225,7 +225,7 @@ def test_what_an_earlier_evaluation_left_goes_and_nothing_else(
     mine = [tmp_path / "predictions_notes.jsonl", tmp_path / "panoptic" / "mine.png"]
     for path in mine:
         path.write_text("mine")
-    evaluate(predictor, tiny_dataset.head(3), tmp_path, overlays=2)
+    evaluate(predictor, tiny_dataset.spread(3), tmp_path, overlays=2)
     assert all(path.read_text() == "mine" for path in mine)
     assert len(list((tmp_path / "panoptic").iterdir())) == 3 + 1
     assert len(list((tmp_path / "overlays").iterdir())) == 2
@@ -253,7 +253,7 @@ def test_a_killed_evaluation_is_no_finished_one_and_its_next_sweeps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     evaluate(predictor, tiny_dataset, tmp_path, overlays=12)
-    few = tiny_dataset.head(3)
+    few = tiny_dataset.spread(3)
 
     def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -274,7 +274,8 @@ def test_what_predict_left_stays(
 ) -> None:
     predict_photos(predictor, [record.photo for record in tiny_dataset.records[3:6]], tmp_path)
     before = hashes(tmp_path)
-    evaluate(predictor, tiny_dataset.head(3), tmp_path, overlays=0)
+    first = replace(tiny_dataset, records=tiny_dataset.records[:3])
+    evaluate(predictor, first, tmp_path, overlays=0)
     after = hashes(tmp_path)
     assert {
         name: after[name] for name in before if name != "panoptic.json"

@@ -201,11 +201,19 @@ def test_overlays_are_of_a_size_to_look_at(
 @given(st.lists(st.sampled_from([None, 0.0, 0.25, 0.5, 1.0]), max_size=9), st.integers(0, 3))
 @settings(max_examples=50, deadline=None)
 def test_the_best_and_the_worst_images_are_shown(scores: list[float | None], limit: int) -> None:
-    best, worst = extremes(scores, limit)
+    best, worst = extremes(scores, [3] * len(scores), limit)
     defined = [(pq, at) for at, pq in enumerate(scores) if pq is not None]
     order = [at for _, at in sorted(defined, key=lambda row: (-row[0], row[1]))]
     assert best == order[:limit]
     assert worst == [at for _, at in sorted(defined)[:limit] if at not in best]
+
+
+def test_images_with_many_segments_are_shown_first() -> None:
+    scores = [1.0, 1.0, 1.0, 0.9, 0.0, 0.0, None, 0.1]
+    segments = [1, 2, 8, 5, 1, 3, 9, 4]
+    assert extremes(scores, segments, 3) == ([2, 1, 3], [5, 7])
+    assert extremes(scores, segments, 5) == ([2, 1, 3, 7, 5], [])
+    assert extremes(scores, [1] * 8, 2) == ([0, 1], [4, 5])
 
 
 def test_pictures_of_an_evaluation(tmp_path: Path) -> None:
@@ -218,7 +226,9 @@ def test_pictures_of_an_evaluation(tmp_path: Path) -> None:
         return view(str(at), scores[at])
 
     names = [f"image{at}" for at in range(20)]
-    best, worst = draw_pictures(tmp_path, names, scores, view_of, CATEGORIES, overlays=2)
+    best, worst = draw_pictures(
+        tmp_path, names, scores, [3] * 20, view_of, categories=CATEGORIES, overlays=2
+    )
     assert [figure.title for figure in best] == ["19", "18", "17", "16", "15", "14"]
     assert [figure.title for figure in worst] == ["1", "2", "3", "4", "5", "6"]
     assert asked == {at: at > 0 for at in (*range(7), *range(14, 20))}

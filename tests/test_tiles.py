@@ -398,7 +398,7 @@ def test_pictures_of_heads_name_places_in_the_image() -> None:
 def test_evaluation_on_tiles_resumes(
     tiled_run: Path, tiny_dataset: CocoPanoptic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    predictor, few = Predictor(tiled_run, "cpu"), tiny_dataset.head(3)
+    predictor, few = Predictor(tiled_run, "cpu"), tiny_dataset.spread(3)
     outcome = evaluate(predictor, few, tmp_path / "once", heads_folder=tmp_path / "heads")
     assert outcome.seconds_per_image["network"] > 0 < outcome.seconds_per_image["decode"]
     tiles = [len([*windows((r.height, r.width), 24, 6)]) for r in few.records]

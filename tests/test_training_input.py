@@ -109,7 +109,7 @@ def test_a_cache_of_another_size(
 
 
 def test_a_cache_without_samples(refuse: Refuse, tiny_root: Path, tmp_path: Path) -> None:
-    nothing = read_dataset(CocoLayout.of(tiny_root, "val")).head(0)
+    nothing = read_dataset(CocoLayout.of(tiny_root, "val")).spread(0)
     render(nothing, "val", Storage(str(tmp_path / "cache")), RenderConfig(), workers=0)
     assert "the cache is empty" in refuse(f"data.cache={tmp_path / 'cache'}")
 

@@ -80,19 +80,20 @@ def draw_pictures(
     out: Path,
     names: Sequence[str],
     scores: Sequence[float | None],
+    segments: Sequence[int],
     view_of: Callable[[int, bool], ImageView],
-    categories: Sequence[Category],
     *,
+    categories: Sequence[Category],
     overlays: int,
 ) -> tuple[list[Figure], list[Figure]]:
     """Writes overlays of the first images, and `comparison.png`.
 
-    `names` are file names without suffix, `scores` the PQ of each image. `view_of` makes the view
-    of the image at a position, with or without its heads. Returns figures of the best images, best
-    first, and of the worst that are not among them.
+    `names` are file names without suffix, `scores` the PQ and `segments` the number of true
+    segments of each image. `view_of` makes the view of the image at a position, with or without its
+    heads. Returns figures of the best images, best first, and of the worst that are not among them.
     """
     Storage(str(out / "overlays")).create()
-    best, worst = extremes(scores, SHOWN)
+    best, worst = extremes(scores, segments, SHOWN)
     first = range(min(max(overlays, COMPARED), len(names)))
     compared: list[ImageView] = []
     figures: dict[int, Figure] = {}
@@ -110,14 +111,21 @@ def draw_pictures(
     return [figures[at] for at in best], [figures[at] for at in worst]
 
 
-def extremes(scores: Sequence[float | None], limit: int) -> tuple[list[int], list[int]]:
-    """Positions of the `limit` best and of the `limit` worst; of equals, the first comes first.
+def extremes(
+    scores: Sequence[float | None], segments: Sequence[int], limit: int
+) -> tuple[list[int], list[int]]:
+    """Positions of the `limit` best and of the `limit` worst, which do not repeat any of the best.
 
-    The worst do not repeat any of the best.
+    Of equals, the one with more true segments comes first, then the first. Images with a single
+    segment, such as an empty tile, teach little and come last in both.
     """
-    defined = [(score, at) for at, score in enumerate(scores) if score is not None]
-    best = [at for _, at in sorted(defined, key=lambda row: (-row[0], row[1]))[:limit]]
-    worst = [at for _, at in sorted(defined)[:limit]]
+    defined = [
+        (segments[at] < 2, score, -segments[at], at)
+        for at, score in enumerate(scores)
+        if score is not None
+    ]
+    best = [at for _, _, _, at in sorted(defined, key=lambda r: (r[0], -r[1], *r[2:]))[:limit]]
+    worst = [at for _, _, _, at in sorted(defined)[:limit]]
     return best, [at for at in worst if at not in best]
 
 

@@ -186,7 +186,10 @@ def write_pictures(
         )
 
     names = [record.key for record in dataset.records]
-    best, worst = draw_pictures(out, names, pqs, view_of, categories, overlays=overlays)
+    segments = [len(record.segments) for record in dataset.records]
+    best, worst = draw_pictures(
+        out, names, pqs, segments, view_of, categories=categories, overlays=overlays
+    )
     facts = {
         "images": str(outcome.images),
         "step": str(predictor.state.step),

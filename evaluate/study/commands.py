@@ -73,7 +73,7 @@ def ceiling(
     from panoptic_cache.pipeline.coco import read_dataset
 
     layout, _ = dataset_layout(coco, split, images, panoptic_json, panoptic_dir)
-    dataset = read_dataset(layout).head(limit)
+    dataset = read_dataset(layout).spread(limit)
     corruption = Corruption(size, noise, semantic_noise, drift, seed)
     result, quality = measure(dataset, corruption, encoding=_code(checkpoint, harmonics))
     values = {**result.to_json(), "measured": quality and asdict(quality)}

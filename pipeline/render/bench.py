@@ -72,9 +72,9 @@ def best_ms(work: Callable[[], object], images: int, repeats: int = 3) -> float:
 def bench_dataset(
     layout: CocoLayout | None, images: int, size: int = 640
 ) -> Iterator[CocoPanoptic]:
-    """The first images of a dataset, or made-up scenes of COCO's size in a temporary folder."""
+    """Some images of a dataset, or made-up scenes of COCO's size in a temporary folder."""
     if layout is not None:
-        yield read_dataset(layout).head(images)
+        yield read_dataset(layout).spread(images)
         return
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(Path(folder), images=images, val_images=1, seed=0, size=size)
@@ -82,7 +82,7 @@ def bench_dataset(
 
 
 def bench_render(layout: CocoLayout | None = None, images: int = 32) -> BenchTable:
-    """Renders the first pictures of a dataset, or made-up scenes, on one core in three ways."""
+    """Renders some pictures of a dataset, or made-up scenes, on one core in three ways."""
     cv2.setNumThreads(1)
     with bench_dataset(layout, images) as dataset:
         records, count = dataset.records, len(dataset.records)
