@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 from conftest import Run
 from handmade import hashes
 from numpy.typing import NDArray
@@ -365,3 +366,67 @@ def test_real_nuclei(tmp_path: Path, run: Run) -> None:
             inside = np.asarray(Image.open(mask)) > 0
             assert len({*ids[inside].tolist()}) == 1
             assert (ids == ids[inside][0]).sum() == inside.sum()
+
+
+TINY: dict[str, Any] = {
+    "steps": 3,
+    "precision": "fp32",
+    "data": {"size": 28, "batch": 4, "micro_batch": 4, "workers": 0},
+    "model": {
+        "backbone": "random",
+        "random": {"hidden_size": 16, "layers": 2, "heads": 2, "patch_size": 7},
+        "taps": [1, 2],
+        "channels": 8,
+    },
+}
+
+
+def train_and_evaluate(run: Run, root: Path, place: Path) -> tuple[list[Any], dict[str, Any]]:
+    """A split from preprocess to scores: the lines of the training, and what evaluate prints."""
+    same = ["--fit", "squash", "--size", 28, "--workers", 0]
+    data = ["--coco", root, "--split", "a"]
+    assert run("preprocess", *data, "--out", place / "cache", *same)[0] == 0
+    config = {**TINY, "out": str(place / "run")}
+    config["data"] = {**TINY["data"], "cache": str(place / "cache")}
+    (place / "tiny.toml").write_text(tomli_w.dumps(config))
+    assert run("train", place / "tiny.toml")[0] == 0
+    lines = [json.loads(line) for line in (place / "run/metrics.jsonl").read_text().splitlines()]
+    more = ["--checkpoint", place / "run", "--out", place / "scores", "--json"]
+    code, out, said = run("evaluate", *data, *more)
+    assert (code, (place / "scores/report.html").is_file()) == (0, True)
+    assert "undefined" not in said
+    return lines, json.loads(out)
+
+
+@pytest.mark.slow
+def test_from_masks_to_a_score(tmp_path: Path, run: Run) -> None:
+    """What docs/own-data.md does with the nuclei, on a stand-in of eight images."""
+    for number in range(8):
+        folder = tmp_path / f"in/cell{number}"
+        photo(folder / "images/x.png")
+        for value in np.unique(blobs(number))[1:]:
+            save(folder / f"masks/{value}.png", blobs(number) == value)
+    more = ["--thing", "cell", "--background", "glass", "--workers", 0]
+    places = ["--root", tmp_path / "in", "--out", tmp_path / "data", "--split", "a"]
+    assert run("convert", "masks", *places, *more)[0] == 0
+    lines, scores = train_and_evaluate(run, tmp_path / "data", tmp_path)
+    assert len(lines) == 3
+    assert {name: scores[name] is None for name in ("All", "Things", "Stuff")} == {
+        "All": False,
+        "Things": False,
+        "Stuff": False,
+    }
+
+
+@pytest.mark.slow
+def test_without_instances_one_head_learns(tmp_path: Path, run: Run) -> None:
+    for number in range(8):
+        photo(tmp_path / f"images/{number}.png")
+        save(tmp_path / f"maps/{number}.png", (blobs(number) % 3).astype(np.uint8))
+    places = ["--images", tmp_path / "images", "--maps", tmp_path / "maps"]
+    more = ["--out", tmp_path / "data", "--split", "a", "--workers", 0]
+    assert run("convert", "semantic-maps", *places, *more)[0] == 0
+    lines, scores = train_and_evaluate(run, tmp_path / "data", tmp_path)
+    assert {line["task"] for line in lines} == {"semantic"}
+    assert scores["Things"] is None
+    assert scores["Stuff"] == scores["All"]

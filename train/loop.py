@@ -170,6 +170,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
     warmup = round(config.optim.warmup_epochs * samples / config.data.batch)
     if warmup >= steps:
         log.warning("a warm-up of %d steps outlasts the run's %d", warmup, steps)
+    has_things = any(category.isthing for category in categories)  # else one head has no task
     last, note, asked = begun, "", 0
     with (
         progress("train", steps, "steps", first) as advance,
@@ -179,7 +180,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
     ):
         for step in range(first, steps):
             started, waited = time.perf_counter(), 0.0
-            task = task_of(config.seed, step, config.tasks)
+            task = task_of(config.seed, step, config.tasks) if has_things else "semantic"
             distance = config.loss.distance_at(step / steps)
             if first < step == thaw:
                 set_trainable(model, config.model, thawed=True)

@@ -214,7 +214,7 @@ def total_pq(images: Iterable[ImageStat], categories: Sequence[Category]) -> PQR
 
 
 def summarize(total: PQStat, categories: Sequence[Category]) -> PQResult:
-    """Means over categories. A group without any segment is None, and a warning says so.
+    """Means over categories. A group without any segment is None; if it has categories, warns.
 
     Raises ValueError where `total`, the sum over all images, counts a category not among them.
     """
@@ -222,9 +222,11 @@ def summarize(total: PQStat, categories: Sequence[Category]) -> PQResult:
         raise ValueError(f"statistics of unknown categories {listing(unknown)}")
 
     def group(name: str, members: Iterable[Category]) -> GroupPQ | None:
-        stats = [total[category.id] for category in members if not total[category.id].empty]
+        found = [total[category.id] for category in members]
+        stats = [stat for stat in found if not stat.empty]
         if not stats:
-            logger.warning("%s: PQ is undefined, no category of the group has a segment", name)
+            if found:
+                logger.warning("%s: PQ is undefined, no category of the group has a segment", name)
             return None
         n, pq, sq, rq = len(stats), 0.0, 0.0, 0.0
         for stat in stats:  # As the official sum; the built-in one rounds by Python version.

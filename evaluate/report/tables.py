@@ -34,7 +34,8 @@ def score_text(
     if "sizes" in values:
         sizes = [row for row in values["sizes"] if row["n"]]
         rows = [(size_name(row), str(row["n"]), percent(row["iou"])) for row in sizes]
-        parts.append(table(("things by size", "instances", "IoU"), rows, left=1))
+        if rows:
+            parts.append(table(("things by size", "instances", "IoU"), rows, left=1))
         parts.append(", ".join(f"{name} {value}" for name, value in measures(values)))
     if "seconds_per_image" in values:
         steps = ", ".join(f"{k} {v * 1e3:.1f}" for k, v in values["seconds_per_image"].items())
