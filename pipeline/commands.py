@@ -29,14 +29,17 @@ app = typer.Typer()
 bench = typer.Typer()
 log = logging.getLogger(__name__)
 
+MOST = 1_000_000
+"""Scenes of a split."""
+
 
 @app.command("synth")
 def synth(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    images: Annotated[int, typer.Option(min=1, help="Scenes of the train split.")] = 64,
-    val_images: Annotated[int, typer.Option(min=0, help="Scenes of the val split.")] = 16,
+    images: Annotated[int, typer.Option(min=1, max=MOST, help="Scenes of the train split.")] = 64,
+    val_images: Annotated[int, typer.Option(min=0, max=MOST, help="Scenes of the val split.")] = 16,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    size: Annotated[int, typer.Option(min=32, help="Longer side, pixels.")] = 160,
+    size: Annotated[int, typer.Option(min=32, max=8192, help="Longer side, pixels.")] = 160,
 ) -> None:
     """Write made-up scenes as a COCO panoptic dataset."""
     from panoptic_cache.pipeline.base.terminal import progress
@@ -66,7 +69,9 @@ def preprocess(
         Literal["native", "squash", "longest"],
         typer.Option(help="native: COCO's own size; squash: a square; longest: longer side."),
     ] = "native",
-    size: Annotated[int | None, typer.Option(min=1, help="Pixels; not with native.")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, max=16384, help="Pixels; not with native.")
+    ] = None,
     tile: Annotated[
         int | None, typer.Option(min=1, help="Cut images into tiles of so many pixels a side.")
     ] = None,

@@ -34,6 +34,9 @@ Count = Annotated[int, typer.Option("--count", min=1, help="Images to measure on
 GRACE = 5.0
 """Seconds in which a launcher ends the other ranks once one has failed."""
 
+POSIX = {"fcntl", "resource"}
+"""Modules of Python that Windows has not; training and rendering with workers import them."""
+
 log = logging.getLogger(__name__)
 
 
@@ -162,6 +165,12 @@ def _exit_code(app: Callable[[], object], *, first: bool) -> int:
         if first:
             log.error("%s", stop)
         return stop.exit_code
+    except MemoryError as error:
+        log.error("out of memory: %s", error or "ask for less, or for smaller images")
+    except ModuleNotFoundError as error:
+        if error.name not in POSIX:
+            raise
+        log.error("this command needs Linux or macOS; on Windows run it under WSL")
     except OSError as error:  # no rights, no such place, a disk that fails
         what = error.strerror or str(error) or type(error).__name__
         log.error("%s: %s", error.filename, what) if error.filename else log.error("%s", what)

@@ -339,6 +339,75 @@ def test_a_reader_that_has_gone(cache: Path, end: str, expected: int) -> None:
     assert not expected or done.stdout == "cannot print: No space left on device\n"
 
 
+WINDOWS = """
+import os, signal, sys
+from importlib.abc import MetaPathFinder
+class Without(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name in {"fcntl", "resource", "pwd", "grp", "termios"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Without())
+for name in ("fcntl", "resource", "pwd", "grp", "termios"):
+    sys.modules.pop(name, None)
+for module, names in ((os, "O_NOFOLLOW O_NONBLOCK pread fork sched_getaffinity"),
+                      (signal, "pthread_sigmask SIGCHLD SIGALRM setitimer alarm")):
+    for name in names.split():
+        delattr(module, name)
+from panoptic_cache import cli
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_without_what_windows_lacks(tiny_root: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    truth = tiny_root / "annotations/panoptic_val.json"
+    for arguments in (
+        ("score", truth, truth),
+        ("verify", tiny_cache, "--deep"),
+        ("inspect", tiny_cache, "--out", tmp_path / "a.png"),
+        ("synth", tmp_path / "s", "--images", 1, "--val-images", 0, "--size", 32),
+    ):
+        command = [sys.executable, "-c", WINDOWS, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("synth", "s", "--size", 60_000),
+        ("synth", "s", "--images", 10**30),
+        ("preprocess", "--coco", "s", "--split", "val", "--out", "c", "--size", 60_000),
+    ],
+)
+def test_sizes_beyond_any_memory_are_wrong_usage(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[object, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments)[0] == 2
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError("Unable to allocate 4 GiB"), "out of memory: Unable to allocate 4 GiB"),
+        (
+            ModuleNotFoundError("No module named 'resource'", name="resource"),
+            "this command needs Linux or macOS; on Windows run it under WSL",
+        ),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("panoptic_cache.pipeline.scenes.scene.write_dataset", fail)
+    assert run("synth", "s")[::2] == (1, message)
+
+
 def test_an_error_is_all_that_standard_error_shows(tmp_path: Path) -> None:
     command = [sys.executable, "cli.py", "inspect", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -41,7 +41,9 @@ from panoptic_cache.pipeline.cache.shards import (
     pack_shard,
     write_shard,
 )
-from panoptic_cache.pipeline.coco import Rejection
+from panoptic_cache.pipeline.coco import CocoPanoptic, Rejection
+from panoptic_cache.pipeline.render.driver import render
+from panoptic_cache.pipeline.render.plan import RenderConfig
 
 SAMPLES = small_samples()
 
@@ -143,6 +145,24 @@ def test_a_reader_holds_a_bounded_number_of_files(
     for position in [0, 4, 8, 0, 8, 4, 0] * 3:
         assert same_sample(reader.sample(position), all_samples(tiny_cache)[position])
     assert len([*opened.iterdir()]) <= before + 2
+
+
+def test_a_reader_leaves_files_for_others(tiny_dataset: CocoPanoptic, tmp_path: Path) -> None:
+    """As on macOS, where a process may open 256 files, with the 463 shards of COCO."""
+    config = RenderConfig(samples_per_shard=1)
+    render(tiny_dataset, "train", Storage(str(tmp_path)), config, workers=0)
+    script = (
+        "import os, sys, resource; from pathlib import Path\n"
+        "from panoptic_cache.pipeline.cache.shards import ShardReader\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))\n"
+        "before, reader = len(os.listdir('/proc/self/fd')), ShardReader(Path(sys.argv[1]))\n"
+        "assert all(reader.sample(i) for i in range(12))\n"
+        "print(len(os.listdir('/proc/self/fd')) - before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "4\n", done.stderr
 
 
 def test_the_reader_refuses_what_the_index_does_not_vouch_for(cache: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from types import FrameType
 
@@ -54,7 +54,8 @@ def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
 def leave(number: int, _: FrameType | None) -> None:
     """Ends the process at once: a handler for the time before there is something to close."""
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, f"{Interrupted(number)}\n".encode())
+        with suppress(OSError):  # it may be closed
+            os.write(2, f"{Interrupted(number)}\n".encode())
     os._exit(Interrupted(number).exit_code)
 
 
@@ -88,7 +89,11 @@ def held_back() -> Iterator[None]:
     """Holds the signals back; threads and processes that start meanwhile never get them.
 
     Ctrl-C on a terminal goes to every process in the foreground. Workers leave it to the driver.
+    Windows cannot hold signals back.
     """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

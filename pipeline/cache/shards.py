@@ -132,7 +132,7 @@ def finished_shard(
 
 
 _OPEN_FILES = 256
-"""Tars that a reader keeps open; the usual limit of a process is 1024 files."""
+"""Tars that a reader keeps open, but no more than a quarter of what a process may."""
 
 
 class ShardReader:
@@ -193,11 +193,21 @@ class ShardReader:
 
     def _file(self, number: int) -> int:
         if number not in self._files:
-            if len(self._files) >= _OPEN_FILES:
+            while len(self._files) >= open_files():
                 os.close(self._files.pop(next(iter(self._files))))
             path = self._folder / f"{self.index.shards[number].name}.tar"
             self._files[number] = os.open(path, os.O_RDONLY)
         return self._files[number]
+
+
+def open_files() -> int:
+    """How many tars a reader keeps open: macOS allows a process 256 files, Linux mostly 1024."""
+    try:
+        import resource  # noqa: PLC0415 - Windows has none
+    except ModuleNotFoundError:
+        return 64
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _OPEN_FILES if limit == resource.RLIM_INFINITY else max(1, min(_OPEN_FILES, limit // 4))
 
 
 def members_of(data: bytes, entry: SampleEntry) -> dict[str, bytes]:
