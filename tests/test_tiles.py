@@ -459,3 +459,5 @@ def test_the_commands(run: Run, tiny_root: Path, tiled_run: Path, tmp_path: Path
         assert code == 0
         assert json.loads(said)["pictures"] == 4
     assert run("predict", photos, *at, "--tile", 8, "--overlap", 8, "--out", out)[0] == 1
+    assert run("export", *at, "--out", tmp_path / "model")[0] == 0
+    assert Predictor(tmp_path / "model", "cpu").tile == 24
