@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from panoptic_cache.pipeline.base.config import fingerprint
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import write_file
-from panoptic_cache.pipeline.base.process import Interrupted
+from panoptic_cache.pipeline.base.process import Interrupted, keep_heap
 from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.train.augment import jitter_colour
 from panoptic_cache.train.checkpoint import save_checkpoint
@@ -80,6 +80,8 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
     )
     ranks = Ranks(accelerator.process_index, accelerator.num_processes)
     main, device = ranks.main, accelerator.device
+    if device.type == "cpu":
+        keep_heap(large=True)
 
     # The run's folder.
     out = Path(config.out)

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from types import FrameType
 
-ARENA_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD = -8, -3, -1
+ARENA_MAX, MMAP_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD = -8, -4, -3, -1
 """Of mallopt(3)."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -102,13 +102,15 @@ def held_back() -> Iterator[None]:
 
 
 @cache
-def keep_heap() -> None:
+def keep_heap(*, large: bool = False) -> None:
     """Makes glibc keep the memory of images that were freed, instead of returning it to the kernel.
 
     Otherwise each large block is mapped anew, page fault by page fault. CPU time per image, on 50
     photos of COCO val2017: scoring 5.6 -> 3.7 ms (1,350 page faults less); rendering in a Dask
     worker, which starts with MALLOC_TRIM_THRESHOLD_=65536, 13.6 -> 8.3 ms. Blocks up to 32 MiB
-    come from one heap, which keeps up to 256 MiB. Does nothing where there is no mallopt.
+    come from one heap, which keeps up to 256 MiB; `large` ones too, up to 1 GiB: seven steps of
+    training a small encoder on 16 tiles of 96 px take 3.9 instead of 5.6 s of CPU time. Does
+    nothing where there is no mallopt.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -117,3 +119,6 @@ def keep_heap() -> None:
     mallopt(ARENA_MAX, 1)
     mallopt(MMAP_THRESHOLD, 32 << 20)
     mallopt(TRIM_THRESHOLD, 256 << 20)
+    if large:
+        mallopt(MMAP_MAX, 0)
+        mallopt(TRIM_THRESHOLD, 1 << 30)
