@@ -32,6 +32,9 @@ Settings = Annotated[
 @app.command("train")
 def train(
     config: Annotated[Path, typer.Argument(help="A file of configs/.")],
+    step: Annotated[
+        int | None, typer.Argument(help="As --resume STEP: go on from the checkpoint of this step.")
+    ] = None,
     settings: Settings = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
     trust_config: Annotated[
@@ -49,13 +52,16 @@ def train(
         from panoptic_cache.train.stages import begun_stages, load_stages
         from panoptic_cache.train.stopping import guarded_run
 
+    if step is not None and not resume:
+        raise typer.BadParameter(f"write --resume {step} to go on from step {step}")
     stages = load_stages(config, settings or [])
     begun = begun_stages(stages) if resume else 0
     for number, chosen in enumerate(stages[max(0, begun - 1) :], max(1, begun)):
         if len(stages) > 1:
             log.info("stage %d of %d: %s", number, len(stages), chosen.out)
         with guarded_run(chosen):
-            run(chosen, resume=resume, trust_config=trust_config)
+            run(chosen, resume=step or resume, trust_config=trust_config)
+        step = None  # of the stage that it goes on with
 
 
 @app.command("model")

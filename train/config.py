@@ -168,6 +168,8 @@ class ValidationConfig:
     # `panoptic_cache.evaluate.held_out:panoptic_quality` is PQ. It is imported by name, because
     # `train` does not depend on `evaluate`.
     metric: str = ""
+    keep_best: bool = False  # Keep the checkpoint of the highest `pq` of the metric in OUT/best
+    patience: Interval = 0  # End after so many validations in turn without a higher `pq`; 0 = never
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +216,10 @@ class TrainConfig:
             ("tasks must train a head", self.tasks.instance + self.tasks.semantic == 0),
             ("model.taps must be rising block numbers from 1", sorted({0, *taps}) != [0, *taps]),
             ("validation.every needs a validation.cache", looks.every > 0 and not looks.cache),
+            (
+                "validation.keep_best and validation.patience need a validation.metric",
+                (looks.keep_best or looks.patience > 0) and not (looks.every and looks.metric),
+            ),
             (
                 "validation.metric must be like panoptic_cache.evaluate.held_out:panoptic_quality",
                 looks.metric != "" and not all(looks.metric.partition(":")),

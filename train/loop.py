@@ -38,11 +38,12 @@ from panoptic_cache.train.optim import (
 )
 from panoptic_cache.train.ranks import Ranks
 from panoptic_cache.train.restore import (
+    BEST,
     TrainState,
     build_model,
     check_same_run,
+    checkpoint_to_resume,
     fixed_settings,
-    latest_checkpoint,
     load_training,
     read_state,
 )
@@ -57,12 +58,13 @@ TASKS: tuple[Task, ...] = ("instance", "semantic")
 
 
 def train(  # noqa: PLR0912, PLR0915 - one visible function
-    config: TrainConfig, *, resume: bool = False, trust_config: bool = False
+    config: TrainConfig, *, resume: bool | int = False, trust_config: bool = False
 ) -> Path:
     """Trains a model from a cache, or continues from the last complete checkpoint.
 
-    Returns the last checkpoint's folder. `resume` starts where there is no checkpoint;
-    `trust_config` imports the `validation.metric` that the configuration names, whatever it is.
+    Returns the last checkpoint's folder. `resume` goes on from the newest checkpoint, if there is
+    one, or from that of a step; `trust_config` imports the `validation.metric` that the
+    configuration names, whatever it is.
 
     Raises:
         InputError: Cache, sizes or an earlier run's folder do not fit the configuration, ranks
@@ -86,7 +88,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
     # The run's folder.
     out = Path(config.out)
     checkpoints = out / "checkpoints"
-    begun = ranks.first(lambda: latest_checkpoint(checkpoints, deep=True)) if resume else None
+    begun = ranks.first(lambda: checkpoint_to_resume(out, resume)) if resume else None
     if not resume and ((out / "metrics.jsonl").exists() or any(checkpoints.glob("step_*"))):
         raise InputError(
             "a run lies here already", where=out, remedy="add --resume, or --set out=ANOTHER"
@@ -152,12 +154,27 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
     ranks.check_shared(out / "config.toml")
     runlog = RunLog(accelerator, out, first)
 
-    def look(done: int) -> None:
-        """Measures held-out samples, if that is due after `done` steps."""
+    save = partial(
+        save_checkpoint, ranks, model=model, optimizer=optimizer, ema=average, keep=config.keep
+    )
+
+    def look(done: int) -> bool:
+        """Measures held-out samples, if that is due; whether PQ has not risen for too long."""
         if held_out is not None and (done % config.validation.every == 0 or done == steps):
             state, power = state_at(done), config.loss.distance_at((done - 1) / steps)
             values = validate(accelerator, measured, held_out, state, power)
+            if config.validation.keep_best and ranks.first(
+                lambda: values.get("pq", -1.0) > max(runlog.measured("pq"), default=-1.0)
+            ):
+                save(out / BEST, state, keep=1)
             runlog.validation(done, values)
+            return exhausted()
+        return False
+
+    def exhausted() -> bool:
+        found = ranks.first(lambda: runlog.measured("pq"))
+        since = len(found) - 1 - found.index(max(found)) if found else 0
+        return 0 < config.validation.patience <= since
 
     # A run that ended right after a checkpoint has not looked at held-out samples yet.
     if begun is not None and not ranks.first(lambda: runlog.has_validation(first)):
@@ -180,7 +197,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
         rank_advice(request),
         closing(iterate(loader, request)) as batches,
     ):
-        for step in range(first, steps):
+        for step in range(first, first if exhausted() else steps):
             started, waited = time.perf_counter(), 0.0
             task = task_of(config.seed, step, config.tasks) if has_things else "semantic"
             distance = config.loss.distance_at(step / steps)
@@ -251,26 +268,22 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
             asked = verdict.signal if done < steps else 0
             due = done % config.checkpoint_every == 0 or done == steps
             if due or asked:
-                last = save_checkpoint(
-                    ranks,
-                    checkpoints,
-                    state_at(done),
-                    model=model,
-                    optimizer=optimizer,
-                    ema=average,
-                    keep=config.keep,
-                )
+                last = save(checkpoints, state_at(done))
             if asked:
                 break
 
             # Held-out samples and pictures.
-            look(done)
+            ends = look(done) and done < steps
             if main and config.pictures_every and done % config.pictures_every == 0:
                 shown = next(held_out.batches(config, 0, 1)).to(device) if held_out else batch
                 with accelerator.autocast():
                     runlog.picture(done, draw_heads(measured, shown, encoding, categories))
-            if due:
+            if due or ends:
                 runlog.curves()
+            if ends:
+                log.info("PQ has not risen for long enough: step %d is the last", done)
+                last = last if due else save(checkpoints, state_at(done))
+                break
     accelerator.end_training()
     if asked:
         raise Interrupted(asked, f"{last} is complete, --resume goes on from it")

@@ -10,7 +10,7 @@ import json
 import logging
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -25,13 +25,15 @@ from panoptic_cache.pipeline.base.config import build_config, decode_json
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.train.backbone import own_name
-from panoptic_cache.train.config import TrainConfig
+from panoptic_cache.train.config import TrainConfig, ValidationConfig
 from panoptic_cache.train.encoding import make_encoding
 from panoptic_cache.train.model import PanopticModel
 
 log = logging.getLogger(__name__)
 
 ARCHITECTURE = "backbone.json"
+BEST = "best"
+"""Folder of the run that holds the checkpoint of the highest PQ."""
 VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__}
 Weights = Literal["model", "ema"]
 """Which weights of a checkpoint: the last ones, or their moving average."""
@@ -54,7 +56,7 @@ MAY_CHANGE = frozenset(
         *("data.cache", "data.reader", "data.micro_batch", "data.workers", "data.upscale"),
         "model.gradient_checkpointing",
         *("optim.lr", "optim.encoder_lr", "optim.min_lr", "optim.warmup_epochs", "optim.clip_norm"),
-        *(f"validation.{name}" for name in ("cache", "every", "samples", "metric")),
+        *(f"validation.{field.name}" for field in fields(ValidationConfig)),
     }
 )
 """Settings that may change when a run goes on; any other change makes it another run."""
@@ -108,6 +110,12 @@ def find_checkpoint(path: Path) -> Path:
     for folder in (path / "checkpoints", path, *(s / "checkpoints" for s in reversed(stages))):
         if found := latest_checkpoint(folder):
             return found
+    if path.name == BEST and (path.parent / "checkpoints").is_dir():
+        raise InputError(
+            "no checkpoint was measured as the best",
+            where=path,
+            remedy=f"give {path.parent}, or train with --set validation.keep_best=true",
+        )
     problem = incomplete(path) if path.is_dir() else "no such folder"
     if problem:
         raise InputError(
@@ -116,6 +124,22 @@ def find_checkpoint(path: Path) -> Path:
             remedy="give a run's folder or one of its checkpoints/step_*",
         )
     return path
+
+
+def checkpoint_to_resume(run: Path, resume: bool | int) -> Path | None:
+    """A run's newest checkpoint, or that of a step; every byte of it is read."""
+    if resume is True:
+        return latest_checkpoint(run / "checkpoints", deep=True)
+    found = sorted([*(run / "checkpoints").glob("step_*"), *(run / BEST).glob("step_*")])
+    for folder in found:
+        if folder.name == f"step_{resume:07d}" and not incomplete(folder, deep=True):
+            return folder
+    there = ", ".join(f"{int(folder.name[5:])}" for folder in found)
+    raise InputError(
+        f"no complete checkpoint of step {resume}",
+        where=run,
+        remedy=f"there are: {there or 'none'}",
+    )
 
 
 def read_state(folder: Path) -> TrainState:

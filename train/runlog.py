@@ -91,6 +91,11 @@ class RunLog:
         """Whether held-out samples were looked at after a step; for the main rank."""
         return any("validation" in line for line in _lines(self._metrics) if line["step"] == step)
 
+    def measured(self, name: str) -> list[float]:
+        """What held-out samples said so far, in order; for the main rank."""
+        found = (line.get("validation", {}) for line in _lines(self._metrics))
+        return [values[name] for values in found if name in values]
+
     def curves(self) -> None:
         """Draws everything noted so far as `curves.svg`."""
         if self._accelerator.is_main_process:
