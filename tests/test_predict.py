@@ -477,6 +477,21 @@ def test_predictions_without_scores_have_no_ap(
     assert json.loads(run(*command)[1])["mask_ap"]["ap"] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("score", ["1e400", "-1e400", "NaN", "Infinity", '"\\ud800"', "null"])
+def test_a_score_that_is_no_number_is_none(
+    run: Run, scoring: tuple[tuple[object, ...], dict[str, Any]], tmp_path: Path, score: str
+) -> None:
+    command, content = scoring
+    for row in content["annotations"]:
+        row["note"] = "\ud800"  # half a pair
+        for info in row["segments_info"]:
+            info["score"] = "SCORE"
+    (tmp_path / "pred.json").write_text(json.dumps(content).replace('"SCORE"', score))
+    code, out, _ = run(*command)
+    values = json.loads(out)
+    assert (code, values["mask_ap"], values["All"]["pq"]) == (0, None, 1)
+
+
 def test_bad_predictions_are_one_line(
     run: Run, scoring: tuple[tuple[object, ...], dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import cv2
 import psutil  # type: ignore[import-untyped]
 import pytest
 from conftest import Run
@@ -139,6 +142,23 @@ def test_workers_end_with_a_process_that_was_killed(truth: Path) -> None:
     assert len(workers) >= 2
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("error", [MemoryError(), cv2.error("OpenCV: Insufficient memory")])
+def test_out_of_memory_names_the_image(
+    run: Run, truth: Path, monkeypatch: pytest.MonkeyPatch, workers: int, error: Exception
+) -> None:
+    def greedy(*_: object, **__: object) -> None:
+        raise error
+
+    if isinstance(error, cv2.error):
+        error.code = cv2.Error.StsNoMem
+    monkeypatch.setattr(workers_module, "read_ids", greedy)
+    monkeypatch.setattr(workers_module, "_context", lambda: multiprocessing.get_context("fork"))
+    code, out, err = run("score", truth, truth, "--workers", workers)
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert re.match(r"image \d+: out of memory \(use fewer --workers", err)
 
 
 def test_workers_by_default(monkeypatch: pytest.MonkeyPatch) -> None:

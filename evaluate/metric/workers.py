@@ -123,9 +123,19 @@ def _work_on(work: Work[Result], pairs: Sequence[ImagePair]) -> list[Result]:
 
 def _read_and(work: Work[Result], pair: ImagePair) -> Result:
     try:
-        gt_ids, pred_ids = read_ids(pair.gt_png), read_ids(pair.pred_png)
-    except InputError as error:
-        error.where = f"image {pair.image_id}: {error.where}"
-        error.remedy = error.remedy or "write or fetch the file again"
-        raise
-    return work(pair, gt_ids, pred_ids)
+        try:
+            gt_ids, pred_ids = read_ids(pair.gt_png), read_ids(pair.pred_png)
+        except InputError as error:
+            error.where = f"image {pair.image_id}: {error.where}"
+            error.remedy = error.remedy or "write or fetch the file again"
+            raise
+        return work(pair, gt_ids, pred_ids)
+    except (MemoryError, cv2.error) as error:
+        if isinstance(error, cv2.error) and error.code != cv2.Error.StsNoMem:
+            raise
+        raise InputError(
+            "out of memory",
+            where=f"image {pair.image_id}",
+            remedy="use fewer --workers, or a machine with more memory",
+            code="out-of-memory",
+        ) from None

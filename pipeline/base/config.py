@@ -33,14 +33,15 @@ def fingerprint(*parts: object) -> str:
 def decode_json(data: bytes, kind: type[T]) -> T:
     """JSON as a declared type; ValueError says in a line what is damaged, missing or another type.
 
-    Reads what Python's own parser reads: with a byte-order mark, half surrogate pairs and NaN.
+    Reads what Python's own parser reads: with a byte-order mark, half surrogate pairs, NaN and
+    1e400.
     """
     try:
         try:
             return msgspec.json.decode(data, type=kind)
-        except msgspec.ValidationError:
-            raise
-        except msgspec.DecodeError:
+        except msgspec.DecodeError as error:
+            if isinstance(error, msgspec.ValidationError) and "out of range" not in str(error):
+                raise
             return msgspec.convert(json.loads(data), kind)
     except RecursionError:
         raise ValueError("nested too deeply") from None
