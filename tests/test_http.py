@@ -17,7 +17,7 @@ import pytest
 from conftest import Run
 from test_stream import SMALL, stream
 
-from panoptic_cache.pipeline.base import files
+from panoptic_cache.pipeline.base import remote
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.cache.verify import verify
@@ -73,7 +73,7 @@ class Server(SimpleHTTPRequestHandler):
 @pytest.fixture
 def url(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """URL of a real server on loopback, which fails as its class says."""
-    monkeypatch.setattr(files, "PAUSES", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(remote, "PAUSES", (0.01, 0.01, 0.01))
     for name, value in (("fault", ""), ("times", 0), ("signature", ""), ("lists", True)):
         monkeypatch.setattr(Server, name, value)
     monkeypatch.setattr(Server, "asked", Counter())
@@ -124,7 +124,7 @@ def test_what_goes_on_failing_is_one_line(
 def test_a_server_that_hangs_is_left(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stop = threading.Event()
     monkeypatch.setattr(Server, "do_GET", lambda _: stop.wait(20))
-    monkeypatch.setattr(files, "TIMEOUT", 0.1)
+    monkeypatch.setattr(remote, "TIMEOUT", 0.1)
     with pytest.raises(OSError, match="Timeout"):
         Storage(url).read("index.json")
     stop.set()

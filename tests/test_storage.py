@@ -223,10 +223,13 @@ def test_what_a_killed_run_left_is_not_seen_and_is_swept(folder: Path) -> None:
     storage = Storage(str(folder))
     (folder / ".tmp-a.tar-0badcafe").write_bytes(b"half")
     (folder / ".lock").touch()
+    (folder / "checkpoints/.tmp-step_0000002").mkdir(parents=True)  # not its business
+    (folder / "panoptic").mkdir()
+    (folder / "panoptic/.tmp-0badcafe").write_bytes(b"half")
     assert storage.sizes() == {}
     with storage.locked():
-        assert [path.name for path in folder.iterdir()] == [".lock"]
-    assert list(folder.iterdir()) == []
+        assert {path.name for path in folder.iterdir()} == {".lock", "checkpoints", "panoptic"}
+    assert [path.name for path in folder.rglob(".*")] == [".tmp-step_0000002"]
 
 
 def test_a_second_run_is_refused_while_the_first_holds_the_folder(folder: Path) -> None:

@@ -26,7 +26,7 @@ from typing import Any, Literal
 from panoptic_cache.evaluate.runs.study import Run, Study, plan_runs, run_config, trained_runs
 from panoptic_cache.pipeline.base.config import fingerprint
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.base.files import Storage, no_links
 from panoptic_cache.pipeline.base.process import Interrupted
 from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.pipeline.cache.index import INDEX_NAME
@@ -126,7 +126,7 @@ def call(run: Run, command: Sequence[str], advance: Callable[[int], None] | None
     """
     path = run.folder / LOG_FILE
     before = last_step(run.train_folder) if advance else 0
-    with path.open("a") as output:
+    with open(path, "a", opener=no_links) as output:
         output.write(f"$ {shlex.join(command)}\n")
         output.flush()
         try:

@@ -5,26 +5,20 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, BinaryIO
 
 from panoptic_cache.pipeline.base.errors import InputError
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from panoptic_cache.pipeline.base.remote import RemoteFile
 
 _TEMPORARY = ".tmp-"
 _LOCK = ".lock"
-PAUSES = (0.5, 1.0, 2.0, 4.0)
-"""Seconds before each further try of what is elsewhere."""
-TIMEOUT = 60.0
-"""Seconds without a byte after which an HTTP request has failed."""
-_BUSY = {408, 425, 429, 500, 502, 503, 504}
-"""Answers of HTTP that may be others a moment later."""
 _NO_LINKS, _NO_WAIT = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_NONBLOCK", 0)
 
 
@@ -55,78 +49,39 @@ class Storage:
 
     def path(self, name: str) -> str:
         """The full path or URL of a file; a query, such as a signature, stays at the end."""
-        folder, mark, query = self.url.partition("?") if self._is_http else (self.url, "", "")
+        folder, mark, query = self.url.partition("?") if is_http(self.url) else (self.url, "", "")
         return f"{folder.rstrip('/')}/{name}{mark}{query}"
 
-    @property
-    def _is_http(self) -> bool:
-        return self.url.startswith(("http://", "https://"))
+    def _remote(self, name: str = "") -> RemoteFile:
+        """The folder, or a file in it."""
+        from panoptic_cache.pipeline.base.remote import RemoteFile  # noqa: PLC0415 - takes 60 ms
 
-    def _remote(self, name: str = "") -> tuple[Any, str]:
-        """The file system of the place, and what it calls the folder or a file in it."""
-        import fsspec  # noqa: PLC0415 - takes 40 ms, and only what is elsewhere needs it
-
-        options: dict[str, Any] = {}
-        try:
-            if self._is_http:
-                import aiohttp  # noqa: PLC0415 - optional
-
-                wait = aiohttp.ClientTimeout(total=None, connect=TIMEOUT, sock_read=TIMEOUT)
-                # A signature in the query holds for the very bytes of it.
-                options = {"client_kwargs": {"timeout": wait}, "encoded": "?" in self.url}
-            url = self.path(name) if name else self.url
-            filesystem, path = fsspec.core.url_to_fs(url, **options)
-        except ImportError as error:
-            raise InputError(f"a package is missing: {error}", where=self.url) from None
-        except ValueError as error:
-            raise InputError(f"no such kind of URL: {error}", where=self.url) from None
-        return filesystem, path.rstrip("/")
+        return RemoteFile(self.path(name) if name else self.url)
 
     def create(self) -> None:
         """Makes the folder; InputError where that is not possible."""
-        folder = self.local
         with _writing(self.url, "cannot make the folder"):
-            if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
+            if self.local is None:
+                self._remote().make_folder()
             else:
-                filesystem, path = self._remote()
-                _tried(self.url, lambda: filesystem.makedirs(path, exist_ok=True))
+                self.local.mkdir(parents=True, exist_ok=True)
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a file whole; see `write_file`."""
-        if self.local is None:
-            self._put(name, data)
-        else:
+        if self.local is not None:
             write_file(self.local / name, data)
-
-    def _put(self, name: str, data: bytes) -> None:
-        filesystem, path = self._remote(name)
-
-        def put() -> int:
-            filesystem.pipe_file(path, data)
-            filesystem.invalidate_cache()
-            return int(filesystem.size(path))
-
+            return
         with _writing(self.path(name)):
-            if _tried(self.path(name), put) != len(data):
-                raise InputError("stored with another size", self.path(name), code="write")
+            self._remote(name).write(data)
 
     def read(self, name: str, size: int | None = None) -> bytes:
         """The bytes of a file; FileNotFoundError where there is none, OSError where it fails.
 
-        Reads again over HTTP where less than `size` bytes came: a server may cut an answer short.
+        Reads again over HTTP where less than `size` bytes came.
         """
-        if self.local is not None:
-            return read_file(self.local / name)
-        filesystem, path = self._remote(name)
-
-        def get() -> bytes:
-            data = bytes(filesystem.cat_file(path))
-            if self._is_http and size is not None and len(data) < size:
-                raise ConnectionError(f"{len(data)} bytes came instead of {size}")
-            return data
-
-        return _tried(self.path(name), get)
+        if self.local is None:
+            return self._remote(name).read(size)
+        return read_file(self.local / name)
 
     def sizes(self, names: Iterable[str] = ()) -> dict[str, int]:
         """The size of every file here, by name, without temporary files.
@@ -134,12 +89,14 @@ class Storage:
         HTTP has no listing of folders, though many servers show one as a page. Those of `names`
         that it does not show are asked for one by one.
         """
-        folder = self.local
+        folder, found = self.local, dict[str, int | None]()
         if folder is None:
-            found = self._remote_sizes(names if self._is_http else ())
-        elif not folder.is_dir():
-            found = {}
-        else:
+            from panoptic_cache.pipeline.base.remote import remote_sizes  # noqa: PLC0415
+
+            found = self._remote().list()
+            asked = {*found, *(names if is_http(self.url) else ())}
+            found |= remote_sizes({name: self.path(name) for name in asked if not found.get(name)})
+        elif folder.is_dir():
             with os.scandir(folder) as entries:
                 found = {
                     entry.name: entry.stat().st_size
@@ -147,41 +104,15 @@ class Storage:
                     # Another process renames its temporary files at any moment.
                     if _is_kept(entry.name) and entry.is_file()
                 }
-        return {name: size for name, size in found.items() if _is_kept(name)}
-
-    def _remote_sizes(self, names: Iterable[str]) -> dict[str, int]:
-        from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - takes 10 ms
-
-        filesystem, path = self._remote()
-
-        def listing() -> list[dict[str, Any]]:
-            filesystem.invalidate_cache()
-            there = "?" not in path and filesystem.exists(path)
-            return list(filesystem.ls(path, detail=True)) if there else []
-
-        rows = [row for row in _tried(self.url, listing) if row["type"] == "file"]
-        sizes = {row["name"].rsplit("/", 1)[-1]: row["size"] for row in rows}
-        unknown = [name for name in {**sizes, **dict.fromkeys(names)} if sizes.get(name) is None]
-        with ThreadPoolExecutor(16) as pool:
-            sizes.update(zip(unknown, pool.map(self._size, unknown), strict=True))
-        return {name: size for name, size in sizes.items() if size is not None}
-
-    def _size(self, name: str) -> int | None:
-        filesystem, path = self._remote(name)
-        try:
-            size: int | None = _tried(self.path(name), lambda: filesystem.size(path))
-            return len(self.read(name)) if size is None else size
-        except FileNotFoundError:
-            return None
+        return {name: size for name, size in found.items() if size is not None and _is_kept(name)}
 
     def remove(self, name: str) -> None:
         """Removes a file if it is there; InputError where that is not possible."""
         with _writing(self.path(name)):
-            if self.local is not None:
+            if self.local is None:
+                self._remote(name).remove()
+            else:
                 (self.local / name).unlink(missing_ok=True)
-                return
-            filesystem, path = self._remote(name)
-            _tried(self.path(name), lambda: filesystem.exists(path) and filesystem.rm_file(path))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -230,40 +161,17 @@ class Storage:
             lock.release()
 
 
-def _tried(where: str, action: Callable[[], T]) -> T:
-    """What an action of a library behind fsspec returns, tried again where it fails in passing.
-
-    Whatever it raises becomes an OSError that names the place: the HTTP library, for example, has
-    its own errors for a refused or truncated answer.
-    """
-    for pause in (*PAUSES, None):
-        try:
-            return action()
-        except InputError:
-            raise
-        except Exception as error:
-            # fsspec says "not found" for whatever a question for a size met over HTTP.
-            cause = error.__cause__ or error
-            status = getattr(cause, "status", None)
-            passes = status in _BUSY or (
-                isinstance(cause, ConnectionError | TimeoutError)
-                or (status is None and type(cause).__module__.startswith("aiohttp"))
-            )
-            if pause is None or not passes:
-                if isinstance(error, FileNotFoundError) and not passes:
-                    raise
-                what = getattr(cause, "strerror", None) or f"{type(cause).__name__} {cause}"
-                raise OSError(errno.EIO, what.rstrip(), where) from error
-            time.sleep(pause)
-    raise AssertionError("the last try returns or raises")
-
-
 @contextmanager
 def _writing(where: Path | str, what: str = "cannot write") -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise cannot_write(error, where, what) from None
+
+
+def is_http(url: str) -> bool:
+    """Whether a place is one of HTTP, which lists no folders and takes queries."""
+    return url.startswith(("http://", "https://"))
 
 
 def _is_kept(name: str) -> bool:
@@ -273,7 +181,8 @@ def _is_kept(name: str) -> bool:
 def sweep(folder: Path) -> None:
     """Removes the half-written files of killed processes."""
     for left_over in folder.rglob(f"{_TEMPORARY}*"):
-        left_over.unlink(missing_ok=True)
+        if not left_over.is_dir():  # as half a checkpoint is
+            left_over.unlink(missing_ok=True)
 
 
 def cannot_read(error: OSError, where: Path | str) -> InputError:

@@ -22,7 +22,7 @@ import msgspec
 
 from panoptic_cache.pipeline.base.config import fingerprint
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.files import Storage, write_file
+from panoptic_cache.pipeline.base.files import Storage, no_links, write_file
 from panoptic_cache.pipeline.base.process import Interrupted
 from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.pipeline.base.workers import map_in_order
@@ -90,7 +90,7 @@ def convert(
         try:
             with (
                 progress("convert", len(items), "images", len(done)) as advance,
-                journal.open("ab") as rows,
+                open(journal, "ab", opener=no_links) as rows,
             ):
                 work = partial(convert_image, job=Job(layout, copy, isthing))
                 for outcome in map_in_order(work, todo, workers):
