@@ -2,9 +2,9 @@
 
 From Python:
 
-    from panoptic_cache.evaluate.predict import Predictor, read_picture
+    from panoptic_cache.evaluate.predict import Predictor
     predictor = Predictor("runs/train")
-    result = predictor([read_picture("photo.jpg")])[0]
+    result = predictor(["photo.jpg"])[0]
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.pipeline.photo import Fit, fitted_size, resize_photo
 from panoptic_cache.pipeline.pictures.colours import Picture, centroid_colours, semantic_colours
+from panoptic_cache.pipeline.sources import as_pixels
 from panoptic_cache.pipeline.tiles import Window, check_tile, windows
 from panoptic_cache.train.config import Precision
 from panoptic_cache.train.encoding import GRID_CELLS, Encoding, make_encoding, nearest_centroids
@@ -37,6 +38,8 @@ from panoptic_cache.train.restore import TrainState, Weights, find_checkpoint, l
 
 Pixels = NDArray[np.uint8]
 """A photo: (H, W, 3) uint8 RGB."""
+Photo = Path | str | Image.Image | NDArray[Any]
+"""What a photo may be given as, see `Predictor.__call__`."""
 
 ORIENTATION = 0x0112
 """The EXIF tag that says how a photo must be turned."""
@@ -165,11 +168,21 @@ class Predictor:
         self.encoding: Encoding = make_encoding(config.loss.encoding, config.loss.harmonics)
         self._isthing = torch.tensor([category.isthing for category in self.categories])
 
-    def __call__(self, photos: Sequence[Pixels]) -> list[PanopticMap]:
-        """Panoptic maps of (H, W, 3) uint8 RGB photos, at their own sizes."""
+    def __call__(self, photos: Sequence[Photo]) -> list[PanopticMap]:
+        """Panoptic maps of a list of photos, at their own sizes.
+
+        Args:
+            photos: Paths, pictures of Pillow's, or arrays: (H, W, 3) uint8 RGB; gray and RGBA are
+                converted, and so are floats in [0, 1] and 16 bits. Only paths are turned as their
+                EXIF tag says.
+
+        Raises:
+            InputError: One is no photo, or the network returns NaN.
+        """
+        pixels = as_photos(photos)
         if self.tile is not None:
-            return [self.stitch(photo, self.tiles(photo)) for photo in photos]
-        return self.decode(self.heads(photos), [(len(p), p.shape[1]) for p in photos])
+            return [self.stitch(photo, self.tiles(photo)) for photo in pixels]
+        return self.decode(self.heads(pixels), [(len(p), p.shape[1]) for p in pixels])
 
     def tiles(self, photo: Pixels) -> Iterator[tuple[Window, Heads]]:
         """The tiles of one photo, and what the network says of each."""
@@ -190,11 +203,13 @@ class Predictor:
         )
 
     @torch.inference_mode()
-    def heads(self, photos: Sequence[Pixels]) -> list[Heads]:
+    def heads(self, photos: Sequence[Photo]) -> list[Heads]:
         """Runs the network on one batch of photos of any sizes, once for each view.
 
         With tiles, photos must be no larger than these.
         """
+        if not (photos := as_photos(photos)):
+            return []
         views = [self._run(photos, side) for side in self._sizes]
         if self._flip:
             turned = [np.ascontiguousarray(photo[:, ::-1]) for photo in photos]
@@ -271,6 +286,18 @@ class Predictor:
             values = paste(size, ((one, read(heads)) for one, heads in self.tiles(photo)))
         isthing = [category.isthing for category in self.categories]
         return centroid_colours(values[:2]), semantic_colours(values[2].astype(np.int64), isthing)
+
+
+def as_photos(photos: Sequence[Photo]) -> list[Pixels]:
+    """(H, W, 3) uint8 RGB of what a caller may give; InputError says which is no photo."""
+    if isinstance(photos, str | Path | Image.Image) or getattr(photos, "ndim", 4) != 4:
+        raise InputError("a single photo", remedy="give a list: predictor([photo])")
+    return [
+        read_picture(photo)
+        if isinstance(photo, str | Path)
+        else as_pixels(photo, f"photo {number} of {len(photos)}")
+        for number, photo in enumerate(photos, start=1)
+    ]
 
 
 def average(views: Sequence[Heads]) -> Heads:

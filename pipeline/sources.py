@@ -1,4 +1,4 @@
-"""Any photos and videos: found in folders; and videos, frame by frame."""
+"""Any photos and videos: found in folders, given as arrays, and videos frame by frame."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from panoptic_cache.pipeline.base.errors import InputError
 
@@ -76,6 +78,50 @@ def _inside(
             aside[f"*{entry.suffix}"] += 1
     for each in folders:
         yield from _inside(each, aside, recursive=recursive, besides=besides)
+
+
+def as_pixels(photo: object, where: str) -> NDArray[np.uint8]:
+    """An array or a picture of Pillow's as (H, W, 3) uint8 RGB.
+
+    Gray becomes RGB, transparency is ignored, floats are in [0, 1]. Integers up to 255 are taken as
+    they are, larger ones of 16 bits lose the lower 8. InputError for anything else.
+    """
+    if isinstance(photo, Image.Image) and not photo.mode.startswith(("I", "F")):
+        photo = photo.convert("RGB")
+    try:
+        pixels = np.asarray(photo)
+    except (TypeError, ValueError, RuntimeError) as error:  # such as a tensor on a GPU
+        raise InputError(f"no photo: {error}", where=where) from None
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.ndim != 3 or pixels.shape[2] not in {1, 2, 3, 4} or pixels.size == 0:
+        given = f"shape {pixels.shape}" if pixels.ndim else type(photo).__name__
+        raise InputError(f"{given} is no photo", where=where, remedy="give (H, W, 3) RGB")
+    pixels = pixels[..., :3] if pixels.shape[2] > 2 else pixels[..., :1]
+    if pixels.dtype != np.uint8:
+        pixels = _as_bytes(pixels, where)
+    if pixels.shape[2] == 1:
+        pixels = pixels.repeat(3, axis=2)
+    return pixels
+
+
+def _as_bytes(pixels: NDArray[Any], where: str) -> NDArray[np.uint8]:
+    floats = pixels.dtype.kind == "f"
+    if not floats and pixels.dtype.kind not in "iu":
+        raise InputError(f"values of type {pixels.dtype}", where=where, remedy="give uint8")
+    low, high = pixels.min(), pixels.max()
+    most = 1 if floats else 65535 if pixels.dtype.itemsize == 2 else 255
+    if not (low >= 0 and high <= most):  # NaN, too
+        raise InputError(
+            f"{pixels.dtype} values of {low:g} to {high:g}, not of 0 to {most}",
+            where=where,
+            remedy="give uint8, or floats in [0, 1]",
+        )
+    if floats:
+        pixels = (pixels * 255).round()
+    elif high > 255:
+        pixels = pixels // 257
+    return pixels.astype(np.uint8)
 
 
 def is_video(path: Path) -> bool:

@@ -19,6 +19,7 @@ from conftest import Run
 from PIL import Image, ImageOps
 
 from panoptic_cache.evaluate import photos as photos_module
+from panoptic_cache.evaluate.decoder.decode import PanopticMap
 from panoptic_cache.evaluate.photos import predict_photos, unique_names
 from panoptic_cache.evaluate.predict import Heads, Pixels, Predictor, read_picture
 from panoptic_cache.evaluate.split.evaluation import evaluate
@@ -62,6 +63,65 @@ def test_a_photo_of_48_megapixels(predictor: Predictor) -> None:
     thing = next(segment for segment in result.segments if segment.isthing)
     assert thing.label == label
     assert thing.area == pytest.approx(6000 * 8000 * (14 * 21) / 56**2, rel=5e-3)
+
+
+def same(found: PanopticMap, wanted: PanopticMap) -> bool:
+    return np.array_equal(found.ids, wanted.ids) and found.segments == wanted.segments
+
+
+def test_photos_in_any_form(predictor: Predictor, tiny_root: Path) -> None:
+    path = next((tiny_root / "val").iterdir())
+    photo = read_picture(path)
+    (wanted,) = predictor([photo])
+    opaque = np.full((*photo.shape[:2], 1), 255, np.uint8)
+    for form in (
+        path,
+        str(path),
+        Image.fromarray(photo),
+        np.concatenate([photo, opaque], 2),
+        photo.astype(np.float32) / 255,
+        photo.astype(np.float64) / 255,
+        photo.astype(np.uint16) * 257,
+        photo.astype(np.int64),
+        torch.from_numpy(photo.copy()),
+    ):
+        (found,) = predictor([form])  # type: ignore[list-item]
+        assert same(found, wanted), type(form)
+    gray = photo[..., 0]
+    (wanted,) = predictor([np.stack([gray] * 3, 2)])
+    for form in (gray, gray[..., None], Image.fromarray(gray), np.stack([gray, gray], 2)):
+        assert same(predictor([form])[0], wanted)
+    assert len(predictor(np.stack([photo, photo]))) == 2  # type: ignore[arg-type]
+    assert predictor([]) == []
+    assert predictor.heads([]) == []
+
+
+@pytest.mark.parametrize(
+    ("photo", "message"),
+    [
+        (np.zeros((3, 40, 40)), r"shape \(3, 40, 40\) is no photo \(give \(H, W, 3\) RGB\)"),
+        (np.zeros((0, 4, 3), np.uint8), r"shape \(0, 4, 3\) is no photo"),
+        (np.full((4, 4, 3), 200.0), "float64 values of 200 to 200, not of 0 to 1"),
+        (np.full((4, 4, 3), np.nan, np.float32), "float32 values of nan to nan"),
+        (np.full((4, 4, 3), -1), "int64 values of -1 to -1, not of 0 to 255"),
+        (np.full((4, 4, 3), 70000), "int64 values of 70000"),
+        (np.zeros((4, 4, 3), bool), "values of type bool"),
+        (np.zeros((4, 4, 3), complex), "values of type complex128"),
+        (None, "NoneType is no photo"),
+        ({"a": 1}, "dict is no photo"),
+        ([[1, 2], [3]], "no photo"),
+    ],
+)
+def test_what_is_no_photo_is_refused(predictor: Predictor, photo: Any, message: str) -> None:
+    with pytest.raises(InputError, match=f"photo 2 of 2: {message}") as caught:
+        predictor([np.zeros((4, 4, 3), np.uint8), photo])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("alone", ["a.jpg", Path("a.jpg"), np.zeros((4, 4, 3), np.uint8)])
+def test_a_single_photo_is_no_list(predictor: Predictor, alone: Any) -> None:
+    with pytest.raises(InputError, match=r"give a list: predictor\(\[photo\]\)"):
+        predictor(alone)
 
 
 GRAY = np.linspace(0, 255, 64, dtype=np.uint8)[None].repeat(48, 0)
