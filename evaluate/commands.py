@@ -13,12 +13,15 @@ import typer
 
 from panoptic_cache.pipeline.console import (
     Annotations,
+    Bgr,
+    FollowLinks,
     Images,
     Json,
     Limit,
     Pngs,
     Root,
     Split,
+    Upright,
     dataset_layout,
     print_json,
     print_values,
@@ -72,6 +75,9 @@ def evaluate(
     images: Images = None,
     panoptic_json: Annotations = None,
     panoptic_dir: Pngs = None,
+    bgr: Bgr = False,
+    upright: Upright = False,
+    follow_links: FollowLinks = False,
     batch: Batch = 8,
     limit: Limit = None,
     overlays: Annotated[int, typer.Option(min=0, help="Images to draw.")] = 16,
@@ -96,7 +102,12 @@ def evaluate(
     from panoptic_cache.pipeline.coco import read_dataset
     from panoptic_cache.train.ranks import Ranks
 
-    layout, name = dataset_layout(coco, split, images, panoptic_json, panoptic_dir)
+    layout, name = dataset_layout(
+        *(coco, split, images, panoptic_json, panoptic_dir),
+        bgr=bgr,
+        upright=upright,
+        follow_links=follow_links,
+    )
     dataset = read_dataset(layout).spread(limit)
     ranks = Ranks.current(cpu=device == "cpu")
     predictor = _predictor(
@@ -164,6 +175,11 @@ def score(
     prediction: Annotated[Path, typer.Argument(help="Panoptic JSON of the prediction.")],
     gt_dir: Annotated[Path | None, typer.Option(help="Its PNGs; by default beside it.")] = None,
     pred_dir: Annotated[Path | None, typer.Option(help="Its PNGs; by default beside it.")] = None,
+    bgr: Bgr = False,
+    pred_bgr: Annotated[
+        bool, typer.Option("--pred-bgr", help="The same of the prediction.")
+    ] = False,
+    follow_links: FollowLinks = False,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes; by default as many as save time.")
     ] = None,
@@ -186,7 +202,8 @@ def score(
 
         reference = theirs.import_official()  # before the work, as it may be missing
     gc.freeze()  # collections, at exit too, need not walk what was imported: 14 of 200 ms
-    categories, pairs = read_pairs(truth, prediction, gt_dir, pred_dir)
+    flags = {"gt_bgr": bgr, "pred_bgr": pred_bgr, "follow_links": follow_links}
+    categories, pairs = read_pairs(truth, prediction, gt_dir, pred_dir, **flags)
     workers = workers or useful_workers(len(pairs))
     with progress("score", len(pairs), "images", patience=1.0) as advance:
         scores = score_pairs(categories, pairs, workers=workers, advance=advance)

@@ -10,7 +10,6 @@ From Python:
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from panoptic_cache.evaluate.decoder.decode import DecodeConfig, PanopticMap, de
 from panoptic_cache.evaluate.tiles import paste, stitch
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category
-from panoptic_cache.pipeline.photo import Fit, fitted_size, resize_photo
+from panoptic_cache.pipeline.photo import Fit, fitted_size, read_photo, resize_photo
 from panoptic_cache.pipeline.pictures.colours import Picture, centroid_colours, semantic_colours
 from panoptic_cache.pipeline.sources import as_pixels
 from panoptic_cache.pipeline.tiles import Window, check_tile, windows
@@ -40,19 +39,8 @@ Pixels = NDArray[np.uint8]
 """A photo: (H, W, 3) uint8 RGB."""
 Photo = Path | str | Image.Image | NDArray[Any]
 """What a photo may be given as, see `Predictor.__call__`."""
-
-ORIENTATION = 0x0112
-"""The EXIF tag that says how a photo must be turned."""
-TURNS: dict[Any, Image.Transpose] = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What makes a photo upright, by the value of that tag."""
+read_picture = read_photo
+"""Any photo as RGB, turned as its EXIF tag says; see `pipeline.photo.read_photo`."""
 
 
 TOGETHER = 8
@@ -321,40 +309,6 @@ def average(views: Sequence[Heads]) -> Heads:
     # A probability of zero would become -inf.
     logits = chance.clamp_min(torch.finfo(torch.float32).tiny).log()
     return Heads(mean([view.instance for view in views]), logits)
-
-
-def read_picture(path: Path | str, *, upright: bool = True) -> Pixels:
-    """Any photo that Pillow reads, as (H, W, 3) uint8 RGB; the first frame of an animation.
-
-    Gray and CMYK become RGB, 16 bits become 8, transparency is ignored.
-
-    Args:
-        path: Of the photo.
-        upright: Turn it as its EXIF tag says. Annotated photos must not be turned: annotations
-            belong to the pixels as they are stored.
-
-    Raises:
-        InputError: Missing, damaged, not a photo, or so large that it may be an attack.
-    """
-    try:
-        with Image.open(path) as file:
-            image: Image.Image = file
-            # Pillow's own exif_transpose writes all tags again, and fails on those of an odd type.
-            turn = file.getexif().get(ORIENTATION) if upright else None
-            if turn in TURNS:
-                image = image.transpose(TURNS[turn])
-            if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
-                gray = np.asarray(image, np.int64).clip(0, 65535) // 257
-                return np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
-            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except FileNotFoundError:
-        raise InputError("no such photo", where=path, code="picture-missing") from None
-    # Pillow raises any of these for a damaged header.
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        what = str(error).removesuffix(f" {str(path)!r}")
-        raise InputError(
-            f"not a readable photo: {what}", where=path, code="picture-damaged"
-        ) from None
 
 
 def find_device(name: str | None = None) -> torch.device:

@@ -7,30 +7,36 @@ panoptic format will do. What is wrong with one image never stops the others; it
 
 from __future__ import annotations
 
-import os
+import logging
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from panoptic_cache.pipeline.annotations import (
     AnnotationRow,
-    CategoryRow,
     ImageId,
     ImageRow,
     SegmentInfo,
+    check_segments,
     loose_row,
-    parse_file,
+    parse_categories,
     parse_row,
+    read_rows,
+    shape_error,
 )
 from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.folders import Folder
+from panoptic_cache.pipeline.png import png_size, read_png
 
 T = TypeVar("T")
 
 MAX_KEY_BYTES = 80
 """A tar header has 100 bytes for a member's name, and the key is followed by a suffix."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +54,16 @@ class PanopticRecord:
     """One annotated image."""
 
     image_id: ImageId  # As annotated
-    key: str  # The sample's name in a shard: the id in 12 digits, or the file's stem without dots
-    file_name: str  # Of the photo, relative to the folder of photos
+    key: str  # The sample's name in a shard: see `sample_keys`
+    file_name: str  # Of the photo, as annotated
     photo: Path  # Path of the photo
     png: Path  # Path of the panoptic PNG
-    height: int  # Pixels, as the JSON says
-    width: int  # Pixels, as the JSON says
+    height: int  # Pixels, as the JSON says, or the PNG where it does not
+    width: int  # The same
     segments: tuple[SegmentInfo, ...]  # The annotated segments
+    merged: int = 0  # Rows that repeated the id of another
+    bgr: bool = False  # The PNG's channels are swapped
+    upright: bool = False  # The photo is turned as its EXIF orientation says
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +90,14 @@ def sort_rejections(rejections: Iterable[Rejection]) -> tuple[Rejection, ...]:
 
 @dataclass(frozen=True, slots=True)
 class CocoLayout:
-    """Where a split of a COCO panoptic dataset lies."""
+    """Where a split of a COCO panoptic dataset lies, and how it is read."""
 
     images: Path  # Folder of photos
     panoptic_json: Path  # The annotation file
     panoptic_dir: Path  # Folder of panoptic PNGs
+    bgr: bool = False  # Red and blue of the PNGs are swapped
+    upright: bool = False  # Annotations are drawn on photos turned as their EXIF orientation says
+    follow_links: bool = False  # Links may lead out of the folders
 
     @classmethod
     def of(cls, root: Path, split: str) -> CocoLayout:
@@ -103,18 +115,12 @@ class CocoLayout:
             raise InputError(f"no split {split}", where=layout.panoptic_json, remedy=remedy)
         return layout
 
-    def absolute(self) -> CocoLayout:
-        """The same with absolute paths, for processes with another working directory."""
-        return CocoLayout(
-            self.images.absolute(), self.panoptic_json.absolute(), self.panoptic_dir.absolute()
-        )
-
     def check(self) -> None:
         """Raises InputError where a folder or the file is missing."""
         for folder, what in ((self.images, "photos"), (self.panoptic_dir, "panoptic PNGs")):
             if not folder.is_dir():
                 raise InputError(f"no folder of {what}", where=folder, remedy="unpack it there")
-        if not self.panoptic_json.is_file():
+        if not self.panoptic_json.exists():
             raise InputError("no annotation file", where=self.panoptic_json)
 
 
@@ -125,7 +131,7 @@ class CocoPanoptic:
     categories: tuple[Category, ...]  # By label
     records: tuple[PanopticRecord, ...]  # The images that can be tried, by ascending key
     rejections: tuple[Rejection, ...]  # The images that cannot, by ascending id
-    digest: str  # SHA-256 of the annotation file
+    digest: str  # SHA-256 of the annotation file, and of how it is read where that is not as usual
 
     def spread(self, limit: int | None) -> CocoPanoptic:
         """`limit` records, evenly spread over the split, or all; without rejections, if limited.
@@ -148,49 +154,59 @@ def read_dataset(layout: CocoLayout) -> CocoPanoptic:
     """
     import hashlib  # noqa: PLC0415 (5 ms, which scoring does without)
 
-    layout = layout.absolute()
     layout.check()
-    source = layout.panoptic_json
+    content, data = read_rows(layout.panoptic_json)
+    categories = read_categories(content.categories, layout.panoptic_json)
+    rejections: list[Rejection] = []
     try:
-        data = source.read_bytes()
-        content = parse_file(data)
-        if content.images is None or content.categories is None:
-            raise ValueError("no images or no categories")
-        categories = read_categories(content.categories, source)
-        known = {category.id for category in categories}
-        rejections: list[Rejection] = []
-        images = _by_id(content.images, ImageRow, "id", rejections)
         annotations = _by_id(content.annotations, AnnotationRow, "image_id", rejections)
-        records = _join(layout, known, images, annotations, rejections)
-    except OSError as error:
-        raise InputError(
-            f"cannot read: {error.strerror}", where=error.filename or source, code="unreadable"
-        ) from None
+        if content.images is None:
+            log.warning("%s has no `images`: photos are found by their PNGs", layout.panoptic_json)
+            images: dict[ImageId, list[ImageRow | _BadRow]] = {
+                image_id: [ImageRow(image_id, row.file_name) for row in rows]
+                for image_id, rows in annotations.items()
+            }
+        else:
+            images = _by_id(content.images, ImageRow, "id", rejections)
     except ValueError as error:
-        raise InputError(
-            f"not a COCO panoptic annotation file: {error}",
-            where=source,
-            remedy="it needs images, annotations with segments_info, and categories",
-        ) from None
-    records.sort(key=lambda record: record.key)
+        raise shape_error(f"is no annotation file: {error}", layout.panoptic_json) from None
+    if images.keys().isdisjoint(annotations):  # numbers in one list, text in the other
+        own = {str(image_id): image_id for image_id in images}
+        if own.keys() & {str(image_id) for image_id in annotations}:
+            log.warning("image ids are text in one list, numbers in the other: taken as the same")
+        annotations = {own.get(str(image_id), image_id): r for image_id, r in annotations.items()}
+    known = {category.id for category in categories}
+    records = sample_keys(_join(layout, known, images, annotations, rejections), rejections)
+    _warn_of_stuff(categories, records)
     digest = hashlib.sha256(data).hexdigest()
+    for name in ("bgr", "upright"):
+        digest += f" {name}" if getattr(layout, name) else ""
+    records.sort(key=lambda record: record.key)
     return CocoPanoptic(categories, tuple(records), sort_rejections(rejections), digest)
 
 
-def read_categories(rows: Iterable[Any], source: Path) -> tuple[Category, ...]:
-    """The categories by label, which is the rank of the id.
-
-    Raises:
-        ValueError: A row is malformed.
-        InputError: Two categories share an id, or there is none.
-    """
-    parsed = sorted((parse_row(row, CategoryRow) for row in rows), key=lambda row: row.id)
-    if not parsed or len({row.id for row in parsed}) < len(parsed):
-        raise InputError("categories are empty or share an id", where=source)
+def read_categories(rows: Iterable[Any] | None, source: Path) -> tuple[Category, ...]:
+    """The categories by label, which is the rank of the id; InputError where a row is malformed."""
     return tuple(
         Category(row.id, str(row.name), bool(row.isthing), label)
-        for label, row in enumerate(parsed)
+        for label, row in enumerate(parse_categories(rows, source))
     )
+
+
+def _warn_of_stuff(categories: Sequence[Category], records: Iterable[PanopticRecord]) -> None:
+    """Some tools write `isthing` as 0 everywhere, also of what they have drawn one by one."""
+    if any(category.isthing for category in categories):
+        return
+    for record in records:
+        times = Counter(segment.category_id for segment in record.segments)
+        for category in categories:
+            if times[category.id] > 1:
+                log.warning(
+                    "no category has `isthing` 1, but image %s has %d segments of %s: set it to 1"
+                    " where things are counted one by one",
+                    *(record.image_id, times[category.id], category.name),
+                )
+                return
 
 
 class _BadRow(NamedTuple):
@@ -227,8 +243,10 @@ def _join(
     rejections: list[Rejection],
 ) -> list[PanopticRecord]:
     """The images that can be tried; adds the others to the rejections."""
-    # One listing of each folder: a stat for every image takes minutes on a network disk.
-    photos, pngs = list_names(layout.images), list_names(layout.panoptic_dir)
+    photos = Folder(layout.images, "photo", follow_links=layout.follow_links)
+    pngs = Folder(layout.panoptic_dir, "panoptic PNG", follow_links=layout.follow_links)
+    photos.guess([image.file_name for rows in images.values() for image in rows])
+    pngs.guess([row.file_name for rows in annotations.values() for row in rows])
     records = []
     for image_id, rows in images.items():
         annotated = annotations.pop(image_id, [])
@@ -238,12 +256,7 @@ def _join(
                     raise InputError("has no annotation", code="annotation-missing")
                 if len(rows) > 1 or len(annotated) > 1:
                     raise InputError("is listed more than once", code="image-duplicate")
-                record = _record(layout, image, annotated[0], known)
-                if record.file_name not in photos and not is_file(record.photo):
-                    raise InputError("photo missing", where=record.photo, code="photo-missing")
-                if annotated[0].file_name not in pngs and not is_file(record.png):
-                    raise InputError("panoptic PNG missing", where=record.png, code="png-missing")
-                records.append(record)
+                records.append(_record(image, annotated[0], known, layout, (photos, pngs)))
             except InputError as error:
                 rejections.append(Rejection.of(image_id, image.file_name, error))
     message = "annotation of an image that the file does not list"
@@ -251,55 +264,39 @@ def _join(
         Rejection(image_id, annotated[0].file_name, "image-missing", message)
         for image_id, annotated in annotations.items()
     ]
-    times = Counter(record.key for record in records)
-    for record in records:
-        if times[record.key] > 1:
-            message = f"shares the key {record.key} with another image (rename one of the photos)"
-            rejections.append(Rejection(record.image_id, record.file_name, "key-shared", message))
-    return [record for record in records if times[record.key] == 1]
+    return records
 
 
 def _record(
-    layout: CocoLayout,
     image: ImageRow | _BadRow,
     annotation: AnnotationRow | _BadRow,
     known: set[int],
+    layout: CocoLayout,
+    folders: tuple[Folder, Folder],
 ) -> PanopticRecord:
     """One image with its segments; InputError where it cannot be rendered."""
-    if isinstance(image, _BadRow):
-        raise InputError(image.problem, code="annotation-malformed")
-    if isinstance(annotation, _BadRow):
-        raise InputError(annotation.problem, code="annotation-malformed")
-    key = sample_key(image.id, image.file_name)
-    # Names that came from undecodable bytes hold lone surrogates, which no tar header takes.
-    plain = key.encode(errors="replace")
-    if len(plain) > MAX_KEY_BYTES or plain.decode() != key:
-        raise InputError(
-            f"its name cannot be a key: more than {MAX_KEY_BYTES} bytes, or not UTF-8",
-            remedy="give the photo another name",
-            code="key-invalid",
-        )
-    seen: set[int] = set()
-    for segment in annotation.segments_info:
-        if segment.id in seen:
-            raise InputError(f"segment {segment.id} twice in the JSON", code="segment-duplicate")
-        if not 0 < segment.id < 1 << 24:
-            raise InputError(f"segment id {segment.id} is not in 1..2^24-1", code="segment-id")
-        if segment.category_id not in known:
-            raise InputError(
-                f"segment {segment.id} has unknown category {segment.category_id}",
-                code="category-unknown",
-            )
-        seen.add(segment.id)
+    for row in (image, annotation):
+        if isinstance(row, _BadRow):
+            raise InputError(row.problem, code="annotation-malformed")
+    assert isinstance(image, ImageRow)
+    assert isinstance(annotation, AnnotationRow)
+    segments = check_segments(annotation.segments_info, known)
+    photo, png = folders[0].find(image.file_name), folders[1].find(annotation.file_name)
+    height, width = image.height, image.width
+    if height is None or width is None:
+        height, width = png_size(read_png(png))
     return PanopticRecord(
         image_id=image.id,
-        key=key,
+        key=sample_key(image.id, image.file_name),
         file_name=image.file_name,
-        photo=layout.images / image.file_name,
-        png=layout.panoptic_dir / annotation.file_name,
-        height=image.height,
-        width=image.width,
-        segments=annotation.segments_info,
+        photo=photo,
+        png=png,
+        height=height,
+        width=width,
+        segments=segments,
+        merged=len(annotation.segments_info) - len(segments),
+        bgr=layout.bgr,
+        upright=layout.upright,
     )
 
 
@@ -310,14 +307,32 @@ def sample_key(image_id: ImageId, file_name: str) -> str:
     return Path(file_name).stem.replace(".", "_")
 
 
-def list_names(folder: Path) -> set[str]:
-    """The names of all files in a folder."""
-    with os.scandir(folder) as entries:
-        return {entry.name for entry in entries}
+def sample_keys(records: list[PanopticRecord], rejections: list[Rejection]) -> list[PanopticRecord]:
+    """The records with a key that none shares; adds those that get none to the rejections.
 
-
-def is_file(path: Path) -> bool:
-    """Whether a file is there; False for a name that no file can have."""
-    with suppress(OSError):
-        return path.is_file()
-    return False
+    Where photos of several folders have one stem, the key is the image id, else the whole path.
+    """
+    for whole in (lambda one: str(one.image_id), lambda one: one.file_name.rpartition(".")[0]):
+        times = Counter(record.key for record in records)
+        records = [
+            replace(one, key=re.sub(r"[./\\]", "_", whole(one))) if times[one.key] > 1 else one
+            for one in records
+        ]
+    kept = []
+    times = Counter(record.key for record in records)
+    for record in records:
+        key, name = record.key, record.file_name
+        # Names that came from undecodable bytes hold lone surrogates, which no tar header takes.
+        plain = key.encode(errors="replace")
+        if len(plain) > MAX_KEY_BYTES or plain.decode() != key:
+            message = (
+                f"its name cannot be a key: more than {MAX_KEY_BYTES} bytes, or not UTF-8 (give the"
+                " photo another name)"
+            )
+            rejections.append(Rejection(record.image_id, name, "key-invalid", message))
+        elif times[key] > 1:
+            message = f"shares the key {key} with another image (rename one of the photos)"
+            rejections.append(Rejection(record.image_id, name, "key-shared", message))
+        else:
+            kept.append(record)
+    return kept

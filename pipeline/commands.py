@@ -11,12 +11,15 @@ import typer
 
 from panoptic_cache.pipeline.console import (
     Annotations,
+    Bgr,
     Count,
+    FollowLinks,
     Images,
     Json,
     Pngs,
     Root,
     Split,
+    Upright,
     bench_layout,
     dataset_layout,
     print_bench,
@@ -65,6 +68,9 @@ def preprocess(
     images: Images = None,
     panoptic_json: Annotations = None,
     panoptic_dir: Pngs = None,
+    bgr: Bgr = False,
+    upright: Upright = False,
+    follow_links: FollowLinks = False,
     fit: Annotated[
         Literal["native", "squash", "longest"],
         typer.Option(help="native: COCO's own size; squash: a square; longest: longer side."),
@@ -97,7 +103,12 @@ def preprocess(
     from panoptic_cache.pipeline.render.dry_run import dry_run as look
     from panoptic_cache.pipeline.render.plan import RenderConfig
 
-    layout, name = dataset_layout(coco, split, images, panoptic_json, panoptic_dir)
+    layout, name = dataset_layout(
+        *(coco, split, images, panoptic_json, panoptic_dir),
+        bgr=bgr,
+        upright=upright,
+        follow_links=follow_links,
+    )
     config = RenderConfig(
         fit=fit, size=size, samples_per_shard=samples_per_shard, tile=tile, overlap=overlap
     )

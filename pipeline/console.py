@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -29,6 +30,15 @@ Images = Annotated[Path | None, typer.Option(help="Folder of photos, instead of 
 Annotations = Annotated[Path | None, typer.Option(help="Annotation file, instead of --coco.")]
 Pngs = Annotated[Path | None, typer.Option(help="Folder of panoptic PNGs, instead of --coco.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use N images, evenly spread over all.")]
+Bgr = Annotated[
+    bool, typer.Option("--bgr", help="PNGs with red and blue swapped, as cv2.imwrite swaps them.")
+]
+Upright = Annotated[
+    bool, typer.Option("--upright", help="Annotations are of photos turned as EXIF says.")
+]
+FollowLinks = Annotated[
+    bool, typer.Option("--follow-links", help="Follow links that lead out of the dataset.")
+]
 Count = Annotated[int, typer.Option("--count", min=1, help="Images to measure on.")]
 
 GRACE = 5.0
@@ -46,18 +56,24 @@ def dataset_layout(
     images: Path | None = None,
     panoptic_json: Path | None = None,
     panoptic_dir: Path | None = None,
+    *,
+    bgr: bool = False,
+    upright: bool = False,
+    follow_links: bool = False,
 ) -> tuple[CocoLayout, str]:
     """The dataset that the options name, and what to call it."""
     from panoptic_cache.pipeline.coco import CocoLayout  # noqa: PLC0415
 
     if coco is not None and split is not None and not (images or panoptic_json or panoptic_dir):
-        return CocoLayout.of(coco, split), split
-    if coco is None and images and panoptic_json and panoptic_dir:
+        layout, name = CocoLayout.of(coco, split), split
+    elif coco is None and images and panoptic_json and panoptic_dir:
+        layout = CocoLayout(images, panoptic_json, panoptic_dir)
         name = split or panoptic_json.stem.removeprefix("panoptic_")
-        return CocoLayout(images, panoptic_json, panoptic_dir), name
-    raise typer.BadParameter(
-        "give --coco and --split, or --images, --panoptic-json and --panoptic-dir"
-    )
+    else:
+        raise typer.BadParameter(
+            "give --coco and --split, or --images, --panoptic-json and --panoptic-dir"
+        )
+    return replace(layout, bgr=bgr, upright=upright, follow_links=follow_links), name
 
 
 def bench_layout(coco: Path | None, split: str | None) -> CocoLayout | None:

@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import warnings
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 
 from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import read_file
 from panoptic_cache.pipeline.coco import PanopticRecord
-from panoptic_cache.pipeline.png import PNG_SIGNATURE, check_png, png_size
+from panoptic_cache.pipeline.png import MOST_BYTES, MOST_PIXELS, PNG_SIGNATURE, check_png, png_size
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
+"""Of files that are taken for photos, in any case."""
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
+"""The ones that Pillow may read: of others, such as EPS, some start programs."""
+ORIENTATION = 0x0112
+"""EXIF's tag of how the stored pixels are to be turned: 1 not at all, 2 to 8."""
 
 Fit = Literal["native", "squash", "longest", "crop"]
 """How a picture takes a side of so many pixels: not at all (`native`); as a square (`squash`); with
 its longer side (`longest`) or, to be cropped, its shorter one (`crop`)."""
+
+_PILLOW_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+warnings.filterwarnings(
+    "ignore", module=r"PIL\."
+)  # of large sizes, which are checked here, and tags
 
 _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 _JPEG_SIGNATURE = b"\xff\xd8"
@@ -81,8 +106,7 @@ def resize_photo(photo: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.
     return photo
 
 
-@dataclass(frozen=True, slots=True)
-class Photo:
+class Photo(NamedTuple):
     """A photo, as its file's bytes, as pixels, or both."""
 
     data: bytes | None  # Those of a colour JPEG, which may be kept
@@ -106,90 +130,186 @@ def encode_jpeg(rgb: NDArray[np.uint8], quality: int) -> bytes:
     )
 
 
-def read_photo(record: PanopticRecord, repairs: Counter[str], *, pixels: bool) -> Photo:
-    """Reads a JPEG or PNG strictly; makes RGB of PNG, grayscale and CMYK.
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A photo's file, not decoded."""
 
-    Args:
-        record: The annotated image.
-        repairs: Counts, by code, of what was converted; added to.
-        pixels: Decode a colour JPEG, too, instead of only checking it.
+    data: bytes
+    form: str  # "PNG", "JPEG", or "" for what Pillow reads
+    colours: str  # Of a JPEG
+    size: tuple[int, int]  # (height, width) of the stored pixels
+    orientation: int  # 1 to 8
 
-    Raises:
-        InputError: Missing, damaged, of another kind, or of another size than annotated.
+
+def load_photo(record: PanopticRecord, repairs: Counter[str], *, pixels: bool) -> Photo:
+    """Reads the photo of an annotated image strictly, and makes RGB of all but colour JPEGs.
+
+    `repairs` counts, by code, what was mended. Colour JPEGs are decoded, instead of only checked,
+    where `pixels` are wanted. InputError where it is missing, damaged, of another kind, or of
+    another size than annotated.
     """
+    file = _read_photo(record)
+    turn = file.orientation if record.upright else 1
+    repairs["photo-orientation"] += file.orientation != turn
+    rgb: NDArray[np.uint8] | None = None
     try:
-        data, colours = read_bytes(record)
-        rgb: NDArray[np.uint8] | None = None
-        if colours == "PNG":
-            rgb = _decode_png(data)
-        elif colours in {"CMYK", "YCCK"}:
+        if file.form == "PNG":
+            rgb = _decode_png(file.data)
+        elif not file.form:
+            rgb = _decode(file.data)
+        elif file.colours in {"CMYK", "YCCK"}:
             repairs["photo-cmyk"] += 1
-            rgb = _cmyk_to_rgb(simplejpeg.decode_jpeg(data, colorspace="CMYK"))
-        elif colours == "Gray" or pixels:
-            repairs["photo-grayscale"] += colours == "Gray"
-            rgb = simplejpeg.decode_jpeg(data, colorspace="RGB")
+            rgb = _cmyk_to_rgb(simplejpeg.decode_jpeg(file.data, colorspace="CMYK"))
+        elif file.colours == "Gray" or pixels or turn != 1:
+            repairs["photo-grayscale"] += file.colours == "Gray"
+            rgb = simplejpeg.decode_jpeg(file.data, colorspace="RGB")
         else:
-            check_jpeg(data)
+            check_jpeg(file.data)
     except ValueError as error:
-        raise _damaged(record, error) from None
-    own = colours not in {"PNG", "CMYK", "YCCK", "Gray"}
-    return Photo(data if own else None, rgb)
+        raise _damaged(record.photo, error) from None
+    if rgb is not None:
+        rgb = turned(rgb, turn)
+    kept = file.form == "JPEG" and file.colours not in {"CMYK", "YCCK", "Gray"} and turn == 1
+    return Photo(file.data if kept else None, rgb)
 
 
 def check_photo(record: PanopticRecord) -> None:
-    """What can be told of a photo without decoding a pixel.
-
-    Raises:
-        InputError: As `read_photo` would.
-    """
-    try:
-        data, colours = read_bytes(record)
-        # Markers cannot occur in a scan's data, so a file cut short has none after its last one.
-        cut = data.find(_END_OF_IMAGE, data.rfind(_START_OF_SCAN)) < 0
-        if colours != "PNG" and cut:
-            raise ValueError("cut short")
-    except ValueError as error:
-        raise _damaged(record, error) from None
+    """What can be told of a photo without decoding a pixel; InputError as from `load_photo`."""
+    file = _read_photo(record)
+    # Markers cannot occur in a scan's data, so a file cut short has none after its last one.
+    cut = file.data.find(_END_OF_IMAGE, file.data.rfind(_START_OF_SCAN)) < 0
+    if file.form == "JPEG" and cut:
+        raise _damaged(record.photo, "cut short")
 
 
-def read_bytes(record: PanopticRecord) -> tuple[bytes, str]:
-    """A photo's file, of the size that is annotated, not decoded; and its colour space or `PNG`.
-
-    Raises:
-        InputError: It cannot be read, is of another kind, or has another size.
-        ValueError: It is damaged.
-    """
-    try:
-        data = record.photo.read_bytes()
-    except OSError as error:
-        code = "photo-missing" if isinstance(error, FileNotFoundError) else "photo-unreadable"
-        raise InputError(
-            f"photo unreadable: {error.strerror}", where=record.photo, code=code
-        ) from None
-    if data.startswith(PNG_SIGNATURE):
-        check_png(data, record.photo, code="photo-damaged")
-        (height, width), colours = png_size(data), "PNG"
-    elif data.startswith(_JPEG_SIGNATURE) or not data:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    else:
-        raise InputError(
-            "photo is neither JPEG nor PNG",
-            where=record.photo,
-            remedy="convert it",
-            code="photo-damaged",
-        )
+def _read_photo(record: PanopticRecord) -> _File:
+    file = _read(record.photo)
+    size, turned = file.size, file.size[::-1] if file.orientation > 4 else file.size
+    taken, other = (turned, size) if record.upright else (size, turned)
     # Before decoding: a header can claim gigabytes.
-    if (height, width) != (record.height, record.width):
+    if taken != (record.height, record.width):
+        what = f"sizes differ: photo {taken}, JSON {(record.height, record.width)}"
+        remedy = ""
+        if other == (record.height, record.width):
+            way = "as stored" if record.upright else "turned"
+            what += f"; they fit {way}: its EXIF orientation is {file.orientation}"
+            remedy = "leave out --upright" if record.upright else "read it with --upright"
+        raise InputError(what, where=record.photo, remedy=remedy, code="size-mismatch")
+    return file
+
+
+def read_photo(path: Path | str, *, upright: bool = True) -> NDArray[np.uint8]:
+    """Any photo of `FORMATS` as pixels; the first frame of an animation.
+
+    Gray, CMYK and palettes become RGB, 16 bits become 8, transparency is ignored.
+
+    Args:
+        path: Of the photo.
+        upright: Turn it as its EXIF tag says. Annotated photos are not to be turned, unless they
+            were for those who drew on them: annotations belong to the pixels as they are stored.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+
+    Raises:
+        InputError: Missing, damaged, no photo, or so large that it may be an attack.
+    """
+    file = _read(Path(path))
+    try:
+        rgb = _decode(file.data)
+    except ValueError as error:
+        raise _damaged(Path(path), error) from None
+    return turned(rgb, file.orientation if upright else 1)
+
+
+def _read(path: Path) -> _File:
+    try:
+        data = read_file(path, MOST_BYTES)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise InputError("no such photo", where=path, code="photo-missing") from None
+        what = f"photo unreadable: {error.strerror}"
+        raise InputError(what, where=path, code="photo-unreadable") from None
+    orientation, form, colours = 1, "", ""
+    try:
+        if data.startswith(PNG_SIGNATURE):
+            check_png(data, path, code="photo-damaged")
+            form, (height, width) = "PNG", png_size(data)
+        elif data.startswith(_JPEG_SIGNATURE) or not data:
+            form = "JPEG"
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        # Rare in data sets, and half a millisecond each.
+        tags = {"PNG": b"eXIf" in data, "JPEG": b"Exif\0" in data[: 1 << 16], "": True}
+        if tags[form]:
+            with _open(data) as picture:
+                orientation = _orientation(picture)
+                if not form:
+                    width, height = picture.size
+                    if picture.format == "TIFF" and orientation > 4:  # told as it will be turned
+                        width, height = height, width
+    except ValueError as error:
+        raise _damaged(path, error) from None
+    if height * width > MOST_PIXELS:
         raise InputError(
-            f"sizes differ: photo {(height, width)}, JSON {(record.height, record.width)}",
-            where=record.photo,
-            code="size-mismatch",
+            f"photo has {height} x {width} pixels, {MOST_PIXELS:,} are the most",
+            where=path,
+            remedy="cut it into tiles",
+            code="photo-large",
         )
-    return data, colours
+    return _File(data, form, colours, (height, width), orientation)
 
 
-def _damaged(record: PanopticRecord, error: ValueError) -> InputError:
-    return InputError(f"photo damaged: {error}", where=record.photo, code="photo-damaged")
+def _damaged(path: Path, what: object) -> InputError:
+    return InputError(f"photo damaged: {what}", where=path, code="photo-damaged")
+
+
+def _open(data: bytes) -> Image.Image:
+    """The header, as Pillow reads it; ValueError where it is damaged or of another kind."""
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"it is none of {', '.join(FORMATS)}") from None
+    except _PILLOW_ERRORS as error:
+        raise ValueError(str(error)) from None
+
+
+def _orientation(picture: Image.Image) -> int:
+    try:
+        found = picture.getexif().get(ORIENTATION, 1)
+    except _PILLOW_ERRORS:  # odd tags turn nothing
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def _decode(data: bytes) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 RGB by Pillow, as stored; ValueError where it is damaged."""
+    with _open(data) as picture:
+        turn = _orientation(picture)
+        try:
+            picture.load()
+            if picture.mode == "F":
+                raise ValueError("its pixels are floating-point numbers")
+            if picture.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
+                gray = np.asarray(picture, np.int64).clip(0, 65535) // 257
+                rgb = np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
+            else:
+                rgb = np.asarray(picture.convert("RGB"))
+        except _PILLOW_ERRORS as error:
+            raise ValueError(str(error)) from None
+        if picture.format == "TIFF":  # the only one that Pillow turns itself
+            rgb = turned(rgb, {6: 8, 8: 6}.get(turn, turn))
+    return rgb
+
+
+def turned(rgb: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """(H, W, 3) pixels turned as an EXIF orientation says."""
+    if orientation > 4:
+        rgb = rgb.swapaxes(0, 1)
+    if orientation in {2, 3, 6, 7}:
+        rgb = rgb[:, ::-1]
+    if orientation in {3, 4, 7, 8}:
+        rgb = rgb[::-1]
+    return np.ascontiguousarray(rgb)
 
 
 def _decode_png(data: bytes) -> NDArray[np.uint8]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 import cv2
@@ -11,17 +12,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import read_file
+
+MOST_BYTES = 1 << 30
+"""Of the file of a picture."""
+MOST_PIXELS = 178_956_970
+"""Of a picture: more may be an attack on the memory. Pillow has the same limit."""
+MOST_UNKNOWN = 0.02
+"""Part of the labelled pixels whose ids the JSON need not list."""
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _HEADER = b"\0\0\0\x0dIHDR"
 
 
-def read_ids(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.int32]:
+def read_ids(
+    path: Path, size: tuple[int, int] | None = None, *, bgr: bool = False
+) -> NDArray[np.int32]:
     """Segment ids of a panoptic PNG: R + 256 G + 65536 B.
 
     Args:
         path: Of the PNG.
         size: (H, W) that it must have; any where None.
+        bgr: Red and blue are swapped, as where an RGB map was written by `cv2.imwrite`.
 
     Returns:
         (H, W) int32, 0 = unlabelled.
@@ -30,13 +42,13 @@ def read_ids(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.int3
         InputError: Missing, damaged (every chunk's checksum is checked, as decoders hand out
             half pictures), not 8-bit RGB(A), or of another size.
     """
-    return decode_ids(read_png(path, size), path)
+    return decode_ids(read_png(path, size), path, bgr=bgr)
 
 
 def read_png(path: Path, size: tuple[int, int] | None = None) -> bytes:
     """The bytes of a panoptic PNG, checked as `read_ids` says but not decoded."""
     try:
-        data = path.read_bytes()
+        data = read_file(path, MOST_BYTES)
     except OSError as error:
         code = "png-missing" if isinstance(error, FileNotFoundError) else "png-unreadable"
         raise InputError(
@@ -64,21 +76,60 @@ def png_size(data: bytes) -> tuple[int, int]:
     return height, width
 
 
-def decode_ids(data: bytes, where: Path) -> NDArray[np.int32]:
+def decode_ids(data: bytes, where: Path, *, bgr: bool = False) -> NDArray[np.int32]:
     """Decodes the bytes of an 8-bit RGB(A) PNG into (H, W) int32 ids; see `read_ids`."""
+    height, width = png_size(data)
+    if height * width > MOST_PIXELS:
+        raise InputError(
+            f"panoptic PNG has {height} x {width} pixels, {MOST_PIXELS:,} are the most",
+            where=where,
+            remedy="cut it into tiles",
+            code="png-large",
+        )
     # Colours as they are stored: a PNG with an alpha channel keeps its RGB under IMREAD_COLOR.
     # Pixels where they are stored: OpenCV would turn a PNG by its eXIf chunk.
-    try:
-        bgr = cv2.imdecode(
-            np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-        )
-    except cv2.error:  # it claims more pixels than OpenCV reads
-        bgr = None
-    if bgr is None:
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    stored = cv2.imdecode(np.frombuffer(data, np.uint8), flags)  # (H, W, 3), blue first
+    if stored is None:
         raise InputError("panoptic PNG cannot be decoded", where=where, code="png-damaged")
-    rgba = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGBA)
+    rgba = cv2.cvtColor(stored, cv2.COLOR_BGR2BGRA if bgr else cv2.COLOR_BGR2RGBA)
     ids: NDArray[np.int32] = rgba.view("<i4")[..., 0] & 0xFFFFFF
     return ids
+
+
+def check_known(areas: Mapping[int, int], known: Set[int], where: Path | str) -> None:
+    """Raises InputError where too many labelled pixels have ids that no row of the JSON lists.
+
+    `areas` are the pixels of each id, 0 for unlabelled. The message names the reason where it can
+    be told.
+    """
+    unknown = {id_: area for id_, area in areas.items() if id_ and id_ not in known}
+    total = sum(areas.values()) - areas.get(0, 0)
+    if sum(unknown.values()) <= MOST_UNKNOWN * total:
+        return
+    what, remedy = "", "list them in `segments_info`, or paint them 0"
+    mean = sum(unknown.values()) / len(unknown)
+    if is_swapped(areas, known):
+        what = "; with red and blue swapped, as cv2.imwrite swaps them, they would match"
+        remedy = "read it with --bgr, or without where it is given"
+    elif len(unknown) > max(8, len(known)) and mean < 16:
+        what = f": {len(unknown)} ids of {mean:.0f} pixels each, as where a map is resized with"
+        what += " interpolation or saved with loss"
+        remedy = "resize it to the nearest neighbour, and save it as PNG"
+    raise InputError(
+        f"{sum(unknown.values()) / total:.0%} of the labelled pixels have ids that the JSON does"
+        f" not list{what}",
+        where=where,
+        remedy=remedy,
+        code="png-id-unknown",
+    )
+
+
+def is_swapped(areas: Mapping[int, int], known: Set[int]) -> bool:
+    """Whether the ids of a map are listed once their red and blue are swapped."""
+    swapped = {(id_ & 0xFF) << 16 | id_ & 0xFF00 | id_ >> 16: area for id_, area in areas.items()}
+    matching = sum(area for id_, area in swapped.items() if id_ in known)
+    return matching >= (1 - MOST_UNKNOWN) * (sum(areas.values()) - areas.get(0, 0)) > 0
 
 
 def check_png(data: bytes, where: Path | str, *, code: str = "png-damaged") -> None:

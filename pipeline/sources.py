@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.photo import SUFFIXES
 
 logger = logging.getLogger(__name__)
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm")
-"""Of files that are taken for photos and for videos, in any case."""
+"""Of files that are taken for videos, in any case."""
 
 
 def list_photos(
@@ -72,7 +72,7 @@ def _inside(
                 folders.append(entry)
             else:
                 aside["folders"] += 1
-        elif entry.suffix.lower() in (*PHOTO_SUFFIXES, *VIDEO_SUFFIXES):
+        elif entry.suffix.lower() in (*SUFFIXES, *VIDEO_SUFFIXES):
             yield entry
         else:
             aside[f"*{entry.suffix}"] += 1

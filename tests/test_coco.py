@@ -174,7 +174,7 @@ def rename(content: dict[str, Any], names: list[str]) -> None:
 @pytest.mark.parametrize(
     ("names", "codes"),
     [
-        (["a/x.jpg", "b/x.jpg"], ["key-shared"] * 2),
+        (["a/b/x.jpg", "a.b/x.jpg"], ["key-shared"] * 2),
         ([f"{'n' * (MAX_KEY_BYTES + 1)}.jpg"], ["key-invalid"]),
         ([f"{'n' * MAX_KEY_BYTES}.jpg"], []),
         (["caf\udce9.jpg"], ["key-invalid"]),
@@ -186,7 +186,7 @@ def test_names_that_make_no_key_are_rejected(
 ) -> None:
     photo = next((root / "val").iterdir()).read_bytes()
     for name in names:
-        (root / "val" / name).parent.mkdir(exist_ok=True)
+        (root / "val" / name).parent.mkdir(parents=True, exist_ok=True)
         (root / "val" / name).write_bytes(photo)
     assert reject(root, lambda content: rename(content, names))[1] == codes
 
@@ -225,7 +225,7 @@ def test_a_row_without_an_id_costs_only_itself(root: Path) -> None:
     assert len(dataset.records) == 2
     assert codes.count("annotation-malformed") == 2
     messages = [r.message for r in dataset.rejections if r.code == "annotation-malformed"]
-    assert messages == ["has no id", "has no image_id"]
+    assert sorted(messages) == ["has no id", "has no image_id"]
 
 
 @pytest.mark.parametrize("value", ["0", None, 2, [], "true"])
@@ -266,7 +266,7 @@ def test_missing_places_are_named(root: Path) -> None:
         read_dataset(layout)
 
 
-def test_a_png_of_absurd_size_is_damaged_not_a_crash(tmp_path: Path) -> None:
+def test_a_png_of_absurd_size_is_refused(tmp_path: Path) -> None:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return (
             struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -277,7 +277,7 @@ def test_a_png_of_absurd_size_is_damaged_not_a_crash(tmp_path: Path) -> None:
     (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
     with pytest.raises(InputError) as caught:
         read_ids(tmp_path / "huge.png")
-    assert caught.value.code == "png-damaged"
+    assert caught.value.code == "png-large"
 
 
 def test_every_flipped_bit_of_a_png_is_seen(tmp_path: Path) -> None:

@@ -186,14 +186,14 @@ def test_masks(tmp_path: Path, run: Run, overlap: str) -> None:
     same_regions(ids, wanted)
     check_rows(ids, segments)
     assert json.loads(out)["overlaps"] == int((stack.sum(0) > 1).sum())
-    assert (tmp_path / "out/a/one.png").is_symlink()
+    assert (tmp_path / "out/a/one.png").samefile(tmp_path / "in/one/images/one.png")
 
 
 def test_processes_give_the_bytes_of_one(labelled: Path, tmp_path: Path, run: Run) -> None:
     assert run(*arguments(labelled, tmp_path / "one", "--workers", 0, "--copy"))[0] == 0
     assert run(*arguments(labelled, tmp_path / "two", "--workers", 2, "--copy"))[0] == 0
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
-    assert not (tmp_path / "one/a/0.png").is_symlink()
+    assert (tmp_path / "one/a/0.png").stat().st_nlink == 1
 
 
 def test_a_run_goes_on_where_it_was_cut(labelled: Path, tmp_path: Path, run: Run) -> None:

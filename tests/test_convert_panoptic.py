@@ -137,7 +137,7 @@ def test_ade20k(run: Run, tmp_path: Path) -> None:
         same_regions(ids, values)
         for row in segments:
             assert row["category_id"] == (8 if values[ids == row["id"]][0] > 10_000_000 else 0)
-        assert (out / f"val/{name}.jpg").is_symlink()
+        assert (out / f"val/{name}.jpg").is_file()
     assert len(read_dataset(CocoLayout.of(out, "val")).records) == 2
 
 

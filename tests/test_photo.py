@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from panoptic_cache.pipeline.coco import PanopticRecord
-from panoptic_cache.pipeline.photo import read_photo, resize_photo
+from panoptic_cache.pipeline.photo import load_photo, resize_photo
 
 
 def noise(*size: int) -> NDArray[np.uint8]:
@@ -72,6 +72,6 @@ def test_a_turned_photo_stays_as_its_map_is(tmp_path: Path, form: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(photo).save(tmp_path / "photo", form, exif=exif)
-    found = read_photo(record(tmp_path / "photo", photo), Counter(), pixels=True)
+    found = load_photo(record(tmp_path / "photo", photo), Counter(), pixels=True)
     assert found.rgb is not None
     assert np.abs(found.rgb.astype(int) - photo).max() < 4

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from panoptic_cache.evaluate.metric.pairs import listing
 from panoptic_cache.pipeline.annotations import ImageId, SegmentInfo
 from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.png import is_swapped
 
 VOID = 0
 LEAST_IOU = 0.5
@@ -163,10 +164,13 @@ def checked_overlap(
     overlap = Overlap.of(gt_ids, pred_ids)
     painted = overlap.area.keys()
     if unlisted := painted - pred_segments.keys() - {VOID}:
+        remedy = "list them in segments_info, or paint them 0 (void)"
+        if is_swapped(overlap.area, pred_segments.keys()):
+            remedy = "they match with red and blue swapped: score with --pred-bgr, or without it"
         raise InputError(
             f"segment ids {listing(unlisted)} are in the predicted PNG but not in its JSON",
             where=where,
-            remedy="list them in segments_info, or paint them 0 (void)",
+            remedy=remedy,
             code="id-missing-in-json",
         )
     if unpainted := pred_segments.keys() - painted:

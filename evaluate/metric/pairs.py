@@ -16,17 +16,19 @@ from typing import Any
 from msgspec.structs import replace
 
 from panoptic_cache.pipeline.annotations import (
-    AnnotationFile,
     AnnotationRow,
     ImageId,
     SegmentInfo,
+    check_segments,
     is_area,
     loose_row,
-    parse_file,
     parse_row,
+    read_rows,
+    shape_error,
 )
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.coco import Category, is_file, list_names, read_categories
+from panoptic_cache.pipeline.coco import Category, read_categories
+from panoptic_cache.pipeline.folders import Folder
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +44,19 @@ class ImagePair:
     pred_segments: Mapping[int, int]  # Category id by segment id
     # Confidence by segment id, of those that have one.
     pred_scores: Mapping[int, float] = field(default_factory=dict)
+    gt_bgr: bool = False  # Red and blue of the true PNG are swapped
+    pred_bgr: bool = False  # The same of the predicted one
 
 
 def read_pairs(
-    gt_json: Path, pred_json: Path, gt_dir: Path | None = None, pred_dir: Path | None = None
+    gt_json: Path,
+    pred_json: Path,
+    gt_dir: Path | None = None,
+    pred_dir: Path | None = None,
+    *,
+    gt_bgr: bool = False,
+    pred_bgr: bool = False,
+    follow_links: bool = False,
 ) -> tuple[tuple[Category, ...], list[ImagePair]]:
     """Reads both JSONs and joins them by image id, in the order of the ground truth.
 
@@ -59,13 +70,10 @@ def read_pairs(
         InputError: A file or folder is missing, a JSON is malformed, an image has no prediction
             or two, a category is unknown, a segment is listed twice.
     """
-    gt_file, pred_file = _read_json(gt_json), _read_json(pred_json)
+    gt_file, pred_file = (read_rows(path)[0] for path in (gt_json, pred_json))
     if gt_file.categories is None:
-        raise _shape_error("it has no `categories`", str(gt_json))
-    try:
-        categories = read_categories(gt_file.categories, gt_json)
-    except ValueError as error:
-        raise _shape_error(f"categories malformed: {error}", str(gt_json)) from None
+        raise shape_error("it has no `categories`", gt_json)
+    categories = read_categories(gt_file.categories, gt_json)
     gt_rows = _by_image(gt_file.annotations, gt_json)
     pred_rows = _by_image(pred_file.annotations, pred_json)
     if missing := gt_rows.keys() - pred_rows.keys():
@@ -82,44 +90,29 @@ def read_pairs(
         logger.warning(
             "predictions of images without ground truth are ignored: image %s", listing(extra)
         )
-    gt_pngs = _find_pngs(gt_dir or png_folder(gt_json), gt_rows)
+    gt_pngs = _find_pngs(gt_dir or png_folder(gt_json), gt_rows, follow_links=follow_links)
     asked = {image: pred_rows[image] for image in gt_rows}
-    pred_pngs = _find_pngs(pred_dir or png_folder(pred_json), asked)
+    pred_pngs = _find_pngs(pred_dir or png_folder(pred_json), asked, follow_links=follow_links)
     known = {category.id for category in categories}
     pairs = []
     for image_id, row in gt_rows.items():
         predicted = pred_rows[image_id]
-        _check_segments(row, known, f"{gt_json}: image {image_id}")
-        _check_segments(predicted, known, f"{pred_json}: image {image_id}")
+        where = f"{gt_json}: image {image_id}"
+        true_segments = _with_areas(_checked(row, known, where), where)
+        pred_segments = _checked(predicted, known, f"{pred_json}: image {image_id}")
         pairs.append(
             ImagePair(
                 image_id,
                 gt_pngs[image_id],
-                _true_segments(row, f"{gt_json}: image {image_id}"),
+                true_segments,
                 pred_pngs[image_id],
-                {segment.id: segment.category_id for segment in predicted.segments_info},
+                {segment.id: segment.category_id for segment in pred_segments},
                 _scores(predicted),
+                gt_bgr,
+                pred_bgr,
             )
         )
     return categories, pairs
-
-
-def _shape_error(what: str, where: str) -> InputError:
-    return InputError(what, where=where, remedy="COCO panoptic format is needed", code="json-shape")
-
-
-def _read_json(path: Path) -> AnnotationFile[Any]:
-    try:
-        return parse_file(path.read_bytes())
-    except OSError as error:
-        raise InputError(
-            f"unreadable: {error.strerror}",
-            where=path,
-            remedy="check the path",
-            code="json-missing",
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise _shape_error(f"is no annotation file: {error}", str(path)) from None
 
 
 def _by_image(rows: Iterable[Any], path: Path) -> dict[ImageId, AnnotationRow]:
@@ -129,7 +122,7 @@ def _by_image(rows: Iterable[Any], path: Path) -> dict[ImageId, AnnotationRow]:
             parsed = parse_row(row, AnnotationRow)
         except ValueError as error:
             image = f"image {loose_row(row).get('image_id', 'without id')}"
-            raise _shape_error(f"malformed annotation: {error}", f"{path}: {image}") from None
+            raise shape_error(f"malformed annotation: {error}", f"{path}: {image}") from None
         if parsed.image_id in found:
             raise InputError(
                 f"image {parsed.image_id} is annotated twice",
@@ -146,69 +139,53 @@ def png_folder(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".json"))
 
 
-def _find_pngs(folder: Path, rows: Mapping[ImageId, AnnotationRow]) -> dict[ImageId, Path]:
+def _find_pngs(
+    folder: Path, rows: Mapping[ImageId, AnnotationRow], *, follow_links: bool
+) -> dict[ImageId, Path]:
     """Paths by image id. An unpacking cut short shows here, not after an hour."""
-    try:
-        present = list_names(folder)
-    except OSError as error:
+    if not folder.is_dir():
         raise InputError(
-            f"no folder of PNGs: {error.strerror}",
+            "no folder of PNGs",
             where=folder,
             remedy="unpack it there, or name it with --gt-dir or --pred-dir",
             code="folder-missing",
-        ) from None
-    paths = {image: folder / row.file_name for image, row in rows.items()}
-    missing = [
-        image
-        for image, row in rows.items()
-        if row.file_name not in present and not is_file(paths[image])
-    ]
+        )
+    pngs, paths = Folder(folder, "panoptic PNG", follow_links=follow_links), {}
+    missing: dict[ImageId, InputError] = {}
+    for image, row in rows.items():
+        try:
+            paths[image] = pngs.find(row.file_name)
+        except InputError as error:
+            if error.code != "png-missing":
+                raise
+            missing[image] = error
     if missing:
+        first = next(iter(missing.values()))
         raise InputError(
             f"PNGs missing for {len(missing)} of {len(rows)} images: image {listing(missing)}",
-            where=paths[missing[0]],
-            remedy="unpack the folder completely",
+            where=first.where,
+            remedy=first.remedy or "unpack the folder completely",
             code="png-missing",
         )
     return paths
 
 
-def _check_segments(row: AnnotationRow, known: Set[int], where: str) -> None:
-    seen: set[int] = set()
-    for segment in row.segments_info:
-        if segment.category_id not in known:
-            raise InputError(
-                f"unknown category {segment.category_id}",
-                where=f"{where}, segment {segment.id}",
-                remedy="use the category ids of the ground truth",
-                code="category-unknown",
-            )
-        if segment.id in seen:
-            raise InputError(
-                "listed twice",
-                where=f"{where}, segment {segment.id}",
-                remedy="keep one entry for each id",
-                code="segment-duplicate",
-            )
-        seen.add(segment.id)
+def _checked(row: AnnotationRow, known: Set[int], where: str) -> tuple[SegmentInfo, ...]:
+    try:
+        return check_segments(row.segments_info, known)
+    except InputError as error:
+        error.where = f"{where}, {error.where}" if error.where else where
+        raise
 
 
-def _true_segments(row: AnnotationRow, where: str) -> tuple[SegmentInfo, ...]:
-    """The ground truth's segments, whose ids and areas must be right, as they are trusted."""
-    for segment in row.segments_info:
-        if not 0 < segment.id < 1 << 24:
-            raise InputError(
-                "id is not in 1..2^24-1",
-                where=f"{where}, segment {segment.id}",
-                remedy="renumber",
-                code="segment-id",
-            )
-        if not is_area(segment.area):
-            what = f"area {str(segment.area)[:40]} is no number of pixels"
-            raise _shape_error(what, f"{where}, segment {segment.id}")
+def _with_areas(rows: tuple[SegmentInfo, ...], where: str) -> tuple[SegmentInfo, ...]:
+    """The ground truth's areas must be right, as they are trusted; those not given are counted."""
+    for row in rows:
+        if row.area is not None and not is_area(row.area):
+            what = f"area {str(row.area)[:40]} is no number of pixels"
+            raise shape_error(what, f"{where}, segment {row.id}")
     return tuple(
-        segment if isinstance(segment.area, int) else replace(segment, area=int(segment.area))
-        for segment in row.segments_info
+        replace(row, area=int(row.area)) if isinstance(row.area, float) else row for row in rows
     )
 
 

@@ -19,6 +19,7 @@ from panoptic_cache.evaluate.metric.workers import Ids, map_pairs
 from panoptic_cache.pipeline.annotations import ImageId, SegmentInfo, is_area
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category, CocoPanoptic
+from panoptic_cache.pipeline.png import check_known
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,8 @@ def score_image(
     `scores` are confidences by segment id, `things` the ids of the thing categories.
     """
     overlap = checked_overlap(image_id, gt_ids, pred_ids, pred_segments)
+    listed = {segment.id for segment in gt_segments}
+    check_known(overlap.true_area, listed, f"image {image_id}, ground truth")
     return ImageScore(
         match_overlap(image_id, overlap, gt_segments, pred_segments),
         break_down(image_id, overlap, gt_segments, pred_segments, things),

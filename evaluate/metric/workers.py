@@ -124,7 +124,8 @@ def _work_on(work: Work[Result], pairs: Sequence[ImagePair]) -> list[Result]:
 def _read_and(work: Work[Result], pair: ImagePair) -> Result:
     try:
         try:
-            gt_ids, pred_ids = read_ids(pair.gt_png), read_ids(pair.pred_png)
+            gt_ids = read_ids(pair.gt_png, bgr=pair.gt_bgr)
+            pred_ids = read_ids(pair.pred_png, bgr=pair.pred_bgr)
         except InputError as error:
             error.where = f"image {pair.image_id}: {error.where}"
             error.remedy = error.remedy or "write or fetch the file again"

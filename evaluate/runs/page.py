@@ -100,7 +100,7 @@ def draw_galleries(
     """The heads of the same images under the first seed of each variant."""
     dataset = read_dataset(CocoLayout.of(Path(study.coco), study.test_split))
     chosen = dataset.records[:: max(1, len(dataset.records) // IMAGES)][:IMAGES]
-    photos = [read_picture(record.photo, upright=False) for record in chosen]
+    photos = [read_picture(record.photo, upright=record.upright) for record in chosen]
     instance = [[_panel("photo", photo)] for photo in photos]
     result: list[list[Panel]] = [[] for _ in photos]
     first = {run.variant.name: run for run in runs if run.seed == study.seeds[0]}
@@ -116,7 +116,9 @@ def draw_galleries(
                 view = ImageView(
                     record.file_name,
                     photo,
-                    true_map(read_ids(record.png), record.segments, dataset.categories),
+                    true_map(
+                        read_ids(record.png, bgr=record.bgr), record.segments, dataset.categories
+                    ),
                     predicted_map(predictor([photo])[0]),
                     codes,
                     labels,

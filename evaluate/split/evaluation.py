@@ -171,7 +171,7 @@ def write_pictures(
 
     def view_of(at: int, with_heads: bool) -> ImageView:
         record = dataset.records[at]
-        photo = read_picture(record.photo, upright=False)
+        photo = read_picture(record.photo, upright=record.upright)
         instance = semantic = None
         if with_heads:  # the heads are not kept; the network runs again on these few images
             instance, semantic = predictor.head_pictures(photo)
@@ -179,7 +179,7 @@ def write_pictures(
             title=record.file_name,
             photo=photo,
             prediction=predicted_map(read_png(out, rows[at], categories)),
-            truth=true_map(read_ids(record.png), record.segments, categories),
+            truth=true_map(read_ids(record.png, bgr=record.bgr), record.segments, categories),
             instance=instance,
             semantic=semantic,
             pq=pqs[at],

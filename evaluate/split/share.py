@@ -103,7 +103,7 @@ def predict_share(
             record = dataset.records[at]
             with share.timed("write"):
                 if heads_folder is not None and both is not None:
-                    ids, truth = read_ids(record.png), record.segments
+                    ids, truth = read_ids(record.png, bgr=record.bgr), record.segments
                     image = ImageHeads(record.key, both.instance, both.semantic, ids, truth)
                     save_heads(heads_folder, image)
                 row = write_png(out, record.image_id, record.key, result, predictor.categories)
@@ -176,7 +176,7 @@ def predict_tiles(
 
     Raises InputError where the network returns NaN; it names the photo.
     """
-    ids = read_ids(record.png) if heads_folder is not None else None
+    ids = read_ids(record.png, bgr=record.bgr) if heads_folder is not None else None
 
     def tiles() -> Iterator[tuple[Window, Heads]]:
         parts = predictor.tiles(photo)
@@ -210,7 +210,7 @@ def predict_tiles(
 
 def read_annotated(record: PanopticRecord) -> Pixels:
     """The photo of an annotated image; InputError where it has another size than annotated."""
-    photo = read_picture(record.photo, upright=False)
+    photo = read_picture(record.photo, upright=record.upright)
     if photo.shape[:2] != (record.height, record.width):
         raise InputError(
             f"sizes differ: photo {photo.shape[:2]}, JSON {(record.height, record.width)}",
@@ -241,7 +241,7 @@ def score_row(
     """Scores a prediction from its (H, W) ids and its row of `panoptic.json`."""
     return score_image(
         record.image_id,
-        read_ids(record.png, (record.height, record.width)),
+        read_ids(record.png, (record.height, record.width), bgr=record.bgr),
         record.segments,
         ids,
         {segment.id: segment.category_id for segment in row.segments_info},

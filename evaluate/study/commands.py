@@ -10,7 +10,9 @@ import typer
 
 from panoptic_cache.pipeline.console import (
     Annotations,
+    Bgr,
     Count,
+    FollowLinks,
     Images,
     Json,
     Limit,
@@ -56,6 +58,8 @@ def ceiling(
     images: Images = None,
     panoptic_json: Annotations = None,
     panoptic_dir: Pngs = None,
+    bgr: Bgr = False,
+    follow_links: FollowLinks = False,
     size: Annotated[int, typer.Option(min=1, help="Side of the network's input.")] = 420,
     noise: Annotated[float, typer.Option(min=0, help="Level of corruption, 0 to 3.")] = 0.0,
     semantic_noise: SemanticNoise = 0.0,
@@ -72,7 +76,9 @@ def ceiling(
     from panoptic_cache.evaluate.study.corruption import Corruption
     from panoptic_cache.pipeline.coco import read_dataset
 
-    layout, _ = dataset_layout(coco, split, images, panoptic_json, panoptic_dir)
+    layout, _ = dataset_layout(
+        *(coco, split, images, panoptic_json, panoptic_dir), bgr=bgr, follow_links=follow_links
+    )
     dataset = read_dataset(layout).spread(limit)
     corruption = Corruption(size, noise, semantic_noise, drift, seed)
     result, quality = measure(dataset, corruption, encoding=_code(checkpoint, harmonics))

@@ -58,7 +58,7 @@ def corrupted_heads(
         of_drift, of_code, of_logits = (
             torch.Generator().manual_seed(seed) for seed in (draw, draw, -1 - draw)
         )
-        ids = read_ids(record.png)
+        ids = read_ids(record.png, bgr=record.bgr)
         code, logits = perfect_heads(
             record,
             ids,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,15 @@ from panoptic_cache.pipeline.base.errors import InputError
 
 if TYPE_CHECKING:
     from panoptic_cache.pipeline.base.remote import RemoteFile
+
+PASSING = {
+    getattr(errno, name)
+    for name in ("EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EHOSTDOWN", "EHOSTUNREACH", "EREMOTEIO")
+    if hasattr(errno, name)
+}
+"""Errors of a share that may be gone a moment later."""
+SHARE_PAUSES = (0.5, 1.0, 3.0)
+"""Seconds before each further try of what is on a share."""
 
 _TEMPORARY = ".tmp-"
 _LOCK = ".lock"
@@ -211,10 +221,24 @@ def open_file(path: Path) -> BinaryIO:
     raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
-def read_file(path: Path) -> bytes:
-    """The bytes of a local file; see `open_file`."""
-    with open_file(path) as file:
-        return file.read()
+def read_file(path: Path, most: int = 1 << 34) -> bytes:
+    """The bytes of a local file; passing errors of a share are retried.
+
+    OSError where it cannot be read, has more bytes than `most`, or is no file; see `open_file`.
+    """
+    for pause in (*SHARE_PAUSES, None):
+        try:
+            with open_file(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size > most:
+                    what = f"has {size:,} bytes, {most:,} are the most"
+                    raise OSError(errno.EFBIG, what, str(path))
+                return file.read()
+        except OSError as error:
+            if pause is None or error.errno not in PASSING:
+                raise
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
 
 
 def no_links(path: str, flags: int) -> int:

@@ -21,6 +21,7 @@ from msgspec import Raw, Struct
 
 from panoptic_cache.pipeline.annotations import ImageId, loose_row, parse_file, parse_row
 from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import read_file
 from panoptic_cache.pipeline.coco import Rejection
 from panoptic_cache.pipeline.convert.coco_masks import Mask, read_segmentation
 from panoptic_cache.pipeline.convert.files import PHOTOS, Paths, pair_maps, walk
@@ -179,7 +180,7 @@ def coco_instances(
 def _read(path: Path, left_out: list[Rejection]) -> _File:
     """An annotation file; InputError where it is of another kind."""
     try:
-        content = parse_file(path.read_bytes())
+        content = parse_file(read_file(path))
         if content.images is None or content.categories is None:
             raise ValueError("no images or no categories")
         categories = [parse_row(row, _Category) for row in content.categories]

@@ -126,7 +126,11 @@ def number_segments(
 
 
 def _bring(photo: Path, place: Path, *, copy: bool) -> None:
-    """Copies or links a photo; the link is absolute."""
+    """Copies or links a photo.
+
+    A hard link lies in the dataset itself. A symbolic one, where the source is on another disk,
+    leads out of it, which other commands only follow when told to.
+    """
     temporary = place.with_name(f".{place.name}.tmp")
     make_folder(place.parent)
     try:
@@ -134,8 +138,13 @@ def _bring(photo: Path, place: Path, *, copy: bool) -> None:
         if copy:
             shutil.copyfile(photo, temporary)
         else:
-            temporary.symlink_to(photo.resolve())
+            source = photo.resolve()
+            try:
+                temporary.hardlink_to(source)
+            except OSError:
+                temporary.symlink_to(source)
         temporary.replace(place)
+        temporary.unlink(missing_ok=True)  # it stays where both are links to one file
     except OSError as error:
         raise cannot_write(error, place) from None
 

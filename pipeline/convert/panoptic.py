@@ -111,7 +111,8 @@ def panoptic(json: Path, pngs: Path, images: Path, names: Names, kind: str) -> S
             continue
         png = pngs / row.file_name
         mark = hashlib.sha256(repr((image, row)).encode()).hexdigest()
-        draw = partial(_draw, photo, png, row, (image.height, image.width))
+        said_size = image.height and image.width and (image.height, image.width)
+        draw = partial(_draw, photo, png, row, said_size or None)
         items.append(Item(image.id, name, photo, draw, (png,), mark))
     fields = ("id", "name", "isthing", "supercategory", "color")
     categories = [
@@ -121,8 +122,9 @@ def panoptic(json: Path, pngs: Path, images: Path, names: Names, kind: str) -> S
     return Source(categories, items, left_out, {"format": kind})
 
 
-def _draw(photo: Path, png: Path, row: AnnotationRow, said: Size, size: Size) -> Drawing:
-    check_size(said, photo, size, row.file_name)
+def _draw(photo: Path, png: Path, row: AnnotationRow, said: Size | None, size: Size) -> Drawing:
+    if said is not None:
+        check_size(said, photo, size, row.file_name)
     ids = read_ids(png)
     check_size((ids.shape[0], ids.shape[1]), photo, size, png)
     order = np.array(sorted({0, *(segment.id for segment in row.segments_info)}))

@@ -230,6 +230,12 @@ def _report(plan: Plan, done: dict[str, FinishedShard]) -> None:
     repairs: Counter[str] = Counter()
     for shard in done.values():
         repairs.update(shard.repairs)
+    if turned := repairs.pop("photo-orientation", 0):
+        log.warning(
+            "%d photos have an EXIF orientation other than 1 and are taken as they are stored: if"
+            " the annotations are drawn on photos that are turned so, use --upright",
+            turned,
+        )
     for code, count in sorted(repairs.items()):
         if count:
             log.warning("mended: %s, %d times", code, count)

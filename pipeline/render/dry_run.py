@@ -41,8 +41,9 @@ def dry_run(
 ) -> dict[str, Any]:
     """What `render` would do with the same arguments; nothing is written.
 
-    Every file is read, and its header and checksums are compared with the annotations. Only damage
-    inside the pixels of a photo, and ids that the JSON does not list, are found later.
+    Every file is read, and its header and checksums are compared with the annotations; a few images
+    are decoded. Of the others, damage inside the pixels of a photo, and ids that the JSON does not
+    list, are found later.
 
     Returns:
         Counts of `images`, `quarantined` and `shards`, whether they are `too_many`, how many
@@ -66,11 +67,6 @@ def dry_run(
             advance()
             if rejection is not None:
                 found.setdefault(rejection.image_id, rejection)
-    for rejection in [*found.values()][:SHOWN]:
-        log.warning("left out: %s, image %s", rejection.message, rejection.image_id)
-    if len(found) > SHOWN:
-        for code, count in sorted(Counter(one.code for one in found.values()).items()):
-            log.warning("left out: %s, %d images", code, count)
     good = [record for record in dataset.records if record.image_id not in found]
     prepare_worker()
     categories = {category.id: category for category in dataset.categories}
@@ -80,8 +76,13 @@ def dry_run(
             samples = render_samples(record, config, categories, Counter())
             sizes.append(sum(entry.size for entry in pack_shard(samples)[1]))
         except InputError as error:
-            log.warning("left out: %s", error)
+            found[record.image_id] = Rejection.of(record.image_id, record.file_name, error)
     seconds = (time.monotonic() - start) / max(1, len(sizes))  # an image
+    for rejection in [*found.values()][:SHOWN]:
+        log.warning("left out: %s, image %s", rejection.message, rejection.image_id)
+    if len(found) > SHOWN:
+        for code, count in sorted(Counter(one.code for one in found.values()).items()):
+            log.warning("left out: %s, %d images", code, count)
     left = sum(len(shard.records) for shard in plan.shards if shard.name not in done)
     total = sum(sizes) * len(good) // max(1, len(sizes))
     missing = total * left // max(1, len(dataset.records))

@@ -24,8 +24,8 @@ from panoptic_cache.pipeline.cache.sample import (
 )
 from panoptic_cache.pipeline.cache.shards import write_shard
 from panoptic_cache.pipeline.coco import Category, PanopticRecord, Rejection
-from panoptic_cache.pipeline.photo import Photo, encode_jpeg, fitted_size, read_photo
-from panoptic_cache.pipeline.png import read_ids
+from panoptic_cache.pipeline.photo import Photo, encode_jpeg, fitted_size, load_photo
+from panoptic_cache.pipeline.png import check_known, read_ids
 from panoptic_cache.pipeline.render.plan import RenderConfig, ShardPlan
 from panoptic_cache.pipeline.targets import (
     compute_targets,
@@ -219,12 +219,16 @@ def _render(
     repairs: Counter[str],
 ) -> tuple[Sample, Photo]:
     """The sample of an image, still without its photo, and the photo as it is on disk."""
-    ids = read_ids(record.png, (record.height, record.width))  # (H, W) int32
+    ids = read_ids(record.png, (record.height, record.width), bgr=record.bgr)  # (H, W) int32
     pixels = config.size is not None or config.tile is not None
-    photo = read_photo(record, repairs, pixels=pixels)
-    segment_map = make_segment_map(ids, [segment.id for segment in record.segments])
+    photo = load_photo(record, repairs, pixels=pixels)
+    listed = [segment.id for segment in record.segments]
+    segment_map = make_segment_map(ids, listed)
     if cv2.countNonZero(segment_map) < cv2.countNonZero(ids):
+        values, counts = (each.tolist() for each in np.unique(ids, return_counts=True))
+        check_known(dict(zip(values, counts, strict=True)), set(listed), record.png)
         repairs["png-id-unknown"] += 1
+    repairs["segment-merged"] += record.merged
     size = fitted_size(record.height, record.width, config.size, config.fit)
     segment_map, kept = drop_empty_rows(segment_map, len(record.segments))
     repairs["segment-empty"] += len(record.segments) - len(kept)
