@@ -20,6 +20,7 @@ from panoptic_cache.pipeline.base.config import (
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.render.plan import RenderConfig
 from panoptic_cache.train.config import TrainConfig
+from panoptic_cache.train.stages import load_stages
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,50 @@ def test_every_number_of_a_training_has_a_range(name: str, hint: Any) -> None:
 def test_training_settings_that_make_no_sense_are_refused(setting: str) -> None:
     with pytest.raises(InputError):
         build_config(TrainConfig, override({}, [setting]), where="run.toml")
+
+
+def test_homes_and_variables_in_paths_are_put_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    monkeypatch.delenv("UNSET", raising=False)
+    values = override(
+        {}, ["out=~/run", "data.cache=$SCRATCH/cache", "validation.cache=${HOME}/val"]
+    )
+    config = build_config(TrainConfig, values, where="run.toml")
+    assert (config.out, config.data.cache) == ("/home/me/run", "/scratch/cache")
+    assert config.validation.cache == "/home/me/val"
+    assert config.model.backbone == TrainConfig().model.backbone
+    url = build_config(TrainConfig, {"data": {"cache": "s3://bucket//~/x"}}, where="run.toml")
+    assert url.data.cache == "s3://bucket//~/x"
+    for setting in ("out=$UNSET/run", "model.backbone=${UNSET}", "data.cache=a\0b"):
+        with pytest.raises(InputError, match=r"UNSET.* is not set|no zero byte"):
+            build_config(TrainConfig, override({}, [setting]), where="run.toml")
+
+
+def test_a_run_that_was_moved_is_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its own `config.toml` has paths relative to the folder in which it was started."""
+    project = tmp_path / "project"
+    run = project / "runs/first"
+    (run / "checkpoints").mkdir(parents=True)
+    (project / "runs/cache").mkdir()
+    (run / "config.toml").write_text('out = "runs/first"\n[data]\ncache = "runs/cache"\n')
+    monkeypatch.chdir(tmp_path)
+    (config,) = load_stages(run / "config.toml")
+    assert (config.out, config.data.cache) == (str(run), str(project / "runs/cache"))
+    assert not caplog.records
+    renamed = run.rename(project / "runs/second")
+    (config,) = load_stages(renamed / "config.toml")
+    assert config.out == "runs/first"
+    assert f"which is not its folder; --set out={renamed} goes on in there" in caplog.text
+    caplog.clear()
+    (config,) = load_stages(renamed / "config.toml", [f"out={renamed}"])
+    assert config.out == str(renamed)
+    assert not caplog.records
+    other = project / "config.toml"  # of no run
+    other.write_text('out = "runs/third"\n')
+    assert load_stages(other)[0].out == "runs/third"
 
 
 def test_fingerprints_depend_on_contents_only() -> None:

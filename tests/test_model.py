@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import Dinov2Backbone, Dinov2Config, Dinov2Model
 
 from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.train import backbone as backbones
 from panoptic_cache.train.backbone import FAMILIES, make_backbone
 from panoptic_cache.train.config import ModelConfig, OptimConfig, RandomBackbone
 from panoptic_cache.train.model import Decoder, PanopticModel, check_size
@@ -236,6 +237,28 @@ def test_a_backbone_that_is_nowhere_is_named(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="missing: no backbone of this name or folder"):
         make_backbone(ModelConfig(backbone=str(tmp_path / "missing")))
+
+
+def test_without_cache_and_network_one_question_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def no_network(_: object, name: str, **settings: float) -> None:
+        asked.append((name, settings["timeout"]))
+        raise ConnectionError("Name or service not known\nmore")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_network)
+    monkeypatch.setattr(backbones, "try_to_load_from_cache", lambda *_: None)
+    with pytest.raises(InputError, match="not in the cache and no network: Name or") as caught:
+        make_backbone(ModelConfig())
+    assert asked == [(ModelConfig().backbone, 10)]
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(backbones, "try_to_load_from_cache", lambda *_: "/cache/model.safetensors")
+    assert backbones.hub_options("facebook/dinov2-base", "config.json") == {
+        "local_files_only": True
+    }
+    assert len(asked) == 1
 
 
 def test_a_random_encoder_starts_from_sines_and_cosines() -> None:

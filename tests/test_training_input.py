@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import Run
 from safetensors.torch import save_file
-from short_runs import ROOT, make_config, same_run, saved_steps, write_config
+from short_runs import ROOT, lines_of, make_config, same_run, saved_steps, write_config
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
@@ -27,7 +28,7 @@ from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
 from panoptic_cache.pipeline.render.driver import render
 from panoptic_cache.pipeline.render.plan import RenderConfig
 from panoptic_cache.train.loop import train as train_run
-from panoptic_cache.train.stopping import StopRequest, rank_advice
+from panoptic_cache.train.stopping import StopRequest, guarded_run, rank_advice
 
 Refuse = Callable[..., str]
 
@@ -195,6 +196,105 @@ def test_a_shard_that_cannot_be_read(
     line = refuse(f"data.cache={cache}")
     assert line.startswith("train-0000")
     assert "cannot be read: Input/output error" in line
+
+
+# The launcher and the surroundings
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true", "asks for DeepSpeed, which training does not use"),
+        ("ACCELERATE_USE_FSDP", "1", "asks for FSDP, which training does not use"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "the launcher asks for fp16, the configuration for"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", r"for bf16, .* fp32 \(launch with .*precision no"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", r"torch\.compile.* --set compile=true"),
+    ],
+)
+def test_what_the_launcher_asks_for_in_vain(
+    refuse: Refuse,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    value: str,
+    message: str,
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert re.search(message, refuse())
+    assert not (tmp_path / "run").exists()
+
+
+def test_variables_of_a_launcher_change_no_gradient(
+    whole: Path, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    train_run(make_config(tiny_cache, tmp_path))
+    assert same_run(whole, tmp_path)
+
+
+def test_a_tracker_that_does_not_start_leaves_no_run(
+    refuse: Refuse, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_key(*_: object, **__: object) -> None:
+        raise RuntimeError("No API key configured.\nUse `wandb login`")
+
+    pytest.importorskip("tensorboard")
+    with monkeypatch.context() as patch:
+        patch.setattr("accelerate.Accelerator.init_trackers", no_key)
+        line = refuse("trackers=['tensorboard']")
+    assert line.startswith("trackers: a tracker cannot start: No API key configured. Use")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_run(make_config(tiny_cache, tmp_path / "run", steps=1))  # without --resume
+
+
+def test_a_compiler_that_is_not_there(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
+    class CompileError(RuntimeError):
+        __module__ = "torch._inductor.exc"
+
+    def compiled(*_: object) -> None:
+        raise CompileError("No working C++ compiler found\nin torch._inductor.config")
+
+    monkeypatch.setattr("panoptic_cache.train.loop.jitter_colour", compiled)
+    line = refuse()
+    assert line.startswith("compile: torch.compile fails: No working C++ compiler found in torch")
+    assert line.endswith("or --set compile=false)")
+
+
+def test_an_error_of_a_trackers_thread_is_no_traceback(
+    tiny_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    before = threading.excepthook
+    with guarded_run(make_config(tiny_cache, tmp_path / "run")):
+        thread = threading.Thread(target=full)
+        thread.start()
+        thread.join()
+    assert threading.excepthook is before
+    assert capsys.readouterr().err == ""
+
+
+def test_resuming_where_no_run_lies_says_so(
+    tiny_cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train_run(make_config(tiny_cache, tmp_path / "mistyped", steps=1), resume=True)
+    assert f"no checkpoint in {tmp_path / 'mistyped'}, starting at step 0" in caplog.text
+
+
+def test_a_finished_run_that_goes_on_says_that_its_rate_jumps(
+    whole: Path, tiny_cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    train_run(make_config(tiny_cache, run, steps=30), resume=True)
+    rates = [line["lr"] for line in lines_of(run)]
+    wanted = f"the learning rate jumps from {rates[6]:.2g} to {rates[7]:.2g}: the run was to end at"
+    assert f"{wanted} step 7, now at 30" in caplog.text
+    caplog.clear()
+    train_run(make_config(tiny_cache, run, steps=30), resume=True)
+    assert "jumps" not in caplog.text
 
 
 # Memory and disk

@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import msgspec
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from msgspec import Meta
 from safetensors import SafetensorError
 
@@ -174,10 +176,40 @@ class Sizes(msgspec.Struct):
     rope_theta: Annotated[float, Meta(gt=0)] = 100.0
 
 
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+"""Files in which a backbone's weights may lie."""
+
+
+def hub_options(name: str, *files: str) -> dict[str, bool]:
+    """How to load files of a hub name or a folder: from the cache, where it has one of them.
+
+    Where it has none, InputError at once if the hub does not answer: transformers would ask five
+    times for each of several files, in a minute and a half and 89 lines.
+    """
+    if Path(name).is_dir():
+        return {}
+    try:
+        if any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
+            return {"local_files_only": True}
+        HfApi().model_info(name, timeout=10)
+    except (HfHubHTTPError, HFValidationError) as error:
+        what = f"no backbone of this name or folder: {str(error).splitlines()[0]}"
+    except Exception as error:  # noqa: BLE001 - which HTTP library there is depends on its version
+        what = f"not in the cache and no network: {str(error).splitlines()[0]}"
+    else:
+        return {}
+    raise InputError(
+        what,
+        where=name,
+        remedy="give a hub name (and a network) or a folder that save_pretrained wrote",
+    )
+
+
 def _read_design(name: str | Path, file: str) -> Any:
     """The architecture in a JSON file of a hub name or a folder."""
+    options = hub_options(str(name), file)
     try:
-        values, _ = Dinov2Config.get_config_dict(name, _configuration_file=file)
+        values, _ = Dinov2Config.get_config_dict(name, _configuration_file=file, **options)
         kind, _ = backbone_classes(str(values.get("model_type", "")), name)
         msgspec.convert(values, Sizes)
         # Private keys and this one can make transformers fetch code from the hub.
@@ -198,8 +230,11 @@ def _read_design(name: str | Path, file: str) -> Any:
 
 def _load_weights(name: str, architecture: Any) -> Any:
     _, kind = backbone_classes(architecture.model_type, name)
+    options = hub_options(name, *WEIGHTS)
     try:
-        backbone, found = kind.from_pretrained(name, config=architecture, output_loading_info=True)
+        backbone, found = kind.from_pretrained(
+            name, config=architecture, output_loading_info=True, **options
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         where = "folder" if Path(name).is_dir() else "hub"
         raise InputError(

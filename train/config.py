@@ -6,6 +6,8 @@ hold only what differs. A number's range is part of its type; reading a configur
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -30,6 +32,18 @@ Decay = Annotated[float, Meta(ge=0, lt=1)]
 Factor = Annotated[float, Meta(gt=0, le=1)]
 PeakRate = Annotated[float, Meta(gt=0, le=100)]
 Rate = Annotated[float, Meta(ge=0, le=100)]
+
+
+def expand(config: object, *names: str) -> None:
+    """Puts a home and environment variables into paths of a configuration that is being made."""
+    for name in names:
+        path = os.path.expandvars(getattr(config, name))
+        path = os.path.expanduser(path)  # noqa: PTH111 - a Path would mend URLs
+        if missing := re.search(r"\$(\w+|\{\w+\})", path):
+            raise InputError(f"{missing[0]} is not set", where=f"{name} = {path}")
+        if "\0" in path:
+            raise InputError("a path holds no zero byte", where=f"{name} = {path!r}")
+        object.__setattr__(config, name, path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +75,9 @@ class DataConfig:
     # Allow a larger `size` than the cache was rendered at. By default that is refused, because
     # photos and targets lack the detail.
     upscale: bool = False
+
+    def __post_init__(self) -> None:
+        expand(self, "cache")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +123,9 @@ class ModelConfig:
     trainable_blocks: Layers | None = None
     # Recompute the encoder in the backward pass to save memory.
     gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        expand(self, "backbone", "init")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +191,16 @@ class ValidationConfig:
     keep_best: bool = False  # Keep the checkpoint of the highest `pq` of the metric in OUT/best
     patience: Interval = 0  # End after so many validations in turn without a higher `pq`; 0 = never
 
+    def __post_init__(self) -> None:
+        expand(self, "cache")
+
 
 @dataclass(frozen=True, slots=True)
 class TaskRatio:
     """How many of some steps in turn train each head; 0 leaves a head alone (section 5.1)."""
 
-    instance: Interval = 2
-    semantic: Interval = 1
+    instance: Annotated[int, Meta(ge=0, le=1000)] = 2
+    semantic: Annotated[int, Meta(ge=0, le=1000)] = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +208,7 @@ class TrainConfig:
     """A whole run."""
 
     # Folder of the run: `config.toml`, `metrics.jsonl`, `checkpoints/`, `pictures/`.
-    out: str = "runs/train"
+    out: Annotated[str, Meta(min_length=1)] = "runs/train"
     epochs: Positive = 200.0  # Passes over the cache
     steps: Count | None = None  # Optimizer steps, instead of epochs
     seed: Seed = 0  # Decides weights, order, augmentation and tasks
@@ -209,6 +232,7 @@ class TrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)  # See `ValidationConfig`
 
     def __post_init__(self) -> None:
+        expand(self, "out")
         low, high = self.data.scale
         taps, looks = self.model.taps, self.validation
         problems = [

@@ -13,7 +13,11 @@ import numpy as np
 import tomli_w
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    set_seed,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from panoptic_cache.pipeline.base.config import fingerprint
@@ -36,7 +40,7 @@ from panoptic_cache.train.optim import (
     set_learning_rate,
     set_trainable,
 )
-from panoptic_cache.train.ranks import Ranks
+from panoptic_cache.train.ranks import Ranks, check_launcher
 from panoptic_cache.train.restore import (
     BEST,
     TrainState,
@@ -72,11 +76,14 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
         Interrupted: SIGTERM or SIGINT came; the step was finished and a checkpoint written.
     """
     # The ranks.
+    check_launcher(config.precision)
     accelerator = Accelerator(
         mixed_precision="bf16" if config.precision == "bf16" else "no",
         cpu=not torch.cuda.is_available(),
         # A batch trains one task, so one head is idle.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        # Else a variable of the environment divides the gradients.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=installed_trackers(config.trackers) or None,
         project_dir=config.out,
     )
@@ -84,12 +91,21 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
     main, device = ranks.main, accelerator.device
     if device.type == "cpu":
         keep_heap(large=True)
+    if config.precision == "bf16" and device.type == "cuda":
+        ampere = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+        if not ampere:
+            log.warning("this GPU only emulates bf16, which is slow: --set precision=fp32")
 
     # The run's folder.
     out = Path(config.out)
     checkpoints = out / "checkpoints"
     begun = ranks.first(lambda: checkpoint_to_resume(out, resume)) if resume else None
-    if not resume and ((out / "metrics.jsonl").exists() or any(checkpoints.glob("step_*"))):
+    if resume and begun is None:
+        log.warning("no checkpoint in %s, starting at step 0", out)
+    # A start that failed before its first step has left no line.
+    lines = out / "metrics.jsonl"
+    begins = lines.exists() and lines.stat().st_size > 0
+    if not resume and (begins or any(checkpoints.glob("step_*"))):
         raise InputError(
             "a run lies here already", where=out, remedy="add --resume, or --set out=ANOTHER"
         )
@@ -130,6 +146,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
     if begun is not None:
         first = load_training(begun, model, optimizer, ranks.rank, average).step
         log.info("going on from %s", begun)
+        warn_of_jump(read_state(begun).config, config, first, samples)
     ranks.check_same(
         {
             "the cache": index.fingerprint,
@@ -290,6 +307,25 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
     if last is None:
         raise InputError("nothing to do: the run has no step", where="epochs")
     return last
+
+
+def warn_of_jump(before: TrainConfig, now: TrainConfig, step: int, samples: int) -> None:
+    """Says if the learning rate rises where a run goes on, as its cosine ends later than before."""
+    rates = [
+        learning_rate(
+            config.optim,
+            min(at, (steps := config.total_steps(samples)) - 1),
+            steps,
+            round(config.optim.warmup_epochs * samples / config.data.batch),
+        )
+        for config, at in ((before, step - 1), (now, step))
+    ]
+    if rates[1] > 2 * rates[0]:  # a warm-up at most doubles it
+        message = (
+            "the learning rate jumps from %.2g to %.2g: the run was to end at step %d, now at %d"
+        )
+        ends = before.total_steps(samples), now.total_steps(samples)
+        log.warning(message, *rates, *ends)
 
 
 def task_of(seed: int, step: int, tasks: TaskRatio) -> Task:

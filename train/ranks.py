@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from panoptic_cache.pipeline.base.errors import InputError
 
@@ -25,6 +26,42 @@ SLOWEST = timedelta(days=1)
 """How long a rank of an evaluation waits for a slower one."""
 PATIENCE = 60.0
 """Seconds to wait for a file that another machine wrote."""
+
+
+_REFUSED = {
+    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
+    "FSDP": "ACCELERATE_USE_FSDP",
+    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
+    "model parallelism": "ACCELERATE_USE_PARALLELISM_CONFIG",
+}
+"""What a launcher's configuration may ask for, and how accelerate tells its processes."""
+
+
+def check_launcher(precision: str) -> None:
+    """Raises InputError where the launcher asks for what a run does not take from there.
+
+    `no` is what accelerate says of a precision or a compiler that nobody has asked for.
+    """
+    for name, variable in _REFUSED.items():
+        if parse_flag_from_env(variable):
+            raise InputError(
+                f"the launcher's configuration asks for {name}, which training does not use",
+                where=variable,
+                remedy="accelerate launch --multi_gpu, or accelerate config default first",
+            )
+    mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if mixed not in {"no", precision}:
+        raise InputError(
+            f"the launcher asks for {mixed}, the configuration for {precision}",
+            where="--mixed_precision",
+            remedy=f"launch with --mixed_precision {precision if precision != 'fp32' else 'no'}",
+        )
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise InputError(
+            "the launcher asks for torch.compile, which is a setting of the run",
+            where="--dynamo_backend",
+            remedy="launch with --dynamo_backend no, and --set compile=true",
+        )
 
 
 class Verdict(NamedTuple):

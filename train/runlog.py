@@ -65,11 +65,20 @@ class RunLog:
     def __init__(self, accelerator: Accelerator, out: Path, first: int) -> None:
         self._accelerator, self._out = accelerator, out
         self._metrics = out / "metrics.jsonl"
-        if accelerator.is_main_process:
-            keep_lines(self._metrics, first)
         if accelerator.log_with:
             purge = {"tensorboard": {"purge_step": first + 1}}
-            accelerator.init_trackers("panoptic", init_kwargs=purge)
+            try:
+                accelerator.init_trackers("panoptic", init_kwargs=purge)
+            except OSError:
+                raise
+            except Exception as error:  # noqa: BLE001 - each tracker has types of its own
+                raise InputError(
+                    f"a tracker cannot start: {' '.join(str(error).split())[:160]}",
+                    where="trackers",
+                    remedy="log in to it, or --set trackers=[]",
+                ) from None
+        if accelerator.is_main_process:
+            keep_lines(self._metrics, first)
 
     def step(self, line: Mapping[str, Any]) -> None:
         """Notes an optimizer step; trackers get a curve for each task."""

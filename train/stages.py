@@ -11,6 +11,7 @@ holds what differs from the rest of the file; settings of the command line hold 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 from panoptic_cache.pipeline.base.config import build_config, override, read_toml
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.train.config import TrainConfig
+
+log = logging.getLogger(__name__)
 
 
 def load_stages(path: Path, settings: Sequence[str] = ()) -> list[TrainConfig]:
@@ -31,7 +34,8 @@ def load_stages(path: Path, settings: Sequence[str] = ()) -> list[TrainConfig]:
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise InputError("stages must be tables: [[stages]]", where=path)
     if not tables:
-        return [build_config(TrainConfig, override(values, settings), where=str(path))]
+        merged = find_again(override(values, settings), path)
+        return [build_config(TrainConfig, merged, where=str(path))]
     runs: list[TrainConfig] = []
     for number, table in enumerate(tables, 1):
         where = f"{path}, stage {number}"
@@ -45,6 +49,27 @@ def load_stages(path: Path, settings: Sequence[str] = ()) -> list[TrainConfig]:
         merged |= {"out": f"{out}/stage-{number}", "model": model}
         runs.append(build_config(TrainConfig, merged, where=where))
     return runs
+
+
+def find_again(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Relative paths of a run's own `config.toml`, which was moved or is read from elsewhere."""
+    folder = path.resolve().parent
+    if path.name != "config.toml" or not (folder / "checkpoints").is_dir():
+        return values
+    out = Path(values.get("out", TrainConfig().out))
+    if folder.parts[-len(out.parts) :] == out.parts:
+        values["out"] = str(folder)
+    elif out.resolve() != folder:
+        message = "%s names out = %s, which is not its folder; --set out=%s goes on in there"
+        log.warning(message, path, out, folder)
+    for table in (values.get("data"), values.get("validation")):
+        if not isinstance(table, dict):
+            continue
+        cache = table.get("cache")
+        if isinstance(cache, str) and "://" not in cache and not Path(cache).exists():
+            found = [parent / cache for parent in folder.parents if (parent / cache).exists()]
+            table["cache"] = str(found[0]) if found else cache
+    return values
 
 
 def merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch.distributed import DistError
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
-from panoptic_cache.pipeline.base.process import handled
+from panoptic_cache.pipeline.base.process import Interrupted, handled
 from panoptic_cache.train.config import TrainConfig
 from panoptic_cache.train.ranks import Ranks
 
@@ -83,6 +83,9 @@ def guarded_run(config: TrainConfig) -> Iterator[None]:
     with ExitStack() as guards:
         if os.environ.get("RANK", "0") == "0":
             guards.enter_context(alone(out))
+        # TensorBoard writes in a thread, whose error it raises again in the main one.
+        guards.callback(setattr, threading, "excepthook", threading.excepthook)
+        threading.excepthook = _silent_on_oserror
         guards.enter_context(memory_advice(smaller_steps(config)))
         guards.enter_context(rank_advice())
         try:
@@ -90,6 +93,25 @@ def guarded_run(config: TrainConfig) -> Iterator[None]:
         except OSError as error:
             error.filename = error.filename or str(out)
             raise
+        except Interrupted as stop:
+            complete = [file.parent for file in out.glob("checkpoints/step_*/complete.json")]
+            if not stop.advice and complete:
+                stop.advice = f"{max(complete)} is complete, --resume goes on from it"
+            raise
+        except RuntimeError as error:
+            if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+                raise
+            raise InputError(
+                f"torch.compile fails: {' '.join(str(error).split())[:160]}",
+                where="compile",
+                remedy="install a C++ compiler and Python's headers, or --set compile=false",
+                code="compile",
+            ) from None
+
+
+def _silent_on_oserror(arguments: threading.ExceptHookArgs) -> None:
+    if not issubclass(arguments.exc_type, OSError):
+        threading.__excepthook__(arguments)
 
 
 @contextmanager
