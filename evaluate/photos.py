@@ -292,8 +292,8 @@ def unique_names(stems: Iterable[str]) -> list[str]:
     taken: set[str] = set()
     numbers: Counter[str] = Counter()
     names = []
-    for stem in (os.fsencode(each)[:LONGEST_STEM].decode(errors="ignore") for each in stems):
-        name = stem
+    for each in stems:
+        name = stem = os.fsencode(each)[:LONGEST_STEM].decode(errors="ignore") or "photo"
         while name.casefold() in taken:
             numbers[stem] += 1
             name = f"{stem}_{numbers[stem] + 1}"

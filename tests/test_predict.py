@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from panoptic_cache.evaluate.decoder.decode import PanopticMap
 from panoptic_cache.evaluate.photos import predict_photos, unique_names
 from panoptic_cache.evaluate.predict import Heads, Pixels, Predictor, read_picture
 from panoptic_cache.evaluate.split.evaluation import evaluate
+from panoptic_cache.evaluate.study.heads import read_meta
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import CocoLayout, read_dataset
@@ -353,6 +355,29 @@ def test_an_evaluation_in_its_folder_is_withdrawn(
     key = Path(dataset.records[0].file_name).stem
     files = {f"panoptic/{key}.png", f"overlays/{key}.jpg", "panoptic.json"}
     assert predicted(tmp_path).keys() == files
+
+
+def test_names_that_are_no_text(predictor: Predictor, root: Path, tmp_path: Path) -> None:
+    dataset = read_dataset(CocoLayout.of(root, "val"))
+    names = [os.fsdecode(name) for name in (b"caf\xe9.jpg", b"\xff.jpg")]
+    paths = [record.photo.rename(root / name) for record, name in zip(dataset.records, names)]  # noqa: B905
+    predict_photos(predictor, paths, tmp_path / "p")
+    rows = rows_of(tmp_path / "p")
+    assert [row["file_name"] for row in rows] == ["caf.png", "photo.png"]
+    assert rows[0]["source"] == f"{root}/caf\ufffd.jpg"
+    half = "\ud800"  # as JSON may have it
+    categories = tuple(replace(one, name=one.name + half) for one in predictor.categories)
+    records = [
+        replace(record, file_name=name, photo=path)
+        for record, name, path in zip(dataset.records, names, paths)  # noqa: B905
+    ]
+    odd = replace(dataset, records=tuple(records), categories=categories)
+    out = tmp_path / "e"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predictor, "categories", categories)
+        evaluate(predictor, odd, out, heads_folder=out)
+    assert read_meta(out).categories == categories
+    assert "caf?.jpg" in (out / "report.html").read_text()
 
 
 def test_two_at_once(predictor: Predictor, tiny_root: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def write_report(
     )
     storage = Storage(str(folder))
     storage.create()
-    storage.write(PAGE_NAME, text.encode())
+    storage.write(PAGE_NAME, text.encode(errors="replace"))  # of names that are no UTF-8
     return folder / PAGE_NAME
 
 

@@ -90,7 +90,7 @@ def write_page(
             galleries=draw_galleries(study, runs, notes, base),
         )
     )
-    Storage(str(out)).write(PAGE_NAME, text.encode())
+    Storage(str(out)).write(PAGE_NAME, text.encode(errors="replace"))
     return out / PAGE_NAME
 
 

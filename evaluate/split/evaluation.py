@@ -205,7 +205,7 @@ def write_pictures(
 
 def identity_of(predictor: Predictor, dataset: CocoPanoptic) -> dict[str, Any]:
     """What the predictions depend on, as plain values."""
-    photos = "\n".join(str(record.photo) for record in dataset.records)
+    photos = "\n".join(f"{r.photo}{' upright' * r.upright}" for r in dataset.records)
     return {
         **predictor.identity,
         "annotations": dataset.digest,

@@ -15,6 +15,7 @@ its `harmonics`, and where the heads come from: `name`, `step`, `fit`, `split`. 
 from __future__ import annotations
 
 import io
+import json
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -102,7 +103,7 @@ def save_meta(folder: Path, meta: Meta) -> None:
         raise InputError(
             "holds the heads of another network", where=folder, remedy="choose another folder"
         )
-    Storage(str(folder)).write(META, msgspec.json.encode(meta) + b"\n")
+    Storage(str(folder)).write(META, json.dumps(msgspec.to_builtins(meta)).encode() + b"\n")
 
 
 def read_meta(folder: Path) -> Meta:
