@@ -141,3 +141,28 @@ def test_too_few_descriptors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> No
     limits[:] = [(256, 4096)]  # macOS
     assert prefetch(replace(DataConfig(), size=28, workers=8)) == 4
     assert 400 < limits[-1][0] < 4096
+
+
+def test_processes_are_forked_whatever_the_default_is(
+    tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fork server, Python 3.14's default, dies of the signals that go to a whole job."""
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda **_: "forkserver")
+    config = DataConfig(cache=str(tiny_cache), size=28, batch=2, micro_batch=2, workers=1)
+    for reader in ("indexed", "stream"):
+        chosen = replace(config, reader=reader)
+        loader = make_loader(chosen, open_index(chosen), Share(seed=0, steps=range(1)))
+        assert loader.multiprocessing_context.get_start_method() == "fork"
+
+
+def test_after_a_stop_no_cause_is_guessed(tiny_cache: Path) -> None:
+    config = DataConfig(cache=str(tiny_cache), size=28, batch=2, micro_batch=2, workers=1)
+    loader = make_loader(config, open_index(config), Share(seed=0, steps=range(1000)))
+    request = StopRequest()
+    batches = iterate(loader, request)
+    next(batches)
+    request(signal.SIGTERM, None)
+    os.kill(worker(), signal.SIGKILL)  # as a scheduler does with the whole job
+    with pytest.raises(Interrupted):
+        for _ in batches:
+            pass

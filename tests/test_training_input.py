@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import resource
@@ -12,9 +13,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -24,6 +28,9 @@ from short_runs import ROOT, lines_of, make_config, same_run, saved_steps, write
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.cache.index import encode_index
+from panoptic_cache.pipeline.cache.sample import Sample
+from panoptic_cache.pipeline.cache.shards import ShardReader, write_shard
 from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
 from panoptic_cache.pipeline.render.driver import render
 from panoptic_cache.pipeline.render.plan import RenderConfig
@@ -113,6 +120,52 @@ def test_a_cache_without_samples(refuse: Refuse, tiny_root: Path, tmp_path: Path
     nothing = read_dataset(CocoLayout.of(tiny_root, "val")).spread(0)
     render(nothing, "val", Storage(str(tmp_path / "cache")), RenderConfig(), workers=0)
     assert "the cache is empty" in refuse(f"data.cache={tmp_path / 'cache'}")
+
+
+def rewrite(cache: Path, change: Callable[[Sample], Sample], **index: Any) -> None:
+    """Changes every sample of a cache, and fields of its index, whose sums are right again."""
+    storage, reader = Storage(str(cache)), ShardReader(cache)
+    samples = iter([change(reader.sample(position)) for position in range(len(reader))])
+    shards = []
+    for shard in reader.index.shards:
+        part = islice(samples, shard.samples)
+        plan = reader.index.fingerprint
+        written = write_shard(storage, shard.name, part, plan=plan, rejections=(), repairs={})
+        shards.append(written.entry())
+    found = msgspec.structs.replace(reader.index, shards=tuple(shards), **index)
+    storage.write("index.json", encode_index(found))
+
+
+@pytest.mark.parametrize("reader", ["indexed", "stream"])
+def test_labels_that_the_cache_does_not_have(refuse: Refuse, cache: Path, reader: str) -> None:
+    def relabel(sample: Sample) -> Sample:
+        return replace(sample, segments=tuple(replace(s, label=5000) for s in sample.segments))
+
+    rewrite(cache, relabel)
+    line = refuse(f"data.cache={cache}", f"data.reader={reader}")
+    assert re.search(r"\d{12}: a segment has no label of the cache", line)
+
+
+def test_an_index_with_other_counts(refuse: Refuse, cache: Path) -> None:
+    rewrite(cache, lambda sample: sample, samples=99)
+    line = refuse(f"data.cache={cache}")
+    assert "the index counts 99 samples, its shards have 12" in line
+
+
+def test_no_categories(refuse: Refuse, cache: Path) -> None:
+    rewrite(cache, lambda sample: sample, categories=())
+    assert "index damaged: its categories are not labelled" in refuse(f"data.cache={cache}")
+
+
+@pytest.mark.parametrize("reader", ["indexed", "stream"])
+def test_images_without_segments_train(cache: Path, tmp_path: Path, reader: Any) -> None:
+    def empty(sample: Sample) -> Sample:
+        return replace(sample, segments=(), segment_map=np.zeros_like(sample.segment_map))
+
+    rewrite(cache, empty)
+    config = make_config(cache, tmp_path / "run", steps=3)
+    train_run(replace(config, data=replace(config.data, reader=reader)))
+    assert all(math.isfinite(line["loss"]) for line in lines_of(tmp_path / "run"))
 
 
 def test_a_checkpoint_of_another_model(refuse: Refuse, whole: Path, tmp_path: Path) -> None:

@@ -57,7 +57,14 @@ def make_loader(
             where=config.cache,
             remedy="--set data.reader=stream, or copy it to a local disk",
         )
-    return indexed_loader(ShardReader(storage.local), config, share, pin=pin)
+    reader = ShardReader(storage.local)
+    if len(reader) != index.samples:
+        raise InputError(
+            f"the index counts {index.samples} samples, its shards have {len(reader)}",
+            where=config.cache,
+            remedy="run panoptic preprocess again: it rewrites the index",
+        )
+    return indexed_loader(reader, config, share, pin=pin)
 
 
 def indexed_loader(
