@@ -119,10 +119,6 @@ def export_onnx(model: PanopticModel, state: TrainState, out: Path) -> Path:
         )
     assert program is not None  # with dynamo=True it never is
     path = out / "model.onnx"
-    try:
-        _save(program, path)
-    except OSError as error:
-        raise cannot_write(error, path) from None
     facts = {
         "input": {"photo": ["batch", 3, size, size], "dtype": "uint8", "colours": "RGB"},
         "outputs": OUTPUTS,
@@ -132,7 +128,12 @@ def export_onnx(model: PanopticModel, state: TrainState, out: Path) -> Path:
         "cells": GRID_CELLS,
         "categories": [asdict(category) for category in state.categories],
     }
-    storage.write("model.json", _json(facts))
+    with storage.locked():
+        try:
+            _save(program, path)
+        except OSError as error:
+            raise cannot_write(error, path) from None
+        storage.write("model.json", _json(facts))
     return path
 
 

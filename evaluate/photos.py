@@ -29,7 +29,6 @@ from panoptic_cache.evaluate.prediction_files import (
     Noted,
     PredictionRow,
     read_journals,
-    stamp,
     supersede,
     sweep,
     write_json,
@@ -219,7 +218,7 @@ class _Share:
         if number % self.ranks.world != self.ranks.rank:
             return False
         noted = self.done.get(source.image_id)
-        if noted is None or noted.files != stamp(*source.files(self.out)):
+        if noted is None or not noted.holds(source.name, source.files(self.out)):
             return True
         self.rows[source.place] = noted.row
         self.advance()

@@ -276,15 +276,16 @@ class Predictor:
         return centroid_colours(values[:2]), semantic_colours(values[2].astype(np.int64), isthing)
 
 
-def as_photos(photos: Sequence[Photo]) -> list[Pixels]:
+def as_photos(photos: Iterable[Photo]) -> list[Pixels]:
     """(H, W, 3) uint8 RGB of what a caller may give; InputError says which is no photo."""
     if isinstance(photos, str | Path | Image.Image) or getattr(photos, "ndim", 4) != 4:
         raise InputError("a single photo", remedy="give a list: predictor([photo])")
+    several = [*photos]
     return [
         read_picture(photo)
         if isinstance(photo, str | Path)
-        else as_pixels(photo, f"photo {number} of {len(photos)}")
-        for number, photo in enumerate(photos, start=1)
+        else as_pixels(photo, f"photo {number} of {len(several)}")
+        for number, photo in enumerate(several, start=1)
     ]
 
 

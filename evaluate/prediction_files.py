@@ -59,6 +59,10 @@ class Noted(Struct, frozen=True):
     row: PredictionRow
     files: list[int]  # See `stamp`: of the files that the row depends on
 
+    def holds(self, name: str, files: Sequence[Path]) -> bool:
+        """Whether it is of the PNG of this name, and no file has changed since."""
+        return self.row.file_name == f"{name}.png" and self.files == stamp(*files)
+
 
 class _Rows(Struct):
     """The part of `panoptic.json` that says what to remove."""
@@ -228,7 +232,7 @@ def sweep(out: Path, rows: Sequence[PredictionRow], overlays: int) -> None:
     for folder, kept in ((PNG_FOLDER, new), (OVERLAYS, new[:overlays])):
         stale = old.difference(kept)
         for path in [*(out / folder).iterdir()]:
-            if path.stem in stale:
+            if path.stem in stale and path.is_file():
                 Storage(str(out / folder)).remove(path.name)
     for path in (out / SUPERSEDED, *_journals(out)):
         Storage(str(out)).remove(path.name)

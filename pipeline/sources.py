@@ -86,11 +86,12 @@ def as_pixels(photo: object, where: str) -> NDArray[np.uint8]:
     Gray becomes RGB, transparency is ignored, floats are in [0, 1]. Integers up to 255 are taken as
     they are, larger ones of 16 bits lose the lower 8. InputError for anything else.
     """
-    if isinstance(photo, Image.Image) and not photo.mode.startswith(("I", "F")):
-        photo = photo.convert("RGB")
     try:
+        if isinstance(photo, Image.Image) and not photo.mode.startswith(("I", "F")):
+            photo = photo.convert("RGB")
         pixels = np.asarray(photo)
-    except (TypeError, ValueError, RuntimeError) as error:  # such as a tensor on a GPU
+    # Such as a tensor on a GPU, or a damaged file that Pillow has not read yet.
+    except (TypeError, ValueError, RuntimeError, OSError, SyntaxError) as error:
         raise InputError(f"no photo: {error}", where=where) from None
     if pixels.ndim == 2:
         pixels = pixels[..., None]

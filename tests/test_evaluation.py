@@ -356,6 +356,25 @@ def test_journals_of_all_processes_are_read(tmp_path: Path) -> None:
     assert read_journals(tmp_path, identity).keys() == {0, 1, 5, "c"}
 
 
+def test_a_journal_names_no_files_elsewhere(
+    predictor: Predictor, tiny_dataset: CocoPanoptic, once: Path, tmp_path: Path
+) -> None:
+    record = tiny_dataset.records[0]
+    out, elsewhere = tmp_path / "out", tmp_path / "mine.png"
+    (out / "panoptic").mkdir(parents=True)
+    shutil.copy(record.png, elsewhere)
+    shutil.copy(record.png, out / "panoptic" / f"{record.key}.png")
+    with Journal(out, identity_of(predictor, tiny_dataset)) as journal:
+        row = PredictionRow(record.image_id, "../../mine.png", [])
+        files = [record.photo, record.png, out / "panoptic" / f"{record.key}.png"]
+        journal.note(row, files)
+    old = {"annotations": [{"image_id": 1, "file_name": "../../mine.png", "segments_info": []}]}
+    (out / "superseded.json").write_text(json.dumps(old))
+    evaluate(predictor, tiny_dataset, out, batch=4, overlays=3)
+    assert results(out) == results(once)
+    assert elsewhere.exists()
+
+
 def test_nan_names_the_photo(
     predictor: Predictor, tiny_dataset: CocoPanoptic, tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -20,6 +20,7 @@ from panoptic_cache.evaluate.export import (
 )
 from panoptic_cache.evaluate.predict import Predictor
 from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.train.encoding import make_encoding
 
 
@@ -45,6 +46,19 @@ def test_half_an_export_is_none(trained: Path, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(InputError, match=r"model\.safetensors has another size"):
         Predictor(tmp_path)
+
+
+def test_an_export_withdraws_the_graph_of_an_earlier_one(trained: Path, tmp_path: Path) -> None:
+    one = Predictor(trained, "cpu")
+    for name in ("model.onnx", "model.onnx.data", "model.json", "mine.txt"):
+        (tmp_path / name).write_text("of other weights")
+    with Storage(str(tmp_path)).locked(), pytest.raises(InputError, match="another run"):
+        export_model(one.model, one.state, tmp_path)
+    assert len([*tmp_path.iterdir()]) == 4
+    export_model(one.model, one.state, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("model.safetensors", "backbone.json", "state.json", "complete.json", "mine.txt"),
+    }
 
 
 @pytest.mark.slow

@@ -94,6 +94,7 @@ def test_photos_in_any_form(predictor: Predictor, tiny_root: Path) -> None:
     for form in (gray, gray[..., None], Image.fromarray(gray), np.stack([gray, gray], 2)):
         assert same(predictor([form])[0], wanted)
     assert len(predictor(np.stack([photo, photo]))) == 2  # type: ignore[arg-type]
+    assert len(predictor(iter([photo, gray]))) == 2  # type: ignore[arg-type]
     assert predictor([]) == []
     assert predictor.heads([]) == []
 
@@ -118,6 +119,13 @@ def test_what_is_no_photo_is_refused(predictor: Predictor, photo: Any, message: 
     with pytest.raises(InputError, match=f"photo 2 of 2: {message}") as caught:
         predictor([np.zeros((4, 4, 3), np.uint8), photo])
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_picture_that_is_cut_short_is_refused(predictor: Predictor, tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.jpg", Image.fromarray(GRAY))
+    path.write_bytes(path.read_bytes()[:400])
+    with Image.open(path) as picture, pytest.raises(InputError, match="photo 1 of 1: no photo"):
+        predictor([picture])
 
 
 @pytest.mark.parametrize("alone", ["a.jpg", Path("a.jpg"), np.zeros((4, 4, 3), np.uint8)])

@@ -24,7 +24,6 @@ from panoptic_cache.evaluate.prediction_files import (
     Journal,
     Noted,
     PredictionRow,
-    stamp,
     supersede,
     write_png,
 )
@@ -88,7 +87,7 @@ def predict_share(
     for at in mine:
         record = dataset.records[at]
         noted = done.get(record.image_id)
-        if noted is not None and noted.files == stamp(*files(record)):
+        if noted is not None and noted.holds(record.key, files(record)):
             ids = read_ids(out / PNG_FOLDER / noted.row.file_name)
             share.outcomes[at] = noted.row, score_row(record, noted.row, ids, things)
     rest = [at for at in mine if at not in share.outcomes]
