@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from panoptic_cache.pipeline.console import Json, print_json, print_table
+from panoptic_cache.pipeline.console import Json, print_json, print_table, show
 
 app = typer.Typer()
 bench = typer.Typer()
@@ -68,7 +68,7 @@ def study(
     if as_json:
         print_json(values)
     else:
-        print(rows_text(rows))
+        show(rows_text(rows))
         log.info("page: %s", page)
     if failed:
         raise typer.Exit(3)

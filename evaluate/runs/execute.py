@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from panoptic_cache.evaluate.runs.study import Run, Study, plan_runs, run_config, trained_runs
-from panoptic_cache.pipeline.base.config import fingerprint
+from panoptic_cache.pipeline.base.config import decode_json, fingerprint
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage, no_links
 from panoptic_cache.pipeline.base.process import Interrupted
@@ -181,7 +181,7 @@ def last_step(folder: Path) -> int:
             file.seek(max(0, file.seek(0, 2) - 4096))
             for line in reversed(file.read().splitlines()):
                 with suppress(ValueError, TypeError, KeyError):
-                    return int(json.loads(line)["step"])
+                    return int(decode_json(line, dict)["step"])
     except OSError:
         pass
     return 0
@@ -206,7 +206,7 @@ def read_note(run: Run, digest: str) -> Note:
     path = run.folder / RUN_FILE
     fresh = Note(digest, "failed", "not made yet")
     try:
-        note = Note(**json.loads(path.read_text()))
+        note = Note(**decode_json(path.read_bytes(), dict))
     except (OSError, ValueError, TypeError):
         return fresh
     if note.status == "failed":

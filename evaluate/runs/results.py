@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from panoptic_cache.evaluate.prediction_files import SCORES
 from panoptic_cache.evaluate.report.tables import size_name
 from panoptic_cache.evaluate.runs.execute import Note
 from panoptic_cache.evaluate.runs.study import Run, Study, Variant
+from panoptic_cache.pipeline.base.config import decode_json
 from panoptic_cache.pipeline.base.terminal import table
 
 Scores = Mapping[str, Any]
@@ -79,7 +79,7 @@ def make_rows(study: Study, runs: Sequence[Run], notes: Mapping[Path, Note]) -> 
     for run in runs:
         if notes[run.folder].status == "done":
             path = run.folder / "evaluate" / SCORES
-            scores[run.variant.name][run.seed] = json.loads(path.read_bytes())
+            scores[run.variant.name][run.seed] = decode_json(path.read_bytes(), dict)
     return [
         make_row(
             [run for run in runs if run.variant.name == variant.name],
@@ -134,12 +134,12 @@ def over_seeds(values: Sequence[float | None], *, signed: bool = False) -> Measu
 def read_curve(folder: Path) -> Iterator[tuple[float, float]]:
     """Steps and PQ (percent) of a run's validations."""
     try:
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
     except OSError:
         return
     for line in lines:
         try:
-            values = json.loads(line)
+            values = decode_json(line, dict)
             if "validation" in values:
                 yield values["step"], 100 * values["validation"]["pq"]
         except (ValueError, KeyError, TypeError):

@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from panoptic_cache.pipeline.base.config import fingerprint
+from panoptic_cache.pipeline.base.config import decode_json, fingerprint
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage, no_links, write_file
 from panoptic_cache.pipeline.base.process import Interrupted
@@ -180,8 +180,8 @@ def _read_journal(journal: Path, layout: CocoLayout, head: dict[str, Any]) -> di
         )
     found = {}
     for row in rows:
-        with suppress(msgspec.DecodeError):  # the last row of a killed run
-            outcome = msgspec.json.decode(row, type=Outcome)
+        with suppress(ValueError):  # the last row of a killed run
+            outcome = decode_json(row, Outcome)
             found[outcome.name] = outcome
     return found
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from panoptic_cache.pipeline.base.config import read_toml
+from panoptic_cache.pipeline.base.config import decode_json, read_toml
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.convert.source import Draw, Drawing, Size, Source, category
 
@@ -57,7 +56,7 @@ def _draw(draw: Draw, numbers: Mapping[int, int], size: Size) -> Drawing:
 def _read_table(path: Path, names: list[str]) -> dict[str, str]:
     """New names by old ones."""
     try:
-        rows = json.loads(path.read_bytes()) if path.suffix == ".json" else read_toml(path)
+        rows = decode_json(path.read_bytes(), dict) if path.suffix == ".json" else read_toml(path)
         pairs = [
             (str(old), str(new))
             for new, olds in rows.items()
