@@ -130,19 +130,21 @@ def test_first_and_last_cell_are_not_neighbours() -> None:
     assert_recovers(run(index, [0, 0]), index, [0, 0])
 
 
-def test_a_class_that_wins_only_where_the_head_is_unsure_is_not_there() -> None:
+def test_a_class_that_an_image_loses_little_without_is_not_there() -> None:
     logits = torch.zeros(1, 4, 20, 20)
     logits[:, 2] = 8
-    logits[:, 0, 5:9, 5:9], logits[:, 2, 5:9, 5:9] = 8, 0
-    logits[:, 1, 0, :9] = 8.2  # probability 0.55
-    logits[:, 3, 19], logits[:, 2, 19] = 0.2, 0  # and 0.29
-    found = read_classes(logits, ISTHING, 0.6)
+    logits[:, 0, 5:9, 5:9], logits[:, 2, 5:9, 5:9] = 8, 0  # 16 of 400 pixels, by 8
+    logits[:, 1, 0, :9] = 8.2  # 9 pixels, by 0.2: 0.0045 a pixel of the image
+    logits[:, 3, 19], logits[:, 2, 19] = 0.2, 0  # 20 pixels, by 0.2: 0.01
+    found = read_classes(logits, ISTHING, 0.02)
     assert found.thing.unique().tolist() == [0]
     assert found.stuff.unique().tolist() == [2]
     expected = torch.zeros(20, 20, dtype=torch.bool)
     expected[5:9, 5:9] = True
     expected[19] = True  # neither is likelier there, and a tie is a thing's
     assert torch.equal(found.chance[0] >= 0.5, expected)
+    some = read_classes(logits, ISTHING, 0.008)
+    assert (some.thing.unique().tolist(), some.stuff.unique().tolist()) == ([0], [2, 3])
     everything = read_classes(logits, ISTHING, 0.0)
     assert everything.thing[0, 0, :9].tolist() == [1] * 9
     assert everything.stuff[0, 19].tolist() == [3] * 20
@@ -199,6 +201,19 @@ def instances_of(votes: Votes, config: DecodeConfig | None = None) -> int:
     return len(np.unique(owner))
 
 
+def two_crowds(apart: float) -> Votes:
+    """Votes that scatter about two places, so many cells apart, of the left and the right half."""
+    places = [(10 + apart * (-0.5, 0.5)[x >= 20] + (x * 7 % 5 - 2) / 10, 4.5) for x in range(40)]
+    return votes_at(places, [1] * 40)
+
+
+def test_parts_of_one_class_are_rather_one_instance_than_those_of_two() -> None:
+    votes = two_crowds(4)
+    right = (np.arange(6400) % 160 >= 20).astype(np.int64)
+    assert instances_of(votes) == 1
+    assert instances_of(replace(votes, thing=right)) == 2
+
+
 def test_votes_of_two_places_are_two_instances_and_a_sweep_is_one() -> None:
     assert instances_of(votes_at([(10, 5)], [40])) == 1
     assert instances_of(votes_at([(10, 5), (30, 5)], [40, 40])) == 2
@@ -209,7 +224,8 @@ def test_votes_of_two_places_are_two_instances_and_a_sweep_is_one() -> None:
 
 
 def test_the_bias_makes_fewer_instances_or_more() -> None:
-    votes = votes_at([(10, 5), (30, 5)], [40, 40])
+    votes = two_crowds(6)
+    assert instances_of(votes) == 2
     assert instances_of(votes, DecodeConfig(bias=20)) == 1
     sweep = votes_at([(10 + (x - 20) / 6, 3.5) for x in range(40)], [1] * 40)
     assert instances_of(sweep, DecodeConfig(bias=-20)) > 1

@@ -32,8 +32,8 @@ TOGETHER = 1 << 22
 class DecodeConfig:
     """Settings of the decoder; one setting serves all networks and sizes that it was tried on."""
 
-    # Mean probability that a class must have where it wins, to be in the image.
-    least_class: float = 0.55
+    # Log odds, averaged over an image, that a class must win pixels by to be in it.
+    least_class: float = 0.0015
     # Pixels of the network's output over which codes are averaged to each side, for a noise of 1 (a
     # variance a channel; of trained networks 0.003, of poor ones 0.1).
     smoothing: float = 58.0

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from panoptic_cache.train.encoding import GRID_CELLS, cell_centres, gamma
 
-CLASS_SAMPLES, NOISE_SAMPLES = 1 << 16, 1 << 14
+CLASS_SAMPLES, NOISE_SAMPLES = 1 << 15, 1 << 14
 """Pixels of an image that tell which classes it holds, and how noisy its codes are."""
+LARGEST_LEAD = 10.0
+"""Log odds beyond which a class is sure; with one class alone there are none."""
 PIXELS_AT_ONCE, CHANNELS_AT_ONCE = 2048, 4
 """Scored at once for 80 cells, within a processor's cache; smoothed at once, for little memory."""
 MAX_RADIUS = 9
@@ -50,20 +52,19 @@ class Votes:
 def read_classes(logits: Tensor, isthing: Tensor, least: float) -> Classes:
     """The best thing and the best stuff class of each pixel, among those that the image holds.
 
-    An image holds few classes. One that wins only where the head is unsure is not among them: its
-    probability there, on average weighted by itself, is below `least`. Else a noisy head scatters
-    all of its classes over a picture. `logits` are (B, C, h, w), `isthing` is (C,).
+    An image holds few classes. One that it would lose little without is not among them: the log
+    odds by which it wins its pixels, averaged over the image, are below `least`. Else a noisy head
+    scatters all of its classes over a picture. `logits` are (B, C, h, w), `isthing` is (C,).
     """
     batch, classes, height, width = logits.shape
     step = next(n for n in range(1, 1 << 16) if (height // n) * (width // n) <= CLASS_SAMPLES)
-    sample = logits[:, :, ::step, ::step].flatten(2).transpose(1, 2)  # (B, samples, C)
-    best, winner = sample.softmax(2).max(2)
-    totals = best.new_zeros(2, batch, classes)
-    totals[0].scatter_add_(1, winner, best)
-    totals[1].scatter_add_(1, winner, best.square())
-    seen = totals[0] > 0
-    held = seen & (totals[1] >= least * totals[0])
-    held = torch.where(held.any(1, keepdim=True), held, seen)  # (B, C)
+    sample = logits[:, :, ::step, ::step].flatten(2)  # (B, C, samples)
+    best, winner = sample.max(1, keepdim=True)
+    lead = best - sample.scatter(1, winner, -torch.inf).amax(1, keepdim=True)
+    lead = lead.clamp(max=LARGEST_LEAD)
+    evidence = lead.new_zeros(batch, classes).scatter_add_(1, winner[:, 0], lead[:, 0])
+    held = evidence >= max(least, 1e-12) * lead.shape[2]
+    held = torch.where(held.any(1, keepdim=True), held, True)  # (B, C)
     things, thing = best_class(logits, held & isthing)
     stuffs, stuff = best_class(logits, held & ~isthing)
     return Classes(thing, stuff, torch.sigmoid(things - stuffs))

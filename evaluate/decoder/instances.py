@@ -27,7 +27,7 @@ Slices = tuple[slice, slice]
 CLEAN_GAP, CLEAN_SCATTER, LEAST_WIDTH = 0.05, 0.1, 0.4
 """Cells. Votes that differ less between neighbours, and scatter less within a cell, are exact, and
 then each cell is a basin; else the Gaussian has this width at least."""
-SADDLE, DRIFT, SLOPE, TOUCH, BIAS = 2.6, 2.0, -1.85, 2.1, -3.0
+DRIFT, TOUCH, SLOPE, NECK, CLASS, BIAS = 2.6, 2.2, -1.5, 1.1, 2.9, -4.75
 """Of the evidence in `log_odds`: fitted to pairs of basins of networks and of corrupted codes."""
 
 
@@ -47,11 +47,11 @@ class Basins:
     """Basins 1 to n of the votes; 0 is no basin."""
 
     cells: Integers  # (80, 80) the basin of each cell
-    height: Floats  # (80, 80) smoothed histogram; all 0 where votes are exact, and cells are basins
     owner: Integers  # (V,) the basin of each voter
+    exact: bool = False  # Whether votes are exact; then each basin is an instance
 
 
-def tally(index: Integers, weights: Floats, count: int) -> Floats:
+def tally(index: Integers, weights: Floats | None, count: int) -> Floats:
     """(count,) sums of the weights of each index."""
     return np.asarray(np.bincount(index, weights, count), np.float64)
 
@@ -82,8 +82,8 @@ def find_basins(voters: Voters, votes: Votes, blur: float) -> Basins:
     been smoothed, of the next pixels whose windows do not overlap.
     """
     if len(voters.pixels) == 0:
-        none = np.zeros((GRID_CELLS, GRID_CELLS))
-        return Basins(none.astype(np.int64), none, voters.pixels)
+        none = np.zeros((GRID_CELLS, GRID_CELLS), np.int64)
+        return Basins(none, voters.pixels)
     column, row = np.rint(voters.place).astype(np.int64).clip(0, GRID_CELLS - 1)
     cell, count = row * GRID_CELLS + column, GRID_CELLS**2
     weight = tally(cell, voters.length, count)
@@ -98,14 +98,14 @@ def find_basins(voters: Voters, votes: Votes, blur: float) -> Basins:
     histogram = weight.reshape(GRID_CELLS, GRID_CELLS)
     if gap <= CLEAN_GAP and scatter <= CLEAN_SCATTER:
         cells = np.where(histogram > 0, (histogram > 0).cumsum().reshape(histogram.shape), 0)
-        return Basins(cells, np.zeros_like(histogram), cells.ravel()[cell])
+        return Basins(cells, cells.ravel()[cell], exact=True)
     width = max(blur * gap, LEAST_WIDTH)
     height = ndimage.gaussian_filter(histogram, width, mode="constant", truncate=3)
     height = np.where(height > 1e-4 * height.max(), height, 0)  # not for votes of no weight
     peaks = (height == ndimage.maximum_filter(height, 3)) & (height > 0)
     markers, _ = ndimage.label(peaks, np.ones((3, 3)))
     cells = watershed(-height, markers, mask=height > 0, connectivity=2).astype(np.int64)
-    return Basins(cells, height, cells.ravel()[cell])
+    return Basins(cells, cells.ravel()[cell])
 
 
 def _steps(voters: Voters, votes: Votes, apart: int) -> list[tuple[Slices, Slices, Floats]]:
@@ -123,16 +123,20 @@ def merge(basins: Basins, voters: Voters, votes: Votes, bias: float) -> Integers
     In each round, those become one that are the likeliest partners of each other. Returns (V,) the
     instance of each voter, any numbers, 0 for none.
     """
+    if basins.exact or len(voters.pixels) == 0:
+        return basins.owner
     count, pixel = int(basins.cells.max()) + 1, GRID_CELLS / math.sqrt(math.prod(votes.shape))
-    # (count, 5): weight, and weighted sums of the places of votes and of pixels.
+    names, kind = np.unique(votes.thing[voters.pixels], return_inverse=True)
+    keys = basins.owner * len(names) + kind
+    chances = tally(keys, voters.chance, count * len(names)).reshape(count, -1)
+    # Pixels; weight, and weighted sums of the places of votes and of pixels.
     columns = np.ones_like(voters.length), *voters.place, *voters.at
-    sums = np.stack([tally(basins.owner, voters.length * one, count) for one in columns], axis=1)
-    top = np.zeros(count)
-    np.maximum.at(top, basins.cells.ravel(), basins.height.ravel())
+    moments = [tally(basins.owner, voters.length * one, count) for one in columns]
+    sums = np.column_stack([tally(basins.owner, None, count), *moments, chances])
     pairs, root = find_pairs(basins, voters, votes), np.arange(count)
     while len(pairs.one):
-        odds = bias + log_odds(pairs, sums, top, pixel)
-        best = np.zeros(count)
+        odds = bias + log_odds(pairs, sums, pixel)
+        best = np.full(count, -np.inf)
         np.maximum.at(best, pairs.one, odds)
         np.maximum.at(best, pairs.other, odds)
         mutual = (odds > 0) & (odds == best[pairs.one]) & (odds == best[pairs.other])
@@ -144,7 +148,6 @@ def merge(basins: Basins, voters: Voters, votes: Votes, bias: float) -> Integers
             into = into[into]
         root = into[root]
         sums = np.stack([tally(into, column, count) for column in sums.T], axis=1)
-        np.maximum.at(top, into, top.copy())
         pairs = Pairs.of(into[pairs.one], into[pairs.other], pairs.facts)
     return root[basins.owner]
 
@@ -153,13 +156,13 @@ def merge(basins: Basins, voters: Voters, votes: Votes, bias: float) -> Integers
 class Pairs:
     """M pairs of basins that are neighbours among the votes, or in the picture.
 
-    The facts are the height of the saddle between them; the sum of the steps, in cells, that votes
-    take between the pixels on both sides of their border; and how many these are.
+    The facts are the sum of the steps, in cells, that votes take between the pixels on both sides
+    of their border; and how many these are.
     """
 
     one: Integers  # (M,) the smaller number
     other: Integers  # (M,) the larger one
-    facts: Floats  # (3, M)
+    facts: Floats  # (2, M)
 
     @classmethod
     def of(cls, one: Integers, other: Integers, facts: Floats) -> Pairs:
@@ -168,10 +171,8 @@ class Pairs:
         apart = low != high
         size = int(high.max(initial=0)) + 1
         keys, row = np.unique((low * size + high)[apart], return_inverse=True)
-        saddle = np.zeros(len(keys))
-        np.maximum.at(saddle, row, facts[0, apart])
-        sums = [tally(row, fact[apart], len(keys)) for fact in facts[1:]]
-        return cls(keys // size, keys % size, np.stack([saddle, *sums]))
+        sums = np.stack([tally(row, fact[apart], len(keys)) for fact in facts])
+        return cls(keys // size, keys % size, sums)
 
 
 def find_pairs(basins: Basins, voters: Voters, votes: Votes) -> Pairs:
@@ -181,34 +182,34 @@ def find_pairs(basins: Basins, voters: Voters, votes: Votes) -> Pairs:
     rows = []
     for a, b, step in _steps(voters, votes, 1):
         border = (owner[a] != owner[b]) & (owner[a] > 0) & (owner[b] > 0)
-        ones = np.ones(border.sum())
-        rows.append((owner[a][border], owner[b][border], [0 * ones, step[border], ones]))
-    cells, height = np.pad(basins.cells, 1), np.pad(basins.height, 1)
-    inner = slice(1, -1), slice(1, -1)
+        rows.append((owner[a][border], owner[b][border], [step[border], np.ones(border.sum())]))
+    cells = np.pad(basins.cells, 1)
+    inner = cells[1:-1, 1:-1]
     for dy, dx in ((0, 1), (1, -1), (1, 0), (1, 1)):
-        beside = slice(1 + dy, 1 + dy + GRID_CELLS), slice(1 + dx, 1 + dx + GRID_CELLS)
-        border = (cells[inner] > 0) & (cells[beside] > 0)
-        saddle = np.minimum(height[inner], height[beside])[border]
-        rows.append((cells[inner][border], cells[beside][border], [saddle, 0 * saddle, 0 * saddle]))
-    one, other, facts = (np.concatenate(part, axis=-1) for part in zip(*rows, strict=True))
-    return Pairs.of(one, other, facts)
+        beside = cells[1 + dy : 1 + dy + GRID_CELLS, 1 + dx : 1 + dx + GRID_CELLS]
+        border = (inner > 0) & (beside > 0) & (inner != beside)
+        rows.append((inner[border], beside[border], list(np.zeros((2, border.sum())))))
+    return Pairs.of(*(np.concatenate(part, axis=-1) for part in zip(*rows, strict=True)))
 
 
-def log_odds(pairs: Pairs, sums: Floats, top: Floats, pixel: float) -> Floats:
+def log_odds(pairs: Pairs, sums: Floats, pixel: float) -> Floats:
     """(M,) log odds that both basins of a pair are parts of one instance.
 
-    Saddle: between the votes of one there is no valley. Drift: the votes of two instances are as
-    far apart as their pixels are, for a centroid is the mean of its pixels; parts of one vote for
-    nearly the same place from different ones. Slope: within an instance, a step of a pixel moves
-    the vote by less than that pixel (`pixel` cells wide); between two it leaps.
+    Drift: the votes of two instances are as far apart as their pixels are, for a centroid is the
+    mean of its pixels; parts of one vote for nearly the same place from different ones. Slope:
+    within an instance, a step of a pixel moves the vote by less than that pixel (`pixel` cells
+    wide); between two it leaps. Neck: a cut through an instance is long for the size of its parts,
+    two instances touch along a short line. Class: of one instance all pixels have the same.
     """
-    middle = sums[:, 1:] / np.maximum(sums[:, :1], 1e-12)
-    apart = (middle[pairs.one] - middle[pairs.other]).T  # (4, M)
+    both = sums[np.stack([pairs.one, pairs.other])]  # (2, M, 6 + classes)
+    middle = both[..., 2:6] / np.maximum(both[..., 1:2], 1e-12)
+    apart = (middle[0] - middle[1]).T  # (4, M)
     unlike = np.hypot(*(apart[:2] - apart[2:])) / np.maximum(np.hypot(*apart[:2]), 1e-3)
-    saddle, steps, touches = pairs.facts
-    lower = np.minimum(top[pairs.one], top[pairs.other])
-    depth = np.divide(saddle, lower, out=np.zeros_like(saddle), where=lower > 0)
+    steps, touches = pairs.facts
     slope = np.log((steps / np.maximum(touches, 1) / pixel).clip(0.1, 10))
-    border = np.where(touches > 0, TOUCH + SLOPE * slope, 0)
-    odds: Floats = BIAS + SADDLE * depth + DRIFT * np.log1p(np.minimum(unlike, 20)) + border
+    neck = np.log(np.maximum(touches, 1) / np.sqrt(np.maximum(both[..., 0].min(0), 1)))
+    border = np.where(touches > 0, TOUCH + SLOPE * slope + NECK * neck, 0)
+    shares = both[..., 6:] / np.maximum(both[..., 6:].sum(2, keepdims=True), 1e-12)
+    alike = shares.prod(0).sum(1)
+    odds: Floats = BIAS + DRIFT * np.log1p(np.minimum(unlike, 20)) + border + CLASS * alike
     return odds
