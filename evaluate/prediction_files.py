@@ -25,7 +25,7 @@ from panoptic_cache.evaluate.decoder.decode import DecodedSegment, PanopticMap
 from panoptic_cache.pipeline.annotations import ImageId
 from panoptic_cache.pipeline.base.config import decode_json
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.files import Storage, cannot_write, no_links
+from panoptic_cache.pipeline.base.files import Storage, cannot_write, no_links, stamp
 from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.pipeline.pictures.colours import encode_picture
 from panoptic_cache.pipeline.png import ids_to_rgb, read_ids
@@ -109,18 +109,6 @@ def read_png(folder: Path, row: PredictionRow, categories: Sequence[Category]) -
         for s in row.segments_info
     )
     return PanopticMap(read_ids(folder / PNG_FOLDER / row.file_name), segments)
-
-
-def stamp(*files: Path) -> list[int]:
-    """Size and time of each file: what differs once one of them has changed."""
-    found = []
-    for file in files:
-        try:
-            state = file.stat()
-            found += [state.st_size, state.st_mtime_ns]
-        except OSError:
-            found += [-1, -1]
-    return found
 
 
 class Journal:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.files import read_file
+from panoptic_cache.pipeline.base.files import PASSING, read_file
 from panoptic_cache.pipeline.coco import PanopticRecord
 from panoptic_cache.pipeline.png import MOST_BYTES, MOST_PIXELS, PNG_SIGNATURE, check_png, png_size
 
@@ -229,7 +229,9 @@ def _read(path: Path) -> _File:
         if isinstance(error, FileNotFoundError):
             raise InputError("no such photo", where=path, code="photo-missing") from None
         what = f"photo unreadable: {error.strerror}"
-        raise InputError(what, where=path, code="photo-unreadable") from None
+        code = "input-failing" if error.errno in PASSING else "photo-unreadable"
+        remedy = "go on when its disk is back" if error.errno in PASSING else ""
+        raise InputError(what, where=path, remedy=remedy, code=code) from None
     orientation, form, colours = 1, "", ""
     try:
         if data.startswith(PNG_SIGNATURE):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.files import read_file
+from panoptic_cache.pipeline.base.files import PASSING, read_file
 
 MOST_BYTES = 1 << 30
 """Of the file of a picture."""
@@ -51,6 +51,7 @@ def read_png(path: Path, size: tuple[int, int] | None = None) -> bytes:
         data = read_file(path, MOST_BYTES)
     except OSError as error:
         code = "png-missing" if isinstance(error, FileNotFoundError) else "png-unreadable"
+        code = "input-failing" if error.errno in PASSING else code
         raise InputError(
             f"panoptic PNG unreadable: {error.strerror}", where=path, code=code
         ) from None

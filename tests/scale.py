@@ -52,8 +52,8 @@ def write_links(source: CocoLayout, root: Path, images: int) -> CocoLayout:
         annotation = annotations[image["id"]]
         key = 4 * number + 9
         photo, png = f"{key:012d}.jpg", f"{key:012d}.png"
-        (photos / photo).symlink_to((source.images / image["file_name"]).resolve())
-        (annotated / png).symlink_to((source.panoptic_dir / annotation["file_name"]).resolve())
+        (photos / photo).hardlink_to((source.images / image["file_name"]).resolve())
+        (annotated / png).hardlink_to((source.panoptic_dir / annotation["file_name"]).resolve())
         # The real file's rows: more than what is read.
         url = f"http://images.cocodataset.org/train2017/{photo}"
         new = {**image, "id": key, "file_name": photo, "license": 3, "coco_url": url}

@@ -18,7 +18,9 @@ import simplejpeg
 from distributed import LocalCluster
 from handmade import hashes, noise
 from msgspec import structs
+from PIL import Image
 
+import panoptic_cache.pipeline.base.files
 import panoptic_cache.pipeline.render.driver
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
@@ -107,7 +109,7 @@ def test_an_interrupted_run_goes_on(
             run(tiny_dataset, tmp_path)
     assert len(list(tmp_path.glob("*.tar"))) == after
     assert not (tmp_path / "index.json").exists()
-    before = times(tmp_path)
+    before = {name: time for name, time in times(tmp_path).items() if name != "inputs.jsonl"}
     run(tiny_dataset, tmp_path)
     assert hashes(tmp_path) == hashes(tiny_cache)
     assert {k: v for k, v in times(tmp_path).items() if k in before} == before
@@ -333,6 +335,105 @@ def test_renaming_ids_changes_no_target(root: Path) -> None:
         for name in ("segment_map", "eds", "void"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
         assert [replace(s, id=rename[s.id]) for s in one.segments] == list(other.segments)
+
+
+@pytest.mark.parametrize("which", ["photo", "png"])
+def test_what_changed_before_a_run_goes_on_is_rendered_again(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    dataset = read_dataset(CocoLayout.of(root, "train"))
+    left, work = iter(range(2)), render_shard
+
+    def interrupted(*arguments: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return work(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(panoptic_cache.pipeline.render.driver, "render_shard", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(dataset, tmp_path / "cache")
+    with (tmp_path / "cache" / "inputs.jsonl").open("a") as file:
+        file.write('{"shard": "train-000')  # as a kill leaves it
+    key = json.loads((tmp_path / "cache" / "train-00001.json").read_text())["samples"][0]["key"]
+    record = next(record for record in dataset.records if record.key == key)
+    path = getattr(record, which)
+    with Image.open(path) as picture:
+        picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path, quality=95)
+    before = times(tmp_path / "cache")
+    run(dataset, tmp_path / "cache")
+    run(dataset, tmp_path / "wanted")
+    assert hashes(tmp_path / "cache") == hashes(tmp_path / "wanted")
+    after = times(tmp_path / "cache")
+    assert after["train-00000.tar"] == before["train-00000.tar"]
+    assert after["train-00001.tar"] != before["train-00001.tar"]
+
+
+def test_a_finished_cache_needs_no_right_to_write(
+    tiny_dataset: CocoPanoptic,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for name in ("write", "remove", "create", "locked"):
+        monkeypatch.setattr(Storage, name, refuse)
+    with caplog.at_level("INFO", "panoptic_cache"):
+        assert run(tiny_dataset, cache).written == 12
+    assert any("nothing to do" in line for line in caplog.messages)
+
+
+class Share:
+    """A share whose reads fail: of the files that are named, from then on, so many times."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, failures: float, *names: str) -> None:
+        self.failures, self.names, opened = failures, names, os.open
+        monkeypatch.setattr(panoptic_cache.pipeline.base.files, "SHARE_PAUSES", (0, 0, 0))
+
+        def open_(path: Any, *arguments: Any, **settings: Any) -> int:
+            if str(path).endswith(self.names) and self.failures > 0:
+                self.failures -= 1
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return opened(path, *arguments, **settings)
+
+        monkeypatch.setattr(os, "open", open_)
+
+
+def test_a_share_that_fails_in_passing_costs_nothing(
+    root: Path, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = read_dataset(CocoLayout.of(root, "train"))
+    Share(monkeypatch, 3, "000000000003.jpg")
+    run(dataset, tmp_path / "cache")
+    assert hashes(tmp_path / "cache") == hashes(tiny_cache)
+
+
+@pytest.mark.parametrize("suffixes", [(".jpg",), (".jpg", ".png")])
+def test_an_outage_ends_the_run_and_costs_no_image(
+    root: Path,
+    tiny_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    suffixes: tuple[str, ...],
+) -> None:
+    dataset = read_dataset(CocoLayout.of(root, "train"))
+    with monkeypatch.context() as patch:
+        Share(patch, float("inf"), *suffixes)
+        with pytest.raises(InputError) as caught:
+            run(dataset, tmp_path / "cache", max_bad=12)
+    assert caught.value.code == "input-failing"
+    run(dataset, tmp_path / "cache", max_bad=12)
+    assert hashes(tmp_path / "cache") == hashes(tiny_cache)
+
+
+def test_one_bad_sector_costs_one_image(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = read_dataset(CocoLayout.of(root, "train"))
+    Share(monkeypatch, float("inf"), "000000000003.jpg")
+    assert run(dataset, tmp_path / "cache", max_bad=1).quarantined == 1
 
 
 def test_what_was_left_out_is_tried_again_when_asked(root: Path, tmp_path: Path) -> None:

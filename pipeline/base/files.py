@@ -241,6 +241,18 @@ def read_file(path: Path, most: int = 1 << 34) -> bytes:
     raise AssertionError("the last try returns or raises")
 
 
+def stamp(*files: Path) -> list[int]:
+    """Size and time of each file: what differs once one of them has changed."""
+    found = []
+    for file in files:
+        try:
+            state = file.stat()
+            found += [state.st_size, state.st_mtime_ns]
+        except OSError:
+            found += [-1, -1]
+    return found
+
+
 def no_links(path: str, flags: int) -> int:
     """An `opener` for files that are not replaced but written to: OSError where one is a link.
 

@@ -25,11 +25,13 @@ from panoptic_cache.pipeline.cache.index import (
     QUARANTINE_NAME,
     ShardIndex,
     claim,
+    claimed_by,
     encode_index,
 )
 from panoptic_cache.pipeline.cache.sample import FORMAT_VERSION
 from panoptic_cache.pipeline.cache.shards import finished_shard
 from panoptic_cache.pipeline.coco import CocoPanoptic, Rejection, sort_rejections
+from panoptic_cache.pipeline.render.inputs import INPUTS_NAME, noted, unchanged
 from panoptic_cache.pipeline.render.job import FinishedShard, RenderJob, render_shard, tools
 from panoptic_cache.pipeline.render.plan import Plan, RenderConfig, ShardPlan, allowed, make_plan
 
@@ -96,6 +98,11 @@ def render(
             code="max-bad",
         )
     storage = storage.absolute()
+    if INDEX_NAME in storage.sizes():
+        done = finished_shards(storage, plan, retry=retry)
+        if _is_whole(plan, dataset, done, storage):
+            log.info("%s: nothing to do, the cache is finished", storage.url)
+            return _result(plan, dataset, done, start, limit, strict=strict)
     storage.create()
     with storage.locked():
         claim(storage, plan.fingerprint, plan.settings)
@@ -111,10 +118,14 @@ def render(
         finished = sum(planned[name] for name in done)
         job = RenderJob(config, plan.fingerprint, dataset.categories, storage, strict, tools())
         try:
-            with progress("render", len(dataset.records), "images", finished) as advance:
+            with (
+                progress("render", len(dataset.records), "images", finished) as advance,
+                noted(storage, done) as notes,
+            ):
 
                 def note(shard: FinishedShard) -> None:
                     done[shard.entry.name] = shard
+                    notes.add(shard.entry.name, shard.inputs)
                     advance(planned[shard.entry.name])
 
                 _run(todo, job, workers, scheduler, note)
@@ -123,16 +134,31 @@ def render(
                 f"{len(done)} of {len(plan.shards)} shards are done, run the same command to go on"
             )
             raise
-        index = _finish(plan, dataset, done, storage)
+        _finish(plan, dataset, done, storage)
+    return _result(plan, dataset, done, start, limit, strict=strict)
+
+
+def _result(
+    plan: Plan,
+    dataset: CocoPanoptic,
+    done: dict[str, FinishedShard],
+    start: float,
+    limit: int,
+    *,
+    strict: bool,
+) -> RenderResult:
+    if strict:
+        _check_strictly(done.values())
     _report(plan, done)
+    shards, left = [shard.entry for shard in done.values()], len(left_out(plan, done))
     return RenderResult(
-        images=images,
-        written=index.samples,
-        quarantined=index.quarantined,
-        shards=len(index.shards),
-        bytes=sum(shard.size for shard in index.shards),
+        images=len(dataset.records) + len(dataset.rejections),
+        written=sum(shard.samples for shard in shards),
+        quarantined=left,
+        shards=len(shards),
+        bytes=sum(shard.size for shard in shards),
         seconds=round(time.monotonic() - start, 3),
-        too_many=index.quarantined > limit,
+        too_many=left > limit,
     )
 
 
@@ -141,12 +167,18 @@ def finished_shards(
 ) -> dict[str, FinishedShard]:
     """The shards that an earlier run finished, by name; with `retry`, only the complete ones."""
     sizes = storage.sizes()
-    return {
+    done = {
         shard.name: FinishedShard.of(sidecar)
         for shard in plan.shards
         if (sidecar := finished_shard(storage, shard.name, plan.fingerprint, sizes))
         and not (retry and sidecar.rejections)
     }
+    same = unchanged(storage, (shard for shard in plan.shards if shard.name in done))
+    if len(same) < len(done):
+        log.warning(
+            "%d shards are rendered again: their photos or PNGs have changed", len(done) - len(same)
+        )
+    return {name: shard for name, shard in done.items() if name in same}
 
 
 def _run(
@@ -179,10 +211,10 @@ def _run(
 
 def _finish(
     plan: Plan, dataset: CocoPanoptic, done: dict[str, FinishedShard], storage: Storage
-) -> ShardIndex:
+) -> None:
     """Writes `quarantine.jsonl` and the index; InputError where a shard is missing here."""
-    shards, sizes = [done[shard.name].entry for shard in plan.shards], storage.sizes()
-    for shard in shards:
+    sizes = storage.sizes()
+    for shard in (one.entry for one in done.values()):
         if sizes.get(f"{shard.name}.tar") != shard.size or f"{shard.name}.json" not in sizes:
             raise InputError(
                 "a worker wrote it, and it is not here",
@@ -190,7 +222,30 @@ def _finish(
                 remedy="--out must be a place that all workers share with this process",
                 code="not-shared",
             )
-    rejections = left_out(plan, done)
+    for name, data in _last_files(plan, dataset, done).items():
+        storage.write(name, data)
+    if storage.local is not None:
+        storage.remove(INPUTS_NAME)
+
+
+def _is_whole(
+    plan: Plan, dataset: CocoPanoptic, done: dict[str, FinishedShard], storage: Storage
+) -> bool:
+    """Whether nothing is to be written, so that a disk may be read-only."""
+    if len(done) < len(plan.shards) or claimed_by(storage) != plan.fingerprint:
+        return False
+    try:
+        files = _last_files(plan, dataset, done)
+        return all(storage.read(name) == data for name, data in files.items())
+    except OSError:
+        return False
+
+
+def _last_files(
+    plan: Plan, dataset: CocoPanoptic, done: dict[str, FinishedShard]
+) -> dict[str, bytes]:
+    """`quarantine.jsonl` and the index of finished shards."""
+    shards, rejections = [done[shard.name].entry for shard in plan.shards], left_out(plan, done)
     quarantine = "".join(f"{json.dumps(asdict(one))}\n" for one in rejections).encode()
     index = ShardIndex(
         format_version=FORMAT_VERSION,
@@ -203,9 +258,7 @@ def _finish(
         quarantine_sha256=hashlib.sha256(quarantine).hexdigest(),
         shards=tuple(shards),
     )
-    storage.write(QUARANTINE_NAME, quarantine)
-    storage.write(INDEX_NAME, encode_index(index))
-    return index
+    return {QUARANTINE_NAME: quarantine, INDEX_NAME: encode_index(index)}
 
 
 def left_out(plan: Plan, done: dict[str, FinishedShard]) -> tuple[Rejection, ...]:

@@ -12,7 +12,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.pipeline.base.files import PASSING, Storage, open_file
 from panoptic_cache.pipeline.base.process import keep_heap
 from panoptic_cache.pipeline.cache.index import ShardEntry, Sidecar
 from panoptic_cache.pipeline.cache.sample import (
@@ -26,6 +26,7 @@ from panoptic_cache.pipeline.cache.shards import write_shard
 from panoptic_cache.pipeline.coco import Category, PanopticRecord, Rejection
 from panoptic_cache.pipeline.photo import Photo, encode_jpeg, fitted_size, load_photo
 from panoptic_cache.pipeline.png import check_known, read_ids
+from panoptic_cache.pipeline.render.inputs import input_mark
 from panoptic_cache.pipeline.render.plan import RenderConfig, ShardPlan
 from panoptic_cache.pipeline.targets import (
     compute_targets,
@@ -56,11 +57,12 @@ class FinishedShard:
     entry: ShardEntry  # The shard's line in the index
     rejections: tuple[Rejection, ...]  # Images of it that were left out
     repairs: Mapping[str, int]  # Counts by code
+    inputs: str = ""  # See `input_mark`
 
     @classmethod
-    def of(cls, sidecar: Sidecar) -> FinishedShard:
+    def of(cls, sidecar: Sidecar, inputs: str = "") -> FinishedShard:
         """Without the samples."""
-        return cls(sidecar.entry(), sidecar.rejections, sidecar.repairs)
+        return cls(sidecar.entry(), sidecar.rejections, sidecar.repairs, inputs)
 
 
 def tools() -> str:
@@ -88,20 +90,25 @@ def render_shard(shard: ShardPlan, job: RenderJob) -> FinishedShard:
             code="worker-differs",
         )
     prepare_worker()
+    inputs = input_mark(shard)  # before they are read: what changes meanwhile has changed
     categories = {category.id: category for category in job.categories}
     rejections: list[Rejection] = []
     repairs: Counter[str] = Counter()
 
     def samples() -> Iterator[Sample]:
+        global _FAILING  # noqa: PLW0603 (a disk fails for all shards)
         for record in shard.records:
             mended: Counter[str] = Counter()
             try:
                 of_image = render_samples(record, job.config, categories, mended)
                 if job.strict:
                     _refuse_repairs(record, mended)
+                _FAILING = 0
             except InputError as error:
                 _check_there(record)
-                if job.strict:
+                _FAILING = _FAILING + 1 if error.code == "input-failing" else 0
+                if job.strict or _FAILING >= OUTAGE:
+                    _FAILING = 0
                     raise
                 rejections.append(Rejection.of(record.image_id, record.file_name, error))
                 continue
@@ -112,16 +119,34 @@ def render_shard(shard: ShardPlan, job: RenderJob) -> FinishedShard:
     sidecar = write_shard(
         job.storage, shard.name, samples(), plan=job.plan, rejections=rejections, repairs=repairs
     )
-    return FinishedShard.of(sidecar)
+    return FinishedShard.of(sidecar, inputs)
+
+
+OUTAGE = 2
+"""So many images in a row that cannot be read, however often it is tried, are not at fault."""
+_FAILING = 0
 
 
 def _check_there(record: PanopticRecord) -> None:
-    """Raises InputError if a file that the plan has seen is gone.
+    """Raises InputError if a file that the plan has seen is gone, or neither can be read.
 
-    The image is not at fault: the disk was unmounted, or this worker does not share it.
+    The image is not at fault: the disk was unmounted, it fails, or this worker does not share it.
     """
+    failing = []
     for path in (record.photo, record.png):
-        if not path.exists():
+        try:
+            with open_file(path) as file:
+                file.read(1)
+        except OSError as error:
+            failing += [error] if error.errno in PASSING else []
+        if len(failing) == 2:
+            raise InputError(
+                f"cannot be read: {failing[0].strerror}",
+                where=record.photo,
+                remedy="the disk or share fails: go on with the same command when it is back",
+                code="input-failing",
+            )
+        if not failing and not path.exists():
             raise InputError(
                 "was there when the work was planned, and is not there for this worker",
                 where=path,
