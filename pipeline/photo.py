@@ -214,11 +214,22 @@ def read_photo(path: Path | str, *, upright: bool = True) -> NDArray[np.uint8]:
     Raises:
         InputError: Missing, damaged, no photo, or so large that it may be an attack.
     """
-    file = _read(Path(path))
+    return _pixels(_read(Path(path)), Path(path), upright=upright)
+
+
+def read_annotated(record: PanopticRecord) -> NDArray[np.uint8]:
+    """The photo of an annotated image: (H, W, 3) uint8 RGB of the size that is annotated.
+
+    InputError as from `load_photo`.
+    """
+    return _pixels(_read_photo(record), record.photo, upright=record.upright)
+
+
+def _pixels(file: _File, path: Path, *, upright: bool) -> NDArray[np.uint8]:
     try:
         rgb = _decode(file.data)
     except ValueError as error:
-        raise _damaged(Path(path), error) from None
+        raise _damaged(path, error) from None
     return turned(rgb, file.orientation if upright else 1)
 
 

@@ -454,3 +454,19 @@ def test_a_png_outside_its_folder_is_never_scored(data: Data, tmp_path: Path, wa
     assert (code, said.count("\n")) == (1, 0)
     assert "lies outside its folder" in said
     assert data.score("--follow-links")[0] == int(way != "link")
+
+
+def test_a_prediction_is_a_dataset(data: Data, trained: Path, tmp_path: Path) -> None:
+    """Pseudo-labels: what `evaluate` writes, beside the photos."""
+    out = tmp_path / "out"
+    options = ("--coco", data.root, "--split", "val", "--device", "cpu", "--overlays", 0)
+    assert data.run("evaluate", "--checkpoint", trained, "--out", out, *options)[0] == 0
+    folders = ("--images", data.photos, "--panoptic-json", out / "panoptic.json")
+    code, printed, said = data.run(
+        *("preprocess", *folders, "--panoptic-dir", out / "panoptic", "--out", data.out),
+        *("--workers", 0, "--json"),
+    )
+    assert (code, json.loads(printed)["written"]) == (0, 4)
+    assert "no `images`" in said
+    code, printed, _ = data.run("score", out / "panoptic.json", out / "panoptic.json", "--json")
+    assert code == 0

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from panoptic_cache.evaluate.predict import Predictor, read_picture
+from panoptic_cache.evaluate.predict import Predictor
 from panoptic_cache.evaluate.report.page import environment
 from panoptic_cache.evaluate.report.pictures import ImageView, panels, predicted_map, true_map
 from panoptic_cache.evaluate.runs.charts import Chart, code_curves, draw_chart, size_chart
@@ -18,7 +18,7 @@ from panoptic_cache.evaluate.runs.results import MEASURES, Row
 from panoptic_cache.evaluate.runs.study import Run, Study
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import CocoLayout, read_dataset
-from panoptic_cache.pipeline.photo import fitted_size
+from panoptic_cache.pipeline.photo import fitted_size, read_annotated
 from panoptic_cache.pipeline.pictures.colours import Picture, encode_picture, resized
 from panoptic_cache.pipeline.png import read_ids
 
@@ -100,7 +100,7 @@ def draw_galleries(
     """The heads of the same images under the first seed of each variant."""
     dataset = read_dataset(CocoLayout.of(Path(study.coco), study.test_split))
     chosen = dataset.records[:: max(1, len(dataset.records) // IMAGES)][:IMAGES]
-    photos = [read_picture(record.photo, upright=record.upright) for record in chosen]
+    photos = [read_annotated(record) for record in chosen]
     instance = [[_panel("photo", photo)] for photo in photos]
     result: list[list[Panel]] = [[] for _ in photos]
     first = {run.variant.name: run for run in runs if run.seed == study.seeds[0]}

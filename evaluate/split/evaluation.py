@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from panoptic_cache.evaluate.metric.score import Outcome, check_scorable, total_scores
-from panoptic_cache.evaluate.predict import Predictor, read_picture
+from panoptic_cache.evaluate.predict import Predictor
 from panoptic_cache.evaluate.prediction_files import (
     PNG_FOLDER,
     SCORES,
@@ -43,6 +43,7 @@ from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.base.process import Interrupted
 from panoptic_cache.pipeline.coco import Category, CocoPanoptic
+from panoptic_cache.pipeline.photo import read_annotated
 from panoptic_cache.pipeline.png import read_ids
 from panoptic_cache.train.ranks import Ranks
 
@@ -171,7 +172,7 @@ def write_pictures(
 
     def view_of(at: int, with_heads: bool) -> ImageView:
         record = dataset.records[at]
-        photo = read_picture(record.photo, upright=record.upright)
+        photo = read_annotated(record)
         instance = semantic = None
         if with_heads:  # the heads are not kept; the network runs again on these few images
             instance, semantic = predictor.head_pictures(photo)

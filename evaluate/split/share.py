@@ -18,7 +18,7 @@ from panoptic_cache.evaluate.decoder.decode import PanopticMap
 from panoptic_cache.evaluate.metric.breakdown import thing_ids
 from panoptic_cache.evaluate.metric.score import ImageScore, score_image
 from panoptic_cache.evaluate.photos import ahead
-from panoptic_cache.evaluate.predict import Heads, Pixels, Predictor, read_picture
+from panoptic_cache.evaluate.predict import Heads, Pixels, Predictor
 from panoptic_cache.evaluate.prediction_files import (
     PNG_FOLDER,
     Journal,
@@ -32,6 +32,7 @@ from panoptic_cache.pipeline.annotations import ImageId
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.pipeline.coco import CocoPanoptic, PanopticRecord
+from panoptic_cache.pipeline.photo import read_annotated
 from panoptic_cache.pipeline.png import read_ids
 from panoptic_cache.pipeline.tiles import Window, tile_key, windows
 from panoptic_cache.train.ranks import Ranks
@@ -205,19 +206,6 @@ def predict_tiles(
     finally:
         network = share.seconds["network"] - before
         share.seconds["decode"] += perf_counter() - start - network
-
-
-def read_annotated(record: PanopticRecord) -> Pixels:
-    """The photo of an annotated image; InputError where it has another size than annotated."""
-    photo = read_picture(record.photo, upright=record.upright)
-    if photo.shape[:2] != (record.height, record.width):
-        raise InputError(
-            f"sizes differ: photo {photo.shape[:2]}, JSON {(record.height, record.width)}",
-            where=record.photo,
-            remedy="evaluation never repairs a dataset: mend or remove the image",
-            code="size-mismatch",
-        )
-    return photo
 
 
 def decoded(
