@@ -136,6 +136,9 @@ def predict(
     out: Annotated[Path, typer.Option(help="Folder of overlays, panoptic PNGs and JSON.")],
     recursive: Annotated[bool, typer.Option("--recursive", help="Also of sub-folders.")] = False,
     batch: Batch = 8,
+    overlays: Annotated[
+        int | None, typer.Option(min=0, help="Photos to draw, and frames of a video; all if unset.")
+    ] = None,
     flip: Flip = False,
     sizes: Sizes = None,
     tile: Tile = None,
@@ -160,7 +163,9 @@ def predict(
     predictor = _predictor(
         checkpoint, ranks.device or device, flip, sizes, weights, precision, tile, overlap
     )
-    done, left_out = predict_photos(predictor, paths, out, batch=batch, ranks=ranks)
+    done, left_out = predict_photos(
+        predictor, paths, out, batch=batch, overlays=overlays, ranks=ranks
+    )
     ranks.leave()
     if ranks.main:
         shown = {"pictures": done, "left_out": left_out}

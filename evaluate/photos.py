@@ -62,10 +62,11 @@ class Source:
     name: str  # Of what is written, without suffix
     image_id: str  # In `panoptic.json`
 
-    def files(self, out: Path) -> list[Path]:
-        """What its row depends on."""
-        overlay = out / OVERLAYS / f"{self.name}.jpg"
-        return [self.path, out / PNG_FOLDER / f"{self.name}.png", overlay]
+    def files(self, out: Path, overlays: int | None) -> list[Path]:
+        """What its row depends on: the photo, its PNG, and the overlay if it is to be drawn."""
+        found = [self.path, out / PNG_FOLDER / f"{self.name}.png"]
+        drawn = overlays is None or max(self.place) < overlays
+        return [*found, out / OVERLAYS / f"{self.name}.jpg"] if drawn else found
 
     def frame(self, number: int) -> Source:
         """A frame of the video; its name is that of the video and a number below it."""
@@ -79,6 +80,7 @@ def predict_photos(
     out: Path,
     *,
     batch: int = 8,
+    overlays: int | None = None,
     ranks: Ranks | None = None,
 ) -> tuple[int, int]:
     """Predicts photos and videos, and writes `overlays/*.jpg`, `panoptic/*.png`, `panoptic.json`.
@@ -91,6 +93,8 @@ def predict_photos(
         paths: The files, see `sources.list_photos`.
         out: The folder to write.
         batch: Photos that the network takes at once.
+        overlays: How many photos to draw, and frames of each video; all where None. Drawing takes
+            as long as the decoder.
         ranks: The processes that share the work; all of them call this and get the result.
 
     Returns:
@@ -115,7 +119,7 @@ def predict_photos(
         done = ranks.gather(begin)[0]
         if done and ranks.main:
             logger.info("%s: goes on, %d pictures are already predicted", out, len(done))
-        share = _Share(predictor, paths, out, ranks, done)
+        share = _Share(predictor, paths, out, overlays, ranks, done)
         try:
             shares = ranks.gather(lambda: share.predict(batch, Journal(out, identity, ranks.rank)))
         except BaseException as stop:
@@ -148,15 +152,16 @@ def _write(
 class _Share:
     """The photos and the frames [rank::world] of one process."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917
         self,
         predictor: Predictor,
         paths: Sequence[Path],
         out: Path,
+        overlays: int | None,
         ranks: Ranks,
         done: Mapping[ImageId, Noted],
     ) -> None:
-        self.predictor, self.paths, self.out = predictor, paths, out
+        self.predictor, self.paths, self.out, self.overlays = predictor, paths, out, overlays
         self.ranks, self.done = ranks, done
         self.rows: dict[tuple[int, int], PredictionRow] = {}  # By place
         self.errors: list[InputError] = []  # Of what was left out
@@ -210,6 +215,9 @@ class _Share:
                     if self.ranks.main:  # all of them have met it
                         self._leave_out(error)
 
+    def _files(self, source: Source) -> list[Path]:
+        return source.files(self.out, self.overlays)
+
     def _wants_frame(self, video: Source, number: int) -> bool:
         return self._wants(video.frame(number), number)
 
@@ -218,7 +226,7 @@ class _Share:
         if number % self.ranks.world != self.ranks.rank:
             return False
         noted = self.done.get(source.image_id)
-        if noted is None or not noted.holds(source.name, source.files(self.out)):
+        if noted is None or not noted.holds(source.name, self._files(source)):
             return True
         self.rows[source.place] = noted.row
         self.advance()
@@ -256,13 +264,14 @@ class _Share:
         """Writes and notes a batch."""
         supersede(self.out)
         for source, photo, result in some:
-            _, png, overlay = files = source.files(self.out)
+            _, png, *overlay = files = self._files(source)
             png.parent.mkdir(exist_ok=True)  # a video has a folder of its own
             row = write_png(
                 *(self.out, source.image_id, source.name, result, self.predictor.categories),
                 source=os.fsencode(source.path).decode(errors="replace"),
             )
-            write_overlay(overlay, photo, predicted_map(result), self.predictor.categories)
+            for path in overlay:
+                write_overlay(path, photo, predicted_map(result), self.predictor.categories)
             journal.note(row, files)
             self.rows[source.place] = row
             self.advance()

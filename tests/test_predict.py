@@ -447,6 +447,11 @@ def test_videos_frame_by_frame(run: Run, trained: Path, tmp_path: Path) -> None:
     for row in rows:
         assert read_ids(out / "panoptic" / row["file_name"]).shape == (48, 64)
         assert (out / "overlays" / f"{row['image_id']}.jpg").is_file()
+    again = (*command, "--out", tmp_path / "few", "--overlays", 2)
+    assert run(*again, path, path)[0] == 0
+    drawn = {str(p.relative_to(tmp_path / "few")) for p in (tmp_path / "few").rglob("*.jpg")}
+    names = {f"{video}/{k:06d}.jpg" for video in ("v.mp4", "v_2.mp4") for k in range(2)}
+    assert drawn == {f"overlays/{name}" for name in names}
     for number, pixels in read_frames(path, lambda number: number % 2 == 1):
         assert number % 2 == 1
         assert pixels[:, 10 * number + 2 : 10 * number + 8].mean() > 200
