@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -430,3 +431,22 @@ def test_without_instances_one_head_learns(tmp_path: Path, run: Run) -> None:
     assert {line["task"] for line in lines} == {"semantic"}
     assert scores["Things"] is None
     assert scores["Stuff"] == scores["All"]
+
+
+def test_photos_on_another_disk_are_copied(
+    labelled: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other_disk(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(Path, "hardlink_to", other_disk)
+    assert run(*arguments(labelled, tmp_path / "out", "--workers", 0))[0] == 0
+    photos = [*(tmp_path / "out").rglob("0.png")]
+    assert photos
+    assert not any(photo.is_symlink() for photo in photos)
+    code, text, _ = run(
+        *("preprocess", "--coco", tmp_path / "out", "--split", "a"),
+        *("--out", tmp_path / "cache", "--workers", 0, "--max-bad", 0, "--json"),
+    )
+    assert code == 0
+    assert json.loads(text)["quarantined"] == 0

@@ -47,7 +47,7 @@ Workers = Annotated[int, typer.Option(min=0, help="Processes; 0: only this one."
 MaxBad = Annotated[
     float, typer.Option(min=0, help="Images that may be left out: a share below 1, or a count.")
 ]
-Copy = Annotated[bool, typer.Option("--copy", help="Copy the photos instead of linking them.")]
+Copy = Annotated[bool, typer.Option("--copy", help="Copy photos, where hard links would do.")]
 # One format has a file that is called --json.
 Summary = Annotated[
     bool, typer.Option("--summary-json", help="Print one JSON object, and nothing else.")

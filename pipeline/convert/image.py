@@ -126,23 +126,22 @@ def number_segments(
 
 
 def _bring(photo: Path, place: Path, *, copy: bool) -> None:
-    """Copies or links a photo.
+    """Copies a photo, or links it where both lie on one disk.
 
-    A hard link lies in the dataset itself. A symbolic one, where the source is on another disk,
-    leads out of it, which other commands only follow when told to.
+    A hard link lies in the dataset itself. A symbolic one would lead out of it, where other
+    commands do not follow unless they are told to.
     """
     temporary = place.with_name(f".{place.name}.tmp")
     make_folder(place.parent)
     try:
         temporary.unlink(missing_ok=True)
+        try:
+            if not copy:
+                temporary.hardlink_to(photo.resolve())
+        except OSError:
+            copy = True
         if copy:
             shutil.copyfile(photo, temporary)
-        else:
-            source = photo.resolve()
-            try:
-                temporary.hardlink_to(source)
-            except OSError:
-                temporary.symlink_to(source)
         temporary.replace(place)
         temporary.unlink(missing_ok=True)  # it stays where both are links to one file
     except OSError as error:
