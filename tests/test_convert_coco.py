@@ -17,6 +17,7 @@ from test_convert import check_rows, photo, quarantine, read, same_regions, save
 
 from panoptic_cache.pipeline.coco import CocoLayout, read_dataset
 
+REAL = Path(__file__).parents[1] / "../shared/real/coco"
 HEIGHT, WIDTH = 40, 50
 Document = dict[str, Any]
 Mask = NDArray[np.bool_]
@@ -411,3 +412,66 @@ def test_a_photo_of_two_places(run: Run, photos: Path) -> None:
     assert [row["file_name"] for row in content["images"]] == ["right/three.png"]
     (line,) = quarantine(photos.parent / "out", "a").values()
     assert line.startswith("elsewhere/three.png is 2 files, such as left/three.png and")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["json", "maps"])
+def test_real_coco_comes_back(run: Run, tmp_path: Path, form: str) -> None:
+    """Its panoptic annotations, taken apart into instances and stuff, are put together again."""
+    if not REAL.is_dir():
+        pytest.skip("the real COCO photos are not on this machine")
+    before = read_dataset(CocoLayout.of(REAL, "val2017"))
+    number = {category.id: category for category in before.categories}
+    parts: dict[bool, Document] = {
+        isthing: {
+            "images": [],
+            "annotations": [],
+            "categories": [
+                {"id": row.id, "name": row.name}
+                for row in before.categories
+                if row.isthing == isthing
+            ],
+        }
+        for isthing in (True, False)
+    }
+    truth = {}
+    records = before.records[:12]
+    for record in records:
+        ids = np.asarray(Image.open(record.png).convert("RGB")).astype(int) @ [1, 256, 65536]
+        truth[record.image_id] = ids
+        classes = np.full(ids.shape, 255, np.uint8)
+        image = {"id": record.image_id, "file_name": record.file_name}
+        parts[True]["images"].append(image)
+        parts[False]["images"].append(image)
+        for segment in record.segments:
+            inside = ids == segment.id
+            classes[inside] = segment.category_id
+            said = coco_mask.encode(np.asfortranarray(inside.astype(np.uint8)))
+            said["counts"] = said["counts"].decode()
+            row = annotation(segment.id, record.image_id, segment.category_id, said)
+            row["iscrowd"] = int(segment.iscrowd)
+            parts[number[segment.category_id].isthing]["annotations"].append(row)
+        save(tmp_path / f"classes/{Path(record.file_name).stem}.png", classes)
+    (tmp_path / "things.json").write_text(json.dumps(parts[True]))
+    (tmp_path / "stuff.json").write_text(json.dumps(parts[False]))
+    values = {row.name: row.id for row in before.categories}
+    (tmp_path / "names.json").write_text(json.dumps(values))
+    more = {
+        "json": ["--stuff-json", tmp_path / "stuff.json"],
+        "maps": ["--semantic-maps", tmp_path / "classes", "--names", tmp_path / "names.json"],
+    }[form]
+    code, *_ = run(
+        *["convert", "coco-instances", "--json", tmp_path / "things.json"],
+        *["--images", REAL / "val2017", "--out", tmp_path / "out", "--split", "a", *more],
+    )
+    assert code == 0
+    after = read_dataset(CocoLayout.of(tmp_path / "out", "a"))
+    names = {row.id: row.name for row in after.categories}
+    for record, old in zip(after.records, records, strict=True):
+        ids = np.asarray(Image.open(record.png)).astype(int) @ [1, 256, 65536]
+        both = np.unique((ids << 24) + truth[record.image_id]).tolist()
+        pairs = [divmod(one, 1 << 24) for one in both]
+        assert len(pairs) == len({one for one, _ in pairs}) == len({one for _, one in pairs})
+        new = {row.id: (names[row.category_id], bool(row.iscrowd)) for row in record.segments}
+        was = {row.id: (number[row.category_id].name, bool(row.iscrowd)) for row in old.segments}
+        assert all(new.get(one) == was.get(other) for one, other in pairs)
