@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import unicodedata
@@ -12,6 +13,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import cannot_read
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +96,11 @@ class Folder:
             try:
                 with os.scandir(folder) as entries:
                     listing = {entry.name: entry.is_symlink() for entry in entries}
-            except (OSError, ValueError):  # not there, or no name that a folder can have
+            except ValueError:  # no name that a folder can have
+                listing = {}
+            except OSError as error:
+                if error.errno not in {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}:
+                    raise cannot_read(error, folder) from None
                 listing = {}
             self._listings[str(folder)] = listing
         return listing

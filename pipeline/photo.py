@@ -204,9 +204,8 @@ def read_photo(path: Path | str, *, upright: bool = True) -> NDArray[np.uint8]:
     Gray, CMYK and palettes become RGB, 16 bits become 8, transparency is ignored.
 
     Args:
-        path: Of the photo.
-        upright: Turn it as its EXIF tag says. Annotated photos are not to be turned, unless they
-            were for those who drew on them: annotations belong to the pixels as they are stored.
+        path: The file.
+        upright: Turn it as its EXIF tag says.
 
     Returns:
         (H, W, 3) uint8 RGB.
@@ -218,10 +217,7 @@ def read_photo(path: Path | str, *, upright: bool = True) -> NDArray[np.uint8]:
 
 
 def read_annotated(record: PanopticRecord) -> NDArray[np.uint8]:
-    """The photo of an annotated image: (H, W, 3) uint8 RGB of the size that is annotated.
-
-    InputError as from `load_photo`.
-    """
+    """An annotated photo, (H, W, 3) uint8 RGB, of the annotated size; errors as of `load_photo`."""
     return _pixels(_read_photo(record), record.photo, upright=record.upright)
 
 

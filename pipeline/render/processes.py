@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -68,6 +69,10 @@ def run_here(
                 raise_died(" or ".join(sorted(running)))
             except InputError as error:
                 raise getattr(error, "exception", error) from None  # Dask wraps it
+            except OSError as error:
+                if error.errno not in {errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM}:
+                    raise
+                _raise_not_started(error)  # the second one
 
 
 class _Pool(ProcessPoolExecutor):
@@ -84,25 +89,22 @@ class _Pool(ProcessPoolExecutor):
 @contextmanager
 def _pool(size: int) -> Iterator[_Pool]:
     """Processes, the first of which runs; all are ended at once at the end."""
-    # Otherwise the first process to be spawned starts it, and in doing so lets signals through.
-    resource_tracker.ensure_running()
     others = {*active_children()}
-    pool = _Pool(size)
+    pool: _Pool | None = None
     try:
         try:
+            # Otherwise the first process to be spawned starts it, and so lets signals through.
+            resource_tracker.ensure_running()
+            pool = _Pool(size)
             pool.submit(os.getpid).result(START_SECONDS)
         except (OSError, BrokenProcessPool, TimeoutError) as error:
-            what = getattr(error, "strerror", "") or str(error) or f"not after {START_SECONDS} s"
-            raise InputError(
-                f"no worker process can start: {what}",
-                remedy="lift the limits on memory, processes and open files, or use --workers 0",
-                code="worker-start",
-            ) from None
+            _raise_not_started(error)
         yield pool
     finally:
         for process in {*active_children()} - others:
             process.kill()  # the next run renders what was under way
-        pool.shutdown(cancel_futures=True)
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
 
 
 def _end_with_parent() -> None:
@@ -128,6 +130,15 @@ def _no_errors() -> Iterator[None]:
         os.dup2(before, 2)
         os.close(before)
         os.close(nowhere)
+
+
+def _raise_not_started(error: Exception) -> NoReturn:
+    what = getattr(error, "strerror", "") or str(error) or f"not after {START_SECONDS} s"
+    raise InputError(
+        f"no worker process can start: {what}",
+        remedy="lift the limits on memory, processes and open files, or use --workers 0",
+        code="worker-start",
+    ) from None
 
 
 def raise_died(name: str) -> NoReturn:
