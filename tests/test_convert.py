@@ -308,6 +308,26 @@ def test_a_bad_map_costs_one_image(
     assert len(read_dataset(CocoLayout.of(tmp_path / "out", "a")).records) == 5
 
 
+@pytest.mark.parametrize("kind", ["jpg", "tif"])
+def test_photos_that_are_stored_turned(tmp_path: Path, run: Run, kind: str) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    (tmp_path / "images").mkdir()
+    stored = Image.fromarray(np.zeros((31, 24, 3), np.uint8))
+    stored.save(tmp_path / f"images/a.{kind}", exif=exif)
+    save(tmp_path / "maps/a.png", blobs(0).astype(np.uint8))
+    assert run(*arguments(tmp_path, tmp_path / "one", "--workers", 0))[0] == 3
+    (line,) = quarantine(tmp_path / "one", "a").values()
+    assert line == (
+        "a.png: is 24 x 31, its photo 31 x 24 (its EXIF orientation is 6: give --upright, or leave"
+        " it out)"
+    )
+    assert run(*arguments(tmp_path, tmp_path / "two", "--workers", 0, "--upright"))[0] == 0
+    same_regions(read(tmp_path / "two", "a")[0], blobs(0))
+    rendered = ["--coco", tmp_path / "two", "--split", "a", "--out", tmp_path / "cache"]
+    assert run("preprocess", *rendered, "--upright", "--workers", 0)[0] == 0
+
+
 def test_more_segments_than_a_sample_holds(tmp_path: Path, run: Run) -> None:
     photo(tmp_path / "images/a.png", (300, 300))
     save(tmp_path / "maps/a.tif", np.arange(90_000, dtype=np.int32).reshape(300, 300))

@@ -48,6 +48,10 @@ MaxBad = Annotated[
     float, typer.Option(min=0, help="Images that may be left out: a share below 1, or a count.")
 ]
 Copy = Annotated[bool, typer.Option("--copy", help="Copy photos, where hard links would do.")]
+Upright = Annotated[
+    bool,
+    typer.Option("--upright", help="Photos are annotated as EXIF turns them; so preprocess, too."),
+]
 # One format has a file that is called --json.
 Summary = Annotated[
     bool, typer.Option("--summary-json", help="Print one JSON object, and nothing else.")
@@ -66,13 +70,14 @@ def command(name: str) -> Callable[[Read], Read]:
             workers: Workers = 2,
             max_bad: MaxBad = 0.01,
             copy: Copy = False,
+            upright: Upright = False,
             as_json: Json = False,
             **own: Any,
         ) -> None:
             if "split" in options:  # of the source, too
                 own["split"] = split
             source = read(**own)
-            write(source, out, split, merge, workers, max_bad, copy, as_json)
+            write(source, out, split, merge, workers, max_bad, copy, upright, as_json)
 
         options = inspect.signature(read).parameters
         shared = dict(inspect.signature(run).parameters)
@@ -99,6 +104,7 @@ def write(
     workers: int,
     max_bad: float,
     copy: bool,
+    upright: bool,
     as_json: bool,
 ) -> None:
     """Converts a source, prints the summary; exit code 3 where too much was left out."""
@@ -112,7 +118,7 @@ def write(
 
         source = merged(source, merge)
     limit = allowed(max_bad, len(source.items) + len(source.left_out))
-    result = convert(source, out, split, workers=workers, copy=copy)
+    result = convert(source, out, split, workers=workers, copy=copy, upright=upright)
     values = asdict(result)
     if not as_json:
         counts = values.pop("segments")

@@ -50,7 +50,13 @@ class ConvertResult:
 
 
 def convert(
-    source: Source, root: Path, split: str, *, workers: int = 1, copy: bool = False
+    source: Source,
+    root: Path,
+    split: str,
+    *,
+    workers: int = 1,
+    copy: bool = False,
+    upright: bool = False,
 ) -> ConvertResult:
     """Writes a split of a dataset, or what is missing of it.
 
@@ -60,6 +66,7 @@ def convert(
         split: Its name.
         workers: Processes; 0 or 1: only this one.
         copy: Copies photos instead of linking them.
+        upright: Photos are annotated as their EXIF tag turns them.
 
     Raises:
         InputError: Something else lies there, or it cannot be written.
@@ -74,6 +81,7 @@ def convert(
     items, shared = _distinct(source)
     journal = annotations / f"convert_{split}.jsonl"
     head = {**source.settings, "categories": source.categories, "copy": copy}
+    head |= {"upright": True} if upright else {}
     before = _read_journal(journal, layout, head)
     for folder in (layout.images, pngs):
         make_folder(folder)
@@ -93,7 +101,7 @@ def convert(
                 progress("convert", len(items), "images", len(done)) as advance,
                 open(journal, "ab", opener=no_links) as rows,
             ):
-                work = partial(convert_image, job=Job(layout, copy, isthing))
+                work = partial(convert_image, job=Job(layout, copy, upright, isthing))
                 for outcome in map_in_order(work, todo, workers):
                     done[outcome.name] = outcome
                     rows.write(msgspec.json.encode(outcome) + b"\n")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Rejection
+from panoptic_cache.pipeline.photo import SUFFIXES
 
-PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
+PHOTOS = {*SUFFIXES}
 """Suffixes of photos, in lower case."""
 MAPS = {".png", ".tif", ".tiff", ".bmp"}
 """Suffixes of maps and masks, in lower case."""

@@ -45,6 +45,7 @@ class Job:
 
     layout: CocoLayout
     copy: bool  # Photos, instead of linking them
+    upright: bool  # Photos are annotated as their EXIF tag turns them
     isthing: Mapping[int, bool]  # By id of the category
 
 
@@ -52,7 +53,7 @@ def convert_image(one: tuple[Item, str, str], job: Job) -> Outcome:
     """Draws one image, writes its PNG and its photo; what is wrong with it becomes its reason."""
     item, png, mark = one
     try:
-        size = photo_size(item.photo)
+        size = photo_size(item.photo, upright=job.upright)
         drawing = item.draw(size)
         ids, segments, empty = number_segments(drawing, job.isthing)
     except InputError as error:

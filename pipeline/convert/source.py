@@ -14,8 +14,9 @@ from PIL import Image
 from panoptic_cache.pipeline.annotations import ImageId
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Rejection
+from panoptic_cache.pipeline.photo import ORIENTATION
 
-_TURNED = {5, 6, 7, 8}
+_SIDEWAYS = {5, 6, 7, 8}
 """EXIF orientations that swap height and width."""
 
 
@@ -70,10 +71,13 @@ def category(number: int, name: str, isthing: bool) -> dict[str, Any]:
     return {"id": number, "name": name, "isthing": int(isthing)}
 
 
-def photo_size(path: Path) -> Size:
-    """(height, width) of a photo as it is stored; InputError where it is none."""
+def photo_size(path: Path, *, upright: bool = False) -> Size:
+    """(height, width) of a photo, as stored or as its EXIF tag turns it; InputError where none."""
     with _open(path, "photo") as photo:
-        return photo.height, photo.width
+        size = photo.height, photo.width
+        sideways = photo.getexif().get(ORIENTATION, 1) in _SIDEWAYS
+        # Pillow tells the size of a TIFF as it will turn it.
+        return size[::-1] if sideways and upright != (photo.format == "TIFF") else size
 
 
 def check_size(found: Size, photo: Path, size: Size, where: Path | str) -> None:
@@ -82,9 +86,9 @@ def check_size(found: Size, photo: Path, size: Size, where: Path | str) -> None:
         return
     remedy = ""
     with _open(photo, "photo") as opened:
-        orientation = opened.getexif().get(274, 1)
-    if found == size[::-1] and orientation in _TURNED:
-        remedy = f"its EXIF orientation is {orientation}: turn the photo's pixels, and clear it"
+        orientation = opened.getexif().get(ORIENTATION, 1)
+    if found == size[::-1] and orientation in _SIDEWAYS:
+        remedy = f"its EXIF orientation is {orientation}: give --upright, or leave it out"
     raise InputError(
         f"is {found[0]} x {found[1]}, its photo {size[0]} x {size[1]}",
         where=where,
