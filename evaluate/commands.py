@@ -237,6 +237,9 @@ def export(
     onnx: Annotated[
         bool, typer.Option("--onnx", help="Also model.onnx: photo -> panoptic map.")
     ] = False,
+    any_size: Annotated[
+        bool, typer.Option("--any-size", help="The graph takes any height and width.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Save a trained model as a folder that Predictor("DIR") loads, and as ONNX."""
@@ -246,7 +249,7 @@ def export(
     predictor = Predictor(checkpoint, "cpu")
     shown: dict[str, Any] = {"folder": str(export_model(predictor.model, predictor.state, out))}
     if onnx:
-        path = export_onnx(predictor.model, predictor.state, out)
+        path = export_onnx(predictor.model, predictor.state, out, any_size=any_size)
         difference = onnx_difference(predictor.model, predictor.state, path)
         largest = None if difference is None else max(difference.values())
         shown |= {"onnx": str(path), "difference_from_pytorch": largest}

@@ -5,7 +5,8 @@
     model.onnx.data                                                its weights, above 1.5 GB
     model.json                                                     how to use model.onnx
 
-`Predictor("DIR")` loads the folder. `model.onnx` takes `photo`, (B, 3, S, S) uint8 RGB, and returns
+`Predictor("DIR")` loads the folder. `model.onnx` takes `photo`, (B, 3, S, S) uint8 RGB or, if asked
+for, of any height and width that the patch size divides, and returns
 the panoptic map and the classes of its instances (see `GridDecoder`), and the two heads they were
 made from, for those who bring their own decoder.
 """
@@ -90,8 +91,10 @@ def export_model(model: PanopticModel, state: TrainState, out: Path) -> Path:
     return out
 
 
-def export_onnx(model: PanopticModel, state: TrainState, out: Path) -> Path:
-    """Writes `model.onnx`, for any batch at the trained size, and `model.json`.
+def export_onnx(
+    model: PanopticModel, state: TrainState, out: Path, *, any_size: bool = False
+) -> Path:
+    """Writes `model.onnx`, for any batch at the trained size or any other, and `model.json`.
 
     The model is moved to the CPU and into evaluation mode. Raises InputError where ONNX is not
     installed, or a file cannot be written.
@@ -104,15 +107,21 @@ def export_onnx(model: PanopticModel, state: TrainState, out: Path) -> Path:
         )
     storage = Storage(str(out))
     storage.create()
-    size = state.config.data.size
+    size, patch = state.config.data.size, model.patch_size
+    sides: list[Any] = [size, size]
+    dynamic: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
+    if any_size:
+        sides = [f"a multiple of {patch}"] * 2
+        dynamic |= {2 + at: patch * torch.export.Dim(f"patches_{at}", min=1) for at in range(2)}
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             ModelAndDecoder(model.cpu(), state).eval(),
-            # Two photos: the exporter would take a batch of one for a constant.
-            (torch.zeros(2, 3, size, size, dtype=torch.uint8),),
+            # Two photos, no squares: the exporter would take a batch of one for a constant, and
+            # sides that are equal for the same.
+            (torch.zeros(2, 3, size, size + any_size * patch, dtype=torch.uint8),),
             input_names=["photo"],
             output_names=list(OUTPUTS),
-            dynamic_shapes={"photo": {0: torch.export.Dim("batch", min=1)}},
+            dynamic_shapes={"photo": dynamic},
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
@@ -120,7 +129,7 @@ def export_onnx(model: PanopticModel, state: TrainState, out: Path) -> Path:
     assert program is not None  # with dynamo=True it never is
     path = out / "model.onnx"
     facts = {
-        "input": {"photo": ["batch", 3, size, size], "dtype": "uint8", "colours": "RGB"},
+        "input": {"photo": ["batch", 3, *sides], "dtype": "uint8", "colours": "RGB"},
         "outputs": OUTPUTS,
         "fit": state.config.data.fit,
         "tile": state.config.data.tile or None,
@@ -138,7 +147,7 @@ def export_onnx(model: PanopticModel, state: TrainState, out: Path) -> Path:
 
 
 def onnx_difference(model: PanopticModel, state: TrainState, path: Path) -> dict[str, float] | None:
-    """How far `model.onnx` is from PyTorch on a photo of noise.
+    """How far `model.onnx` is from PyTorch on a photo of noise, of any size if it takes that.
 
     For the heads it is the largest difference, relative to the largest value; for the map and its
     labels the share that differs. None where onnxruntime is not installed.
@@ -147,10 +156,12 @@ def onnx_difference(model: PanopticModel, state: TrainState, path: Path) -> dict
         return None
     import onnxruntime  # noqa: PLC0415 - optional
 
-    size = state.config.data.size
-    generator = torch.Generator().manual_seed(0)
-    photo = torch.randint(0, 256, (1, 3, size, size), generator=generator, dtype=torch.uint8)
     session: Any = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    height = width = state.config.data.size
+    if not isinstance(session.get_inputs()[0].shape[2], int):
+        height, width = height + model.patch_size, width + 2 * model.patch_size
+    generator = torch.Generator().manual_seed(0)
+    photo = torch.randint(0, 256, (1, 3, height, width), generator=generator, dtype=torch.uint8)
     found = session.run(list(OUTPUTS), {"photo": photo.numpy()})
     with torch.no_grad():
         expected = ModelAndDecoder(model.cpu(), state).eval()(photo)

@@ -97,6 +97,32 @@ def test_onnx_equals_pytorch(run: Run, trained: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_graph_of_any_size_equals_pytorch(run: Run, trained: Path, tmp_path: Path) -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    import onnxruntime  # noqa: PLC0415
+
+    options = ("--out", tmp_path, "--onnx", "--any-size", "--json")
+    code, out, _ = run("export", "--checkpoint", trained, *options)
+    assert code == 0
+    assert json.loads(out)["difference_from_pytorch"] < 1e-4
+    facts = json.loads((tmp_path / "model.json").read_text())
+    assert facts["input"]["photo"] == ["batch", 3, "a multiple of 7", "a multiple of 7"]
+    one = Predictor(trained, "cpu")
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
+    for size in ((56, 56), (35, 84), (84, 63)):
+        photo = np.random.default_rng(0).integers(0, 256, (1, 3, *size), np.uint8)
+        codes, logits, maps, labels = session.run(list(export.OUTPUTS), {"photo": photo})
+        expected = ModelAndDecoder(one.model, one.state)(torch.from_numpy(photo))
+        assert np.allclose(codes, expected[0].detach().numpy(), atol=1e-4)
+        assert np.allclose(logits, expected[1].detach().numpy(), atol=1e-4)
+        assert (maps == expected[2].numpy()).mean() > 0.99
+        assert labels.shape == expected[3].shape
+
+
+@pytest.mark.slow
 def test_weights_too_large_for_one_file_lie_beside_it(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
