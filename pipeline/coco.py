@@ -245,8 +245,13 @@ def _join(
     """The images that can be tried; adds the others to the rejections."""
     photos = Folder(layout.images, "photo", follow_links=layout.follow_links)
     pngs = Folder(layout.panoptic_dir, "panoptic PNG", follow_links=layout.follow_links)
-    photos.guess([image.file_name for rows in images.values() for image in rows])
-    pngs.guess([row.file_name for rows in annotations.values() for row in rows])
+    for folder, names in (
+        (photos, [image.file_name for rows in images.values() for image in rows]),
+        (pngs, [row.file_name for rows in annotations.values() for row in rows]),
+    ):
+        if missing := folder.guess(names):
+            first = folder.path / missing[0]
+            log.warning("%d of %d files are missing, such as %s", len(missing), len(names), first)
     records = []
     for image_id, rows in images.items():
         annotated = annotations.pop(image_id, [])

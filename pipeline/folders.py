@@ -56,29 +56,25 @@ class Folder:
             raise self._outside(name)
         return path
 
-    def guess(self, names: Sequence[str]) -> None:
+    def guess(self, names: Sequence[str]) -> list[str]:
         """Where most files are missing, takes the ones that the names most likely mean.
 
         That is only done where there is exactly one for each that is missing. Exports tell paths of
         other machines, with other folders in front, backslashes, or another form of the suffix or
-        of Unicode; Cityscapes' official JSON has `_gtFine_` in the names of photos.
+        of Unicode; Cityscapes' official JSON has `_gtFine_` in the names of photos. Returns the
+        names that are still missing.
         """
-        missing = [name for name in names if not self._is_there(name)]
-        if not missing:
-            return
+        missing = [name for name in names if name not in self._plain and not self._is_there(name)]
         found = {name: other for name in missing if (other := self._look(name))}
         all_found = len({*found.values()}) == len({*missing})
-        if 2 * len(missing) > len(names) and all_found:
-            self._guesses = found
-            log.warning(
-                "%s: %d of %d file names are not there; %s is taken to be %s, the others alike",
-                *(self.path, len(missing), len(names), missing[0], found[missing[0]]),
-            )
-        else:
-            log.warning(
-                "%d of %d files are missing, such as %s",
-                *(len(missing), len(names), self.path / missing[0]),
-            )
+        if 2 * len(missing) <= len(names) or not all_found:
+            return missing
+        self._guesses = found
+        log.warning(
+            "%s: %d of %d file names are not there; %s is taken to be %s, the others alike",
+            *(self.path, len(missing), len(names), missing[0], found[missing[0]]),
+        )
+        return []
 
     def _is_there(self, name: str) -> bool:
         try:

@@ -268,6 +268,14 @@ def photos_of(data: Data) -> dict[str, bytes]:
     return {key: reader.members(at)["jpg"] for at, key in enumerate(reader.keys)}
 
 
+def test_pngs_that_are_all_elsewhere_are_found_for_scoring_too(data: Data) -> None:
+    for row in data.json["annotations"]:
+        row["file_name"] = f"panoptic_val\\{row['file_name']}"
+    data.save()
+    assert data.preprocess()[1]["written"] == 4
+    assert data.score()[:2] == (0, 1.0)
+
+
 def test_a_photo_that_is_elsewhere_is_named(data: Data) -> None:
     name = data.json["images"][0]["file_name"]
     (data.photos / "deep").mkdir()

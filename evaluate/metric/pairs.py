@@ -151,6 +151,7 @@ def _find_pngs(
             code="folder-missing",
         )
     pngs, paths = Folder(folder, "panoptic PNG", follow_links=follow_links), {}
+    pngs.guess([row.file_name for row in rows.values()])
     missing: dict[ImageId, InputError] = {}
     for image, row in rows.items():
         try:
