@@ -26,6 +26,7 @@ from panoptic_cache.evaluate.metric.pq import (
 )
 from panoptic_cache.evaluate.metric.score import score_pairs
 from panoptic_cache.pipeline.annotations import SegmentInfo
+from panoptic_cache.pipeline.base import workers as processes
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.pipeline.png import ids_to_rgb
@@ -308,7 +309,7 @@ def test_any_number_of_workers_gives_the_same_floats(
 ) -> None:
     # More tasks than the window holds.
     monkeypatch.setattr(workers_module, "CHUNK", 1)
-    monkeypatch.setattr(workers_module, "WINDOW", 2)
+    monkeypatch.setattr(processes, "WINDOW", 2)
     folder = Folder(tmp_path, images=9)
     one, two = folder.score(), folder.score(workers=2)
     assert one == two

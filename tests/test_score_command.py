@@ -20,6 +20,7 @@ from conftest import Run
 from panoptic_cache.evaluate.metric import workers as workers_module
 from panoptic_cache.evaluate.metric.pairs import read_pairs
 from panoptic_cache.evaluate.metric.workers import map_pairs, useful_workers
+from panoptic_cache.pipeline.base import workers as processes
 from panoptic_cache.pipeline.base.terminal import progress, table
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +82,7 @@ def test_workers_score_the_same_however_they_start(
     script.write_text(
         "import multiprocessing, sys\n"
         "from panoptic_cache import cli\n"
-        "from panoptic_cache.evaluate.metric import workers\n"
+        "from panoptic_cache.pipeline.base import workers\n"
         f"workers._context = lambda: multiprocessing.get_context({method!r})\n"
         "if __name__ == '__main__':\n"
         "    cli.main()\n"
@@ -102,7 +103,7 @@ def test_workers_score_the_same_however_they_start(
 def test_it_forks_only_where_no_other_thread_runs() -> None:
     script = (
         "import threading\n"
-        "from panoptic_cache.evaluate.metric.workers import _context\n"
+        "from panoptic_cache.pipeline.base.workers import _context\n"
         "print(_context().get_start_method())\n"
         "wait = threading.Event()\n"
         "threading.Thread(target=wait.wait).start()\n"
@@ -155,7 +156,7 @@ def test_out_of_memory_names_the_image(
     if isinstance(error, cv2.error):
         error.code = cv2.Error.StsNoMem
     monkeypatch.setattr(workers_module, "read_ids", greedy)
-    monkeypatch.setattr(workers_module, "_context", lambda: multiprocessing.get_context("fork"))
+    monkeypatch.setattr(processes, "_context", lambda: multiprocessing.get_context("fork"))
     code, out, err = run("score", truth, truth, "--workers", workers)
     assert (code, out, len(err.splitlines())) == (1, "", 1)
     assert re.match(r"image \d+: out of memory \(use fewer --workers", err)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from threading import Thread
-from typing import TYPE_CHECKING, TypeVar
+from contextlib import closing
+from functools import partial
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -15,20 +14,15 @@ from numpy.typing import NDArray
 
 from panoptic_cache.evaluate.metric.pairs import ImagePair
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.process import held_back, keep_heap
+from panoptic_cache.pipeline.base.process import keep_heap
+from panoptic_cache.pipeline.base.workers import map_in_order
 from panoptic_cache.pipeline.png import read_ids
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future
-    from multiprocessing.context import BaseContext
 
 Ids = NDArray[np.int32]
 Result = TypeVar("Result")
 Work = Callable[[ImagePair, Ids, Ids], Result]
 CHUNK = 16
 """Images a task at most: about 100 ms of work, and 1 ms to send it."""
-WINDOW = 8
-"""Tasks a worker that may be waiting, under way or finished but not yet asked for."""
 MOST = 32
 """Processes at most, unless told otherwise: with more, reading the JSONs is most of the work."""
 WORTH = 8
@@ -63,58 +57,11 @@ def map_pairs(
 
 
 def _share(work: Work[Result], pairs: Sequence[ImagePair], workers: int) -> Iterator[Result]:
-    # Imported here: one process, which is enough for a few images, does without, 25 ms sooner.
-    from concurrent.futures import ProcessPoolExecutor  # noqa: PLC0415
-    from concurrent.futures.process import BrokenProcessPool  # noqa: PLC0415
-
     size = max(1, min(CHUNK, len(pairs) // (4 * workers)))
-    with ProcessPoolExecutor(workers, _context(), _start_worker) as pool:
-        # A bounded window: results of a slow consumer do not pile up, and an error stops soon.
-        window: deque[Future[list[Result]]] = deque()
-        try:
-            for start in range(0, len(pairs), size):
-                with held_back():  # Ctrl-C is for this process alone
-                    window.append(pool.submit(_work_on, work, pairs[start : start + size]))
-                if len(window) > WINDOW * workers:
-                    yield from window.popleft().result()
-            while window:
-                yield from window.popleft().result()
-        except BrokenProcessPool as error:
-            raise InputError(
-                "a worker process died",
-                remedy="use fewer workers if memory ran out; a script needs a __main__ guard",
-                code="worker-died",
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _context() -> BaseContext:
-    """Fork where this thread is the only one, else spawn.
-
-    A spawned process imports everything again: 100 images took two processes 0.91 s with spawn and
-    0.64 s with fork. But a forked process never sees the locks of other threads released.
-    """
-    from multiprocessing import get_context  # noqa: PLC0415
-
-    threads = Path("/proc/self/task")  # Linux alone lists them, and forks well
-    alone = threads.is_dir() and len(list(threads.iterdir())) == 1
-    return get_context("fork" if alone else "spawn")
-
-
-def _start_worker() -> None:
-    Thread(target=_follow, daemon=True).start()
-    cv2.setNumThreads(1)
-    keep_heap()
-
-
-def _follow() -> None:
-    """Ends a worker with its parent: those of a process that was killed would wait for ever."""
-    from multiprocessing import parent_process  # noqa: PLC0415
-
-    if parent := parent_process():
-        parent.join()
-    os._exit(1)
+    chunks = (pairs[start : start + size] for start in range(0, len(pairs), size))
+    with closing(map_in_order(partial(_work_on, work), chunks, workers)) as results:
+        for some in results:
+            yield from some
 
 
 def _work_on(work: Work[Result], pairs: Sequence[ImagePair]) -> list[Result]:

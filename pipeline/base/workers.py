@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, TypeVar
@@ -24,7 +24,9 @@ WINDOW = 8
 """Tasks a worker that may be waiting, under way or finished but not yet asked for."""
 
 
-def map_in_order(work: Callable[[T], Result], items: Iterable[T], workers: int) -> Iterator[Result]:
+def map_in_order(
+    work: Callable[[T], Result], items: Iterable[T], workers: int
+) -> Generator[Result]:
     """Yields `work(item)` of each item, in their order, from that many processes; 0 or 1: this one.
 
     Work and items must pickle. Raises the first error of `work`, and InputError where a process
@@ -78,10 +80,7 @@ def _start_worker() -> None:
 
 
 def _follow() -> None:
-    """Ends a worker with the process that started it.
-
-    Without this, the workers of a process that is killed (memory ran out) wait for ever.
-    """
+    """Ends a worker with its parent: those of a process that was killed would wait for ever."""
     from multiprocessing import parent_process  # noqa: PLC0415
 
     if parent := parent_process():
