@@ -15,7 +15,11 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "own-data.md").read_text()
-COMMANDS = re.findall("^    (panoptic .*)$", TEXT[TEXT.index("## The whole way") :], re.MULTILINE)
+COMMANDS = re.findall(
+    "^    (panoptic .*)$",
+    TEXT[TEXT.index("## The whole way") : TEXT.index("## What it gives")],
+    re.MULTILINE,
+)
 QUICK = ["steps=2", "data.batch=4", "model.random.layers=2", "model.taps=[1,2]", "ema=0.5"]
 
 
