@@ -16,6 +16,7 @@ from skimage.measure import label as components
 
 from panoptic_cache.pipeline.annotations import SegmentInfo
 from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import CocoLayout, read_dataset
 from panoptic_cache.pipeline.png import read_ids
 from panoptic_cache.pipeline.scenes.scene import (
@@ -233,6 +234,12 @@ def test_a_folder_of_other_scenes_is_refused(dataset: Path, change: dict[str, in
     with pytest.raises(InputError, match="something other"):
         write_dataset(dataset, **arguments)  # type: ignore[arg-type]
     assert hashes(dataset) == before
+
+
+def test_two_at_once_are_refused(tmp_path: Path) -> None:
+    with Storage(str(tmp_path)).locked(), pytest.raises(InputError, match="another run"):
+        write_dataset(tmp_path, images=1, val_images=0, seed=0, size=32)
+    assert write_dataset(tmp_path, images=1, val_images=0, seed=0, size=32)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:

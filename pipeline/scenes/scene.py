@@ -21,7 +21,7 @@ import simplejpeg
 
 from panoptic_cache.pipeline.annotations import SegmentInfo
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.files import sweep, write_file
+from panoptic_cache.pipeline.base.files import Storage, write_file
 from panoptic_cache.pipeline.png import ids_to_rgb
 from panoptic_cache.pipeline.scenes.layout import lay_out
 from panoptic_cache.pipeline.scenes.looks import TEXTURES, Canvas, Look, Picture, Shape, paint_thing
@@ -135,7 +135,7 @@ def write_dataset(
         for index in numbers
     ]
     marker = root / "synthetic.json"
-    if root.is_file() or (root.is_dir() and any(root.iterdir())):
+    if root.is_file() or any(root.glob("[!.]*")):
         if not marker.is_file() or marker.read_bytes() != _json_bytes(arguments):
             raise InputError(
                 "holds something other than these scenes",
@@ -146,28 +146,27 @@ def write_dataset(
         scenes_are_there = all(photo.is_file() and png.is_file() for *_, photo, png in scenes)
         if scenes_are_there and all(file.is_file() for file in annotations.values()):
             return False
-    documents: dict[str, dict[str, Any]] = {}
-    for split, file in annotations.items():
-        for folder in (root / split, file.with_suffix("")):
-            folder.mkdir(parents=True, exist_ok=True)
-            sweep(folder)
-        info = {"description": "Made-up scenes", **arguments}
-        documents[split] = {
-            "info": info,
-            "licenses": [],
-            "categories": CATEGORIES,
-            "images": [],
-            "annotations": [],
-        }
-    _write(marker, _json_bytes(arguments))
-    for done, (split, index, photo, png) in enumerate(scenes, start=1):
-        image, annotation = _write_scene(photo, png, index, make_scene(seed, index, size))
-        documents[split]["images"].append(image)
-        documents[split]["annotations"].append(annotation)
-        if progress is not None:
-            progress(done)
-    for split, document in documents.items():
-        _write(annotations[split], _json_bytes(document))
+    storage = Storage(str(root))
+    storage.create()
+    with storage.locked():
+        _write(marker, _json_bytes(arguments))
+        for split, file in annotations.items():
+            (root / split).mkdir(exist_ok=True)
+            file.with_suffix("").mkdir(parents=True, exist_ok=True)
+        rows: dict[str, list[tuple[Any, Any]]] = {split: [] for split in indexes}
+        for done, (split, index, photo, png) in enumerate(scenes, start=1):
+            rows[split].append(_write_scene(photo, png, index, make_scene(seed, index, size)))
+            if progress is not None:
+                progress(done)
+        for split, file in annotations.items():
+            document = {
+                "info": {"description": "Made-up scenes", **arguments},
+                "licenses": [],
+                "categories": CATEGORIES,
+                "images": [image for image, _ in rows[split]],
+                "annotations": [annotation for _, annotation in rows[split]],
+            }
+            _write(file, _json_bytes(document))
     return True
 
 
