@@ -113,7 +113,7 @@ def evaluate(
     predictor = _predictor(
         checkpoint, ranks.device or device, flip, sizes, weights, precision, tile, overlap
     )
-    outcome = run(
+    scores = run(
         predictor,
         dataset,
         out,
@@ -125,7 +125,7 @@ def evaluate(
     )
     ranks.leave()
     if ranks.main:
-        _show_scores(outcome.pq, dataset.categories, outcome.to_json(), as_json)
+        _show_scores(scores.pq, dataset.categories, scores.to_json(), as_json)
         log.info("report: %s", out / "report.html")
 
 

@@ -77,7 +77,7 @@ def page_of(
     folder: Path, breakdown: Breakdown, result: PQResult | None = None, **settings: Any
 ) -> str:
     result = result or result_of(view())
-    values = Scores(result, breakdown, None, []).to_json()
+    values = Scores(result, breakdown, None, [], 1).to_json()
     settings = {"best": (), "worst": (), "title": "Quality", "facts": {}} | settings
     return write_report(folder, result, CATEGORIES, values, **settings).read_text()
 

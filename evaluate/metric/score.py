@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -44,35 +44,23 @@ class Scores:
     breakdown: Breakdown  # The other sums
     mask_ap: dict[str, float | None] | None  # See `mask_ap.mask_ap`
     worst: list[dict[str, Any]]  # See `breakdown.worst_images`
+    images: int  # How many were scored
+    # Mean wall time of a process for an image, by step; where that was measured.
+    seconds_per_image: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """What `panoptic score --json` prints.
 
         The keys of `PQResult.to_json` and of `Breakdown.to_json`, `mask_ap` (`ap`, `ap50`, `ap75`,
         `ap_small`, `ap_medium`, `ap_large`; null where predictions have no scores) and `worst`
-        (`image_id` and `pq` of the worst images, worst first).
+        (`image_id` and `pq` of the worst images, worst first). `ceiling` and `evaluate` add
+        `images` and `seconds_per_image`.
         """
         found = {**self.pq.to_json(), **self.breakdown.to_json()}
-        return {**found, "mask_ap": self.mask_ap, "worst": self.worst}
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """Scores, and how long they took."""
-
-    scores: Scores  # The metrics
-    images: int  # How many were scored
-    seconds_per_image: dict[str, float]  # Mean wall time of a process for an image, by step
-
-    @property
-    def pq(self) -> PQResult:
-        """Panoptic quality."""
-        return self.scores.pq
-
-    def to_json(self) -> dict[str, Any]:
-        """What `ceiling --json` and `evaluate --json` print: `Scores.to_json`, and two more."""
-        more = {"images": self.images, "seconds_per_image": self.seconds_per_image}
-        return {**self.scores.to_json(), **more}
+        found |= {"mask_ap": self.mask_ap, "worst": self.worst}
+        if self.seconds_per_image:
+            found |= {"images": self.images, "seconds_per_image": dict(self.seconds_per_image)}
+        return found
 
 
 def check_scorable(dataset: CocoPanoptic) -> None:
@@ -122,13 +110,19 @@ def score_image(
     )
 
 
-def total_scores(images: Sequence[ImageScore], categories: Sequence[Category]) -> Scores:
+def total_scores(
+    images: Sequence[ImageScore],
+    categories: Sequence[Category],
+    seconds_per_image: Mapping[str, float] | None = None,
+) -> Scores:
     """Sums images in their order."""
     return Scores(
         total_pq((image.pq for image in images), categories),
         sum((image.breakdown for image in images), start=Breakdown()),
         mask_ap([image.instances for image in images], categories),
         worst_images((image.pq.image_id, image.value) for image in images),
+        len(images),
+        seconds_per_image or {},
     )
 
 

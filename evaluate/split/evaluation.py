@@ -17,7 +17,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from panoptic_cache.evaluate.metric.score import Outcome, check_scorable, total_scores
+from panoptic_cache.evaluate.metric.score import Scores, check_scorable, total_scores
 from panoptic_cache.evaluate.predict import Predictor
 from panoptic_cache.evaluate.prediction_files import (
     PNG_FOLDER,
@@ -60,7 +60,7 @@ def evaluate(
     heads_folder: Path | None = None,
     title: str = "Panoptic quality",
     ranks: Ranks | None = None,
-) -> Outcome:
+) -> Scores:
     """Predicts every image of a split, scores the predictions, and writes pictures and a report.
 
     `out` gets `panoptic/*.png` and `panoptic.json` (COCO's layout of a prediction), `scores.json`,
@@ -137,23 +137,23 @@ def evaluate(
             step: round(sum(share.seconds[step] for share in shares) / predicted, 6)
             for step in STEPS
         }
-        outcome = Outcome(total_scores(images, dataset.categories), len(images), seconds)
+        scores = total_scores(images, dataset.categories, seconds)
         if ranks.main:
             write_json(out, rows, predictor.categories)
-            scores = json.dumps(outcome.to_json(), indent=1).encode() + b"\n"
-            Storage(str(out)).write(SCORES, scores)
+            data = json.dumps(scores.to_json(), indent=1).encode() + b"\n"
+            Storage(str(out)).write(SCORES, data)
             write_pictures(
                 predictor,
                 dataset,
                 out,
                 rows=rows,
                 pqs=[image.value for image in images],
-                outcome=outcome,
+                scores=scores,
                 overlays=overlays,
                 title=title,
             )
             sweep(out, rows, overlays)
-    return outcome
+    return scores
 
 
 def write_pictures(
@@ -163,7 +163,7 @@ def write_pictures(
     *,
     rows: Sequence[PredictionRow],
     pqs: Sequence[float | None],
-    outcome: Outcome,
+    scores: Scores,
     overlays: int,
     title: str,
 ) -> None:
@@ -192,15 +192,15 @@ def write_pictures(
         out, names, pqs, segments, view_of, categories=categories, overlays=overlays
     )
     facts = {
-        "images": str(outcome.images),
+        "images": str(scores.images),
         "step": str(predictor.state.step),
         "input": f"{predictor.size} px",
         "network runs": f"{predictor.cost:.3g} {'a tile' if predictor.tile else 'an image'}",
-        "seconds an image": f"{sum(outcome.seconds_per_image.values()):.3f}",
+        "seconds an image": f"{sum(scores.seconds_per_image.values()):.3f}",
     }
-    values = outcome.to_json()
+    values = scores.to_json()
     write_report(
-        out, outcome.pq, categories, values, best=best, worst=worst, title=title, facts=facts
+        out, scores.pq, categories, values, best=best, worst=worst, title=title, facts=facts
     )
 
 

@@ -143,7 +143,7 @@ def _table(title: str, found: Mapping[str, Comparison]) -> BenchTable:
     for case, outcomes in scored.items():
         ours = _pq(outcomes[OURS].pq.all)
         for decoder, name in best.items():
-            pq, agnostic = outcomes[name].pq, outcomes[name].scores.breakdown.agnostic
+            pq, agnostic = outcomes[name].pq, outcomes[name].breakdown.agnostic
             row = {
                 "case": case,
                 "decoder": decoder,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from panoptic_cache.evaluate.decoder.decode import DecodeConfig, PanopticMap, decode
 from panoptic_cache.evaluate.metric.breakdown import thing_ids
-from panoptic_cache.evaluate.metric.score import ImageScore, Outcome, score_image, total_scores
+from panoptic_cache.evaluate.metric.score import ImageScore, Scores, score_image, total_scores
 from panoptic_cache.evaluate.study.corruption import (
     Corruption,
     Quality,
@@ -53,17 +53,14 @@ class Comparison:
     encode: float = 0.0  # Seconds of reading or making the heads
     score: float = 0.0  # Seconds of scoring all decoders
 
-    def outcome(self, name: str) -> Outcome:
+    def outcome(self, name: str) -> Scores:
         """The scores of a decoder, with the seconds of `encode`, `decode` and `score`."""
         trial = self.trials[name]
         score = self.score / len(self.trials)
         seconds = {"encode": self.encode, "decode": trial.seconds, "score": score}
         count = len(trial.images)
-        return Outcome(
-            total_scores(trial.images, self.categories),
-            count,
-            {step: round(value / count, 6) for step, value in seconds.items()},
-        )
+        mean = {step: round(value / count, 6) for step, value in seconds.items()}
+        return total_scores(trial.images, self.categories, mean)
 
     def quality(self) -> Quality | None:
         """Medians over the images; None where no image has clear codes."""
@@ -169,7 +166,7 @@ def ceiling(
     *,
     encoding: Encoding | None = None,
     config: DecodeConfig | None = None,
-) -> tuple[Outcome, Quality | None]:
+) -> tuple[Scores, Quality | None]:
     """Scores the ground truth of a split after encoding, corruption and decoding.
 
     What is missing to 100 is the code's, the resize's and the decoder's, not the network's. The
