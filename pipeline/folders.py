@@ -44,16 +44,16 @@ class Folder:
         if self.path not in path.parents or ".." in path.relative_to(self.path).parts:
             raise self._outside(name)
         is_link = self._listing(path.parent, name).get(path.name)
-        if is_link is None:
+        if is_link and not self._is_inside(path):
+            raise self._outside(name)
+        if is_link is None or (is_link and not path.exists()):
             other = self._look(name)
             raise InputError(
                 f"{self.kind} missing",
                 where=path,
-                remedy=f"is it {other}?" if other else "",
+                remedy=f"is it {other}?" if other and other != name else "",
                 code=f"{self._code}-missing",
             )
-        if is_link and not self._is_inside(path):
-            raise self._outside(name)
         return path
 
     def guess(self, names: Sequence[str]) -> list[str]:

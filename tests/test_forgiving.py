@@ -438,6 +438,14 @@ def test_files_outside_the_folder_are_refused(data: Data, tmp_path: Path) -> Non
     assert values["written"] == 2
 
 
+def test_a_link_to_nothing_is_a_missing_photo(data: Data) -> None:
+    name = data.json["images"][0]["file_name"]
+    (data.photos / name).unlink()
+    (data.photos / name).symlink_to("nothing")
+    assert data.preprocess("--max-bad", 1)[1]["written"] == 3
+    assert data.quarantine()[0]["message"] == f"{name}: photo missing"
+
+
 def test_links_inside_the_folder_are_fine(data: Data) -> None:
     name = data.json["images"][0]["file_name"]
     (data.photos / "here").mkdir()
