@@ -327,7 +327,7 @@ def test_other_families_load_from_a_folder_and_train(
     assert all("embeddings." in name for name in found[0])
     assert {"embeddings.cls_token", "embeddings.register_tokens"} <= found[0]
     for block in range(3):
-        assert all(f".layer.{block}." in name for name in found[block + 1])
+        assert all(f"layer.{block}." in name for name in found[block + 1])
     assert all("norm" in name for name in found[4])
     assert sum(map(len, found.values())) == len(names)
     groups = parameter_groups(model, 3, OptimConfig())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,10 +18,12 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from msgspec import Meta
 from safetensors import SafetensorError
+from torch import Tensor
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.train.config import ModelConfig
 from panoptic_cache.train.encoding import cell_centres
+from panoptic_cache.train.original import read_original
 
 try:
     import transformers
@@ -41,6 +44,7 @@ _OWN_NAMES = tuple(
         (r"\.attention\.(?:attention\.)?([qkv])(?:_proj|uery|ey|alue)\.", r".attn.\1."),
         (r"\.attention\.(o_proj|output\.dense)\.", ".attn.proj."),
         (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+        (r"\.mlp\.weights_out\.", ".mlp.down_proj."),
         (r"^layernorm\.", "norm."),
     )
 )
@@ -59,6 +63,37 @@ def own_name(name: str) -> str:
             rest = theirs.sub(ours, rest)
     return part + dot + rest
 
+
+def own_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a model or of a file by our names.
+
+    Gate and values of a gated layer are two tensors; earlier versions of transformers join them.
+    """
+    found: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        own = own_name(name)
+        if _JOINED in own:
+            for part, half in zip(_HALVES, value.chunk(2), strict=True):
+                found[own.replace(_JOINED, part)] = half
+        else:
+            found[own] = value
+    return found
+
+
+def their_weights(weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """The other way: tensors by our names as a model of this version of transformers names them."""
+    found: dict[str, Tensor] = {}
+    for name in names:
+        own = own_name(name)
+        if _JOINED in own:
+            found[name] = torch.cat([weights[own.replace(_JOINED, part)] for part in _HALVES])
+        else:
+            found[name] = weights[own]
+    return found
+
+
+_JOINED, _HALVES = ".mlp.weights_in.", (".mlp.gate_proj.", ".mlp.up_proj.")
+ORIGINAL = ".pth"
 
 FAMILIES = {
     "dinov2": "Dinov2",
@@ -111,7 +146,9 @@ def make_backbone(
             setattr(design, jitter, None)
     design.stage_names = ["stem", *(f"stage{block}" for block in range(1, last + 1))]
     design.set_output_features_output_indices(out_features=None, out_indices=list(config.taps))
-    if load_weights and config.backbone != "random":
+    if load_weights and config.backbone.endswith(ORIGINAL):
+        backbone = _load_original(Path(config.backbone), design)
+    elif load_weights and config.backbone != "random":
         backbone = _load_weights(config.backbone, design)
     else:
         backbone = backbone_classes(design.model_type, config.backbone)[1](design)
@@ -145,6 +182,9 @@ def _design(config: ModelConfig) -> Any:
                 f"hidden_size {hidden} must be a multiple of 4 and of heads {heads}",
                 where="model.random",
             )
+    elif config.backbone.endswith(ORIGINAL):
+        sizes, _ = read_original(Path(config.backbone))
+        return backbone_classes(sizes["model_type"], config.backbone)[0].from_dict(sizes)
     elif config.backbone in _PUBLISHED:
         (hidden, blocks, heads), patch, side = _PUBLISHED[config.backbone], 14, 518
     else:
@@ -226,6 +266,19 @@ def _read_design(name: str | Path, file: str) -> Any:
             where=name,
             remedy="give a hub name (and a network) or a folder that save_pretrained wrote",
         ) from None
+
+
+def _load_original(file: Path, architecture: Any) -> Any:
+    backbone = backbone_classes(architecture.model_type, file)[1](architecture)
+    _, weights = read_original(file)
+    weights = {"encoder.mask_token": backbone.embeddings.mask_token.data, **weights}
+    names = [f"encoder.{name}" for name in backbone.state_dict()]
+    try:
+        found = their_weights(weights, names)
+        backbone.load_state_dict({name.removeprefix("encoder."): v for name, v in found.items()})
+    except (LookupError, RuntimeError) as error:
+        raise InputError(f"weights do not fit a DINOv2: {error}", where=file) from None
+    return backbone
 
 
 def _load_weights(name: str, architecture: Any) -> Any:

@@ -96,8 +96,8 @@ class RandomBackbone:
 class ModelConfig:
     """Encoder, decoder and heads (section 3.1)."""
 
-    # Hub name or local folder of a pretrained DINOv2, DINOv2 with registers or DINOv3 ViT, or
-    # `random`.
+    # Hub name or local folder of a pretrained DINOv2, DINOv2 with registers or DINOv3 ViT, a `.pth`
+    # file of DINOv2's authors, or `random`.
     backbone: str = "facebook/dinov2-base"
     # A run, checkpoint or export to start from: encoder, decoder and heads, whose categories are
     # matched by name. A resumed run does not read it.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.train.backbone import make_backbone, own_name
+from panoptic_cache.train.backbone import make_backbone, own_weights, their_weights
 from panoptic_cache.train.config import ModelConfig
 
 Task = Literal["instance", "semantic", "both"]
@@ -103,12 +103,13 @@ class PanopticModel(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """Its tensors by the names that files know."""
-        return {own_name(name): value.contiguous() for name, value in self.state_dict().items()}
+        return {name: v.contiguous() for name, v in own_weights(self.state_dict()).items()}
 
     def take(self, weights: Mapping[str, Tensor]) -> None:
         """Loads tensors by the names of files, all of them and no others."""
-        mine = {own_name(name): name for name in self.state_dict()}
-        self.load_state_dict({mine[name]: value for name, value in weights.items()})
+        if extra := weights.keys() - self.weights().keys():
+            raise ValueError(f"{min(extra)} is one too many")
+        self.load_state_dict(their_weights(weights, self.state_dict()))
 
 
 class Decoder(nn.Module):

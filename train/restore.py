@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from panoptic_cache.pipeline.base.config import build_config, decode_json
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category
-from panoptic_cache.train.backbone import own_name
+from panoptic_cache.train.backbone import own_name, own_weights
 from panoptic_cache.train.config import TrainConfig, ValidationConfig
 from panoptic_cache.train.encoding import make_encoding
 from panoptic_cache.train.model import PanopticModel
@@ -192,7 +192,9 @@ def build_model(folder: Path, config: TrainConfig, categories: Sequence[Category
 
     try:
         with safe_open(file, "pt") as tensors:
-            found = {own_name(n): list(tensors.get_slice(n).get_shape()) for n in tensors.keys()}  # noqa: SIM118
+            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+        shaped = {name: torch.empty(size, device="meta") for name, size in shapes.items()}
+        found = {name: list(value.shape) for name, value in own_weights(shaped).items()}
         blocks = {name.split(".")[2] for name in found if name.startswith("encoder.blocks.")}
         if config.model.taps[-1] > len(blocks):
             raise ValueError(f"they have {len(blocks)} blocks, model.taps {config.model.taps}")
@@ -245,7 +247,7 @@ def load_weights(
             code="weights-damaged",
         )
     try:
-        model.take({own_name(name): value for name, value in load_file(path).items()})
+        model.take(own_weights(load_file(path)))
     except UNFIT as error:
         raise _misfit(error, path) from None
 
