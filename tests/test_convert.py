@@ -272,6 +272,10 @@ def test_other_settings_and_other_data_are_not_overwritten(
     assert "holds something that was not converted here" in said
 
 
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
 def broken_map(values: Map) -> Callable[[Path], object]:
     def harm(data: Path) -> None:
         (data / "maps/3.png").unlink()
@@ -289,6 +293,7 @@ def broken_map(values: Map) -> Callable[[Path], object]:
         (broken_map(np.ones((24, 30), np.uint8)), "3.tif: is 24 x 30, its photo 24 x 31"),
         (lambda data: (data / "maps/3.png").write_bytes(b"no PNG"), "3.png: map cannot be read"),
         (lambda data: (data / "images/3.png").write_bytes(b""), "3.png: photo cannot be read"),
+        (lambda data: cut_short(data / "maps/3.png"), "3.png: map cannot be read"),
         (lambda data: (data / "maps/3.png").unlink(), "its map is missing in maps"),
         (lambda data: (data / "images/3.png").unlink(), "its photo is missing in images"),
         (broken_map(np.arange(300 * 300, dtype=np.int32).reshape(300, 300)), "3.tif: is 300 x 300"),

@@ -58,6 +58,10 @@ def convert_image(one: tuple[Item, str, str], job: Job) -> Outcome:
         ids, segments, empty = number_segments(drawing, job.isthing)
     except InputError as error:
         return Outcome(item.name, mark, left_out=Rejection.of(item.image_id, item.name, error))
+    except MemoryError:
+        raise InputError(
+            "out of memory", where=item.name, remedy="use fewer --workers", code="out-of-memory"
+        ) from None
     place = job.layout.panoptic_dir / png
     make_folder(place.parent)
     bgr = np.ascontiguousarray(ids_to_rgb(ids)[..., ::-1])

@@ -14,7 +14,7 @@ from PIL import Image
 from panoptic_cache.pipeline.annotations import ImageId
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Rejection
-from panoptic_cache.pipeline.photo import ORIENTATION
+from panoptic_cache.pipeline.photo import FORMATS, ORIENTATION
 
 _SIDEWAYS = {5, 6, 7, 8}
 """EXIF orientations that swap height and width."""
@@ -164,7 +164,7 @@ def paint(
 
 def _open(path: Path, what: str) -> Image.Image:
     try:
-        return Image.open(path)
+        return Image.open(path, formats=FORMATS)
     except FileNotFoundError:
         raise InputError(f"{what} missing", where=path, code=f"{what}-missing") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -173,5 +173,5 @@ def _open(path: Path, what: str) -> Image.Image:
 
 def _unreadable(path: Path, what: str, error: Exception) -> InputError:
     why = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-    why = "of no kind that Pillow knows" if "cannot identify" in why else why
+    why = f"it is none of {', '.join(FORMATS)}" if "cannot identify" in why else why
     return InputError(f"{what} cannot be read: {why}", where=path, code=f"{what}-unreadable")
