@@ -56,6 +56,11 @@ class Server(SimpleHTTPRequestHandler):
             return True
         if self.fault.isdigit():
             self.send_error(int(self.fault))
+        elif self.fault == "loop":
+            self.send_response(302)
+            self.send_header("Location", self.path)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
         elif self.fault == "reset":
             self.connection.close()
         else:  # half a body, with a length or, as some proxies do, without
@@ -107,7 +112,7 @@ def test_what_fails_in_passing_is_tried_again(
     assert max(Server.asked.values()) > 2
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, "404", "403"])
+@pytest.mark.parametrize("fault", [*FAULTS, "404", "403", "loop"])
 def test_what_goes_on_failing_is_one_line(
     url: str, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:

@@ -45,8 +45,10 @@ EDS_FAR = 255
 
 
 Count = Annotated[int, Meta(ge=0, lt=1 << 31)]
-Size = tuple[Annotated[int, Meta(ge=1, le=1 << 16)], Annotated[int, Meta(ge=1, le=1 << 16)]]
+Side = Annotated[int, Meta(ge=1, lt=1 << 31)]
+Size = tuple[Side, Side]
 Part = Annotated[float, Meta(ge=-1, le=1)]
+"""What a table may say: training and drawing rely on these ranges."""
 
 
 @dataclass(frozen=True, slots=True)
