@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import logging
 import struct
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,17 +34,13 @@ Fit = Literal["native", "squash", "longest", "crop"]
 """How a picture takes a side of so many pixels: not at all (`native`); as a square (`squash`); with
 its longer side (`longest`) or, to be cropped, its shorter one (`crop`)."""
 
-_PILLOW_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)
+_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for a damaged file."""
 warnings.filterwarnings(
     "ignore", module=r"PIL\."
 )  # of large sizes, which are checked here, and tags
+
+log = logging.getLogger(__name__)
 
 _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 _JPEG_SIGNATURE = b"\xff\xd8"
@@ -74,8 +72,7 @@ def fitted_size(
 def decode_photo(data: bytes, where: str, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB of JPEG bytes, at its own or another (height, width).
 
-    Raises:
-        InputError: It is damaged; `where` names it.
+    InputError names `where` it is damaged.
     """
     try:
         if size is None:
@@ -218,7 +215,15 @@ def read_photo(path: Path | str, *, upright: bool = True) -> NDArray[np.uint8]:
 
 def read_annotated(record: PanopticRecord) -> NDArray[np.uint8]:
     """An annotated photo, (H, W, 3) uint8 RGB, of the annotated size; errors as of `load_photo`."""
-    return _pixels(_read_photo(record), record.photo, upright=record.upright)
+    file = _read_photo(record)
+    if file.orientation != 1 and not record.upright:
+        _warn_of_orientation(record.photo.parent)
+    return _pixels(file, record.photo, upright=record.upright)
+
+
+@cache
+def _warn_of_orientation(folder: Path) -> None:
+    log.warning("%s: some photos have an EXIF orientation other than 1; see --upright", folder)
 
 
 def _pixels(file: _File, path: Path, *, upright: bool) -> NDArray[np.uint8]:
@@ -278,14 +283,14 @@ def _open(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise ValueError(f"it is none of {', '.join(FORMATS)}") from None
-    except _PILLOW_ERRORS as error:
+    except _ERRORS as error:
         raise ValueError(str(error)) from None
 
 
 def _orientation(picture: Image.Image) -> int:
     try:
         found = picture.getexif().get(ORIENTATION, 1)
-    except _PILLOW_ERRORS:  # odd tags turn nothing
+    except _ERRORS:  # odd tags turn nothing
         return 1
     return found if found in range(1, 9) else 1
 
@@ -303,7 +308,7 @@ def _decode(data: bytes) -> NDArray[np.uint8]:
                 rgb = np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
             else:
                 rgb = np.asarray(picture.convert("RGB"))
-        except _PILLOW_ERRORS as error:
+        except _ERRORS as error:
             raise ValueError(str(error)) from None
         if picture.format == "TIFF":  # the only one that Pillow turns itself
             rgb = turned(rgb, {6: 8, 8: 6}.get(turn, turn))
@@ -324,10 +329,7 @@ def turned(rgb: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
 def _decode_png(data: bytes) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB of a PNG of any kind; ValueError where it is damaged."""
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    try:
-        bgr: Any = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:
-        bgr = None
+    bgr: Any = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     if bgr is None:
         raise ValueError("PNG cannot be decoded")
     return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), np.uint8)

@@ -472,6 +472,22 @@ def test_a_png_outside_its_folder_is_never_scored(data: Data, tmp_path: Path, wa
     assert data.score("--follow-links")[0] == int(way != "link")
 
 
+def test_evaluation_tells_of_turned_photos(data: Data, trained: Path, tmp_path: Path) -> None:
+    path = data.photos / data.json["images"][0]["file_name"]
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    with Image.open(path) as picture:
+        picture.save(path, exif=exif, quality=95)
+    options = ("--coco", data.root, "--split", "val", "--device", "cpu", "--overlays", 0)
+    for flags, told in (((), True), (("--upright",), False)):
+        out = tmp_path / str(told)
+        code, _, said = data.run(
+            "evaluate", "--checkpoint", trained, "--out", out, *options, *flags
+        )
+        assert code == 0
+        assert ("EXIF orientation" in said) == told
+
+
 def test_a_prediction_is_a_dataset(data: Data, trained: Path, tmp_path: Path) -> None:
     """Pseudo-labels: what `evaluate` writes, beside the photos."""
     out = tmp_path / "out"
