@@ -267,11 +267,22 @@ def test_a_failure_leaves_what_an_earlier_call_wrote(
     assert (tmp_path / "out" / "panoptic.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        cv2.error("OpenCV(5.0.0) alloc.cpp:73: error: (-4:Insufficient memory) Failed to"),
+    ],
+)
 def test_a_device_without_memory_is_one_line(
-    predictor: Predictor, tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    predictor: Predictor,
+    tiny_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
 ) -> None:
     def full(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        raise error
 
     monkeypatch.setattr(Predictor, "heads", full)
     photo = next((tiny_root / "val").iterdir())

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+import cv2
 import torch
 from torch.distributed import DistError
 
@@ -36,8 +37,11 @@ NAMED = 32
 _PARENT = os.getppid()
 _LAUNCHED = not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}.isdisjoint(os.environ)
 """Whether that is accelerate or torchrun; both tell their ranks so."""
-_NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-"""The CPU's allocator and CUDA's libraries raise plain RuntimeErrors."""
+_NO_MEMORY = (
+    *("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+    "Insufficient memory",
+)
+"""The CPU's allocator and CUDA's libraries raise plain RuntimeErrors, OpenCV one of its own."""
 
 
 class StopRequest:
@@ -176,7 +180,7 @@ def memory_advice(remedy: str) -> Iterator[None]:
     """Turns running out of memory into an InputError that says what to lower."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError, cv2.error) as error:
         line = next(iter(str(error).splitlines()), "")
         plain = not isinstance(error, torch.OutOfMemoryError | MemoryError)
         if plain and not any(sign in str(error) for sign in _NO_MEMORY):
