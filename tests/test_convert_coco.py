@@ -308,6 +308,24 @@ def test_semantic_maps_lie_below(run: Run, photos: Path) -> None:
             assert owner.get(int(ids[y, x]), 0) == kinds.get(int(classes[y, x]), 0)
 
 
+def test_what_classes_mean_is_a_setting(run: Run, photos: Path) -> None:
+    for name in ("one", "two"):
+        save(photos.parent / f"maps/{name}.png", np.full((HEIGHT, WIDTH), 3, np.uint8))
+    names = photos.parent / "names.json"
+    names.write_text('{"3": "sky", "8": "road"}')
+    more = ["--semantic-maps", photos.parent / "maps", "--names", names]
+    assert convert(run, photos, coco(), *more)[0] == 0
+    names.write_text('{"8": "sky", "3": "road"}')
+    code, _, said = convert(run, photos, coco(), *more)
+    assert (code, "was begun with other settings" in said) == (1, True)
+
+
+def test_a_file_without_images(run: Run, photos: Path) -> None:
+    document = coco() | {"images": [], "annotations": []}
+    code, _, said = convert(run, photos, document)
+    assert (code, "\n" in said) == (1, False)
+
+
 def test_background_and_stuff_of_the_file(run: Run, photos: Path) -> None:
     more = ["--background", "floor", "--stuff", "dog"]
     assert convert(run, photos, coco(), *more)[0] == 0

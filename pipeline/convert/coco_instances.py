@@ -149,6 +149,24 @@ def coco_instances(
     ]
     rules = _Rules(own, second, flat, classes, first, background is not None, small, crowds)
 
+    items = _items(file, below, images, maps, rules, left_out=left_out)
+    settings: dict[str, Any] = {"format": "coco-instances", "small": small, "crowds": crowds}
+    if classes is not None:
+        values = {str(value): name for value, name in classes.names.items()}
+        settings |= {"classes": values, "void": sorted(classes.void)}
+    return Source(categories, items, left_out, settings)
+
+
+def _items(
+    file: _File,
+    below: _File,
+    images: Path,
+    maps: Mapping[str, Path],
+    rules: _Rules,
+    *,
+    left_out: list[Rejection],
+) -> list[Item]:
+    """The images whose photos are there; the others are left out."""
     items, found, rows = [], Paths(images, walk(images, PHOTOS)), dict(file.annotations)
     for each in file.images:
         said = loose_row(each)
@@ -157,8 +175,8 @@ def coco_instances(
         try:
             image = parse_row(each, _Image)
             name = found.find(image.file_name)
-            if semantic is not None and name not in maps:
-                raise InputError("its map is missing", where=semantic, code="map-missing")
+            if rules.classes is not None and name not in maps:
+                raise InputError("its map is missing", where=name, code="map-missing")
         except InputError as error:
             left_out.append(Rejection.of(image_id, called, error))
             continue
@@ -169,12 +187,11 @@ def coco_instances(
         both = (mine, below.annotations.get(str(image_id), []))
         hashed = hashlib.sha256(repr((image, both)).encode())
         draw = partial(_draw, (images / name, maps.get(name)), image, both, rules)
-        inputs = (maps[name],) if semantic else ()
+        inputs = (maps[name],) if rules.classes is not None else ()
         items.append(Item(image.id, name, images / name, draw, inputs, hashed.hexdigest()))
     message = "annotation of an image that the file does not list"
     left_out += [Rejection(image_id, "", "image-missing", message) for image_id in rows]
-    settings = {"format": "coco-instances", "small": small, "crowds": crowds}
-    return Source(categories, items, left_out, settings)
+    return items
 
 
 def _read(path: Path, left_out: list[Rejection]) -> _File:

@@ -74,6 +74,8 @@ def convert(
     start = time.monotonic()
     if not split or split.startswith(".") or "/" in split:
         raise InputError("a split's name has no / and no leading dot", where=f"--split {split}")
+    if not source.items and not source.left_out:
+        raise InputError("no image to convert", where=source.settings.get("format", ""))
     annotations = root.absolute() / "annotations"
     pngs = annotations / f"panoptic_{split}"
     layout = CocoLayout(root.absolute() / split, annotations / f"{pngs.name}.json", pngs)
