@@ -183,14 +183,9 @@ def resize_segment_map(segment_map: SegmentMap, size: tuple[int, int]) -> Segmen
 
 
 def drop_empty_rows(segment_map: SegmentMap, count: int) -> tuple[SegmentMap, NDArray[np.int64]]:
-    """Renumbers a segment map so that every row has a pixel.
+    """Renumbers the (H, W) map of a table of `count` rows so that every row has a pixel.
 
-    Args:
-        segment_map: (H, W), some of whose `count` segments may have no pixel.
-        count: Rows of the segment table.
-
-    Returns:
-        The map over the kept rows, and the kept rows (k,) int64 in their old order.
+    Returns it over the rows that are kept, and these, (k,) int64 in their old order.
     """
     used = np.zeros(count + 1, np.bool_)
     flat = segment_map.ravel()

@@ -35,16 +35,11 @@ _DASK_LOGGERS = ("distributed", "distributed.client", "distributed.gc", "tornado
 def run_on(
     scheduler: str, work: Callable[..., T], shards: Sequence[ShardPlan], *arguments: Any
 ) -> Generator[T]:
-    """Calls `work(shard, *arguments)` for every shard, in any order.
+    """Calls `work(shard, *arguments)` for every shard on a scheduler, in any order.
 
-    Args:
-        scheduler: Its address.
-        work: At module level, as it is pickled by name.
-        shards: Each job carries its own slice of the annotations only.
-        arguments: The same for every job; small.
-
-    Raises:
-        InputError: A job raised one or killed its worker repeatedly, or the scheduler went away.
+    `work` is at module level, as it is pickled by name; `arguments` are the same for every job, and
+    small. InputError where a job raised one or killed its worker repeatedly, or the scheduler went
+    away.
     """
     with _quiet(), connect(scheduler) as client:
         # New names for each run: a scheduler remembers the failed jobs of the last one.

@@ -172,11 +172,7 @@ def render_samples(
     categories: dict[int, Category],
     repairs: Counter[str],
 ) -> list[Sample]:
-    """One image to its sample, or to the samples of its tiles; arguments as of `render_image`.
-
-    Raises:
-        InputError: The image must be left out.
-    """
+    """One image to its sample, or to the samples of its tiles; see `render_image`."""
     if config.tile is None:
         return [render_image(record, config, categories, repairs)]
     whole, photo = _render(record, config, categories, repairs)
@@ -223,14 +219,8 @@ def render_image(
 ) -> Sample:
     """One annotated image -> its sample: read strictly, fitted, targets computed after that.
 
-    Args:
-        record: The annotated image.
-        config: Fit and size.
-        categories: By id.
-        repairs: Counts, by code, of what was mended on the way; added to.
-
-    Raises:
-        InputError: The image must be left out.
+    `categories` are by id; `repairs` counts, by code, what was mended on the way. InputError where
+    the image must be left out.
     """
     whole, photo = _render(record, config, categories, repairs)
     height, width = whole.segment_map.shape

@@ -98,8 +98,7 @@ class Plan:
 def make_plan(dataset: CocoPanoptic, split: str, config: RenderConfig) -> Plan:
     """Cuts the images, in a fixed permutation of their sorted keys, into shards.
 
-    Raises:
-        InputError: The split's name is none that shards could bear.
+    InputError where shards cannot bear the split's name.
     """
     if split.startswith(".") or "/" in split:
         raise InputError(
