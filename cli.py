@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from panoptic_cache.pipeline.base.process import handled, leave
+from panoptic_cache.pipeline.base.process import started
 
 if TYPE_CHECKING:
     import typer
@@ -56,7 +56,7 @@ def make_app(name: str = "") -> typer.Typer:
 
 def main() -> None:
     """Runs `panoptic`."""
-    with handled(leave):  # before what takes long to import
+    with started():
         from panoptic_cache.pipeline.console import run_program
 
         run_program(make_app(*sys.argv[1:2]))

@@ -18,7 +18,7 @@ import pytest
 import torch.distributed as dist
 
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.process import Interrupted, interruptible
+from panoptic_cache.pipeline.base.process import Interrupted, interruptible, started
 from panoptic_cache.train.loader import prepare_worker
 from panoptic_cache.train.ranks import Ranks, Verdict
 from panoptic_cache.train.stopping import not_finite, stop_request
@@ -130,6 +130,15 @@ def test_the_first_signal_counts_and_handlers_come_back() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         assert request.signal == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_threads_do_not_spin_unless_the_user_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    with started():
+        assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    with started():
+        assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_a_signal_during_an_import_is_not_swallowed_by_the_module(

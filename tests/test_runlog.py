@@ -112,6 +112,23 @@ def test_a_cut_line_and_later_lines_are_dropped(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        *("null", "[]", "3", '"step"', "{}", '{"step": "3"}', '{"step": 3, "loss": "low"}'),
+        *('{"task": "instance"}', '{"step": 3, "validation": 1}', "\udcff", "[" * 20_000),
+        *('{"step": 3, "validation": {"pq": null}}', '{"step": 3, "task": "instance", "lr": []}'),
+    ],
+)
+def test_a_damaged_row_is_dropped(tmp_path: Path, row: str) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    lines = [json.dumps(step(1, "instance", 2.0)), row, json.dumps(step(2, "semantic", 2.0))]
+    metrics.write_bytes("\n".join(lines).encode(errors="surrogateescape") + b"\n")
+    ElementTree.fromstring(draw_curves(metrics))
+    keep_lines(metrics, 9)
+    assert lines_of(tmp_path) == [step(1, "instance", 2.0), step(2, "semantic", 2.0)]
+
+
 def test_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="no such tracker: tensorbord"):
         installed_trackers(["tensorbord"])

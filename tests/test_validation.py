@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,8 @@ from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.cache.sample import Sample
 from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.pipeline.coco import CocoLayout, read_dataset
+from panoptic_cache.pipeline.pictures.colours import Picture
+from panoptic_cache.pipeline.pictures.sheets import Tile, sheet, shortened
 from panoptic_cache.pipeline.render.driver import render
 from panoptic_cache.pipeline.render.plan import RenderConfig
 from panoptic_cache.train.augment import Augmentation, make_item
@@ -211,13 +213,24 @@ def test_accuracies_of_perfect_and_of_empty_predictions(held_out_cache: Path) ->
     assert right == counted == (label >= 0).sum()
 
 
-def test_a_picture_shows_five_maps_a_sample(tiny_cache: Path) -> None:
+def test_a_picture_shows_five_maps_a_sample(
+    tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reader = ShardReader(tiny_cache)
     config = DataConfig(size=28)
     batch = collate([make_item(reader.sample(p), config, Augmentation()) for p in range(6)])
     categories = reader.index.categories
     model = PanopticModel(make_config(tiny_cache, Path("x")).model, 16, len(categories))
+    rows: list[Sequence[Tile]] = []
+
+    def noting(found: list[list[Tile]]) -> Picture:
+        rows.extend(found)
+        return sheet(found)
+
+    monkeypatch.setattr("panoptic_cache.train.validation.sheet", noting)
     picture = draw_heads(model, batch, PositionalCode(), categories)
+    assert all(shortened(name, tile.shape[1], 15) == name for row in rows for name, tile in row)
+    assert [int(row[0][0]) for row in rows] == [int(key) for key in batch.keys[:4]]
     assert picture.ndim == 3
     assert picture.shape[0] > 4 * 28
     assert picture.shape[1] > 5 * 28

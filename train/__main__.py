@@ -6,12 +6,12 @@ SIGTERM and SIGINT, as shells have it: with a checkpoint once steps are made, so
 
 from __future__ import annotations
 
-from panoptic_cache.pipeline.base.process import handled, leave
+from panoptic_cache.pipeline.base.process import started
 
 
 def main() -> None:
     """Runs the command."""
-    with handled(leave):  # before what takes long to import
+    with started():
         import typer  # noqa: PLC0415
 
         from panoptic_cache.pipeline.console import run_program  # noqa: PLC0415

@@ -139,8 +139,14 @@ def _lines(metrics: Path) -> Iterator[dict[str, Any]]:
     for text in metrics.read_bytes().splitlines():
         with suppress(ValueError):
             line = decode_json(text, dict[str, Any])
-            if isinstance(line.get("step"), int):
+            values = line.get("validation", {k: v for k, v in line.items() if k != "task"})
+            numbers = isinstance(values, dict) and all(map(_is_number, values.values()))
+            if numbers and isinstance(line.get("step"), int):
                 yield line
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
 def draw_curves(metrics: Path) -> str:
@@ -151,7 +157,7 @@ def draw_curves(metrics: Path) -> str:
     names = sorted({name for line in held_out for name in line} - {"step"})
     losses = [name for name in names if name.endswith("_loss")]
     panels = [
-        _panel(f"{task} task", [x for x in steps if x["task"] == task], parts)
+        _panel(f"{task} task", [x for x in steps if x.get("task") == task], parts)
         for task, parts in (("instance", (*PARTS, "dice")), ("semantic", PARTS))
     ]
     if held_out:

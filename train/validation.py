@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -44,6 +45,8 @@ EVERYWHERE = LossConfig(eds=False)
 """Gives every pixel of the instance task the weight 1."""
 SHOWN = 4
 """Samples on a picture."""
+CAPTIONED = 160
+"""Least side of a tile of it, pixels: its caption fits."""
 
 
 Metric = Callable[[PanopticModel, TrainState, Iterable[Sample]], Mapping[str, float]]
@@ -233,11 +236,14 @@ def draw_heads(
         labels = found.semantic[row].argmax(0).cpu().numpy()
         rows.append(
             [
-                (batch.keys[row], batch.photo[row].permute(1, 2, 0).cpu().numpy()),
+                (batch.keys[row].lstrip("0"), batch.photo[row].permute(1, 2, 0).cpu().numpy()),
                 ("true centroids", truth),
                 ("instance head", centroid_colours(nearest_centroids(code, encoding, cells))),
                 ("true categories", semantic_colours(true_labels[index], isthing)),
                 ("semantic head", semantic_colours(labels, isthing)),
             ]
         )
-    return sheet(rows)
+    scale = math.ceil(CAPTIONED / batch.segment_map.shape[1])
+    return sheet(
+        [[(name, tile.repeat(scale, 0).repeat(scale, 1)) for name, tile in r] for r in rows]
+    )
