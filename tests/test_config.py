@@ -275,7 +275,7 @@ def test_json_is_read_as_python_reads_it(text: str, found: dict[str, object]) ->
     ("text", "message"),
     [
         (b"a = " + b"[" * 20_000 + b"]" * 20_000, "nested too deeply"),
-        (b".".join([b"a"] * 20_000) + b" = 1", "nested too deeply"),
+        (b".".join([b"a"] * 2_000) + b" = 1", "nested too deeply"),
         (b"a = " + b"1" * 5_000, "not readable as TOML"),
         (b'a = "\xff"', "not readable as TOML"),
     ],
