@@ -103,7 +103,7 @@ def test_what_one_process_meets_stops_both_with_one_line(
     assert done.stdout == ""
     lines = [line for line in done.stderr.splitlines() if photo.name in line]
     assert len(lines) == 1
-    assert "not a readable photo" in lines[0]
+    assert "photo damaged" in lines[0]
     assert not (tmp_path / "out" / "panoptic.json").exists()
 
 
