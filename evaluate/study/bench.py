@@ -24,6 +24,7 @@ from panoptic_cache.evaluate.study.comparison import (
 )
 from panoptic_cache.evaluate.study.corruption import Corruption, corrupted_heads
 from panoptic_cache.evaluate.study.heads import (
+    TUNED_ON,
     ImageHeads,
     Part,
     in_part,
@@ -66,6 +67,8 @@ def bench_heads(folder: Path, part: Part = "all", limit: int | None = None) -> B
         title=case,
     )
     title = f"decoding {len(paths)} images of {case}, {torch.get_num_threads()} threads"
+    if part != "reporting" and meta.name in TUNED_ON:
+        title += "; our settings were found on some of them"
     return _table(title, {case: found})
 
 
