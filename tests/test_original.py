@@ -34,40 +34,18 @@ def small(family: str = "Dinov2", **settings: Any) -> Any:
 
 
 def original(model: Any) -> dict[str, torch.Tensor]:
-    """The state dict that DINOv2's own class of the same weights would save, written by hand."""
-    embeddings = model.embeddings
-    found = {
-        "cls_token": embeddings.cls_token,
-        "pos_embed": embeddings.position_embeddings,
-        "mask_token": embeddings.mask_token,
-        "patch_embed.proj.weight": embeddings.patch_embeddings.projection.weight,
-        "patch_embed.proj.bias": embeddings.patch_embeddings.projection.bias,
-        "norm.weight": model.layernorm.weight,
-        "norm.bias": model.layernorm.bias,
-    }
-    if hasattr(embeddings, "register_tokens"):
-        found["register_tokens"] = embeddings.register_tokens
-    for n, block in enumerate(model.encoder.layer):
-        at = block.attention
+    """The state dict that DINOv2's own class of the same weights would save."""
+    state = {f"encoder.{name}": value for name, value in model.state_dict().items()}
+    ours = {name.removeprefix("encoder."): v.clone() for name, v in own_weights(state).items()}
+    for n in range(len(model.encoder.layer)):
         for kind in ("weight", "bias"):
-            thirds = [getattr(part, kind) for part in (at.q_proj, at.k_proj, at.v_proj)]
-            found[f"blocks.{n}.attn.qkv.{kind}"] = torch.cat(thirds)
-            found[f"blocks.{n}.attn.proj.{kind}"] = getattr(at.o_proj, kind)
-            for norm in ("norm1", "norm2"):
-                found[f"blocks.{n}.{norm}.{kind}"] = getattr(getattr(block, norm), kind)
-            mlp = {
-                name: getattr(part, kind)
-                for name, part in block.mlp.named_children()
-                if hasattr(part, kind)
-            }
-            if "gate_proj" in mlp:
-                found[f"blocks.{n}.mlp.w12.{kind}"] = torch.cat([mlp["gate_proj"], mlp["up_proj"]])
-                found[f"blocks.{n}.mlp.w3.{kind}"] = mlp["down_proj"]
-            else:
-                found |= {f"blocks.{n}.mlp.{name}.{kind}": mlp[name] for name in ("fc1", "fc2")}
-        found[f"blocks.{n}.ls1.gamma"] = block.layer_scale1.lambda1
-        found[f"blocks.{n}.ls2.gamma"] = block.layer_scale2.lambda1
-    return {name: value.detach().clone() for name, value in found.items()}
+            names = [f"blocks.{n}.attn.{part}.{kind}" for part in "qkv"]
+            ours[f"blocks.{n}.attn.qkv.{kind}"] = torch.cat([ours.pop(name) for name in names])
+            if f"blocks.{n}.mlp.gate_proj.{kind}" in ours:
+                names = [f"blocks.{n}.mlp.{part}_proj.{kind}" for part in ("gate", "up")]
+                ours[f"blocks.{n}.mlp.w12.{kind}"] = torch.cat([ours.pop(name) for name in names])
+                ours[f"blocks.{n}.mlp.w3.{kind}"] = ours.pop(f"blocks.{n}.mlp.down_proj.{kind}")
+    return ours
 
 
 @pytest.mark.parametrize(
