@@ -39,13 +39,8 @@ Weights = Literal["model", "ema"]
 """Which weights of a checkpoint: the last ones, or their moving average."""
 
 UNFIT = (
-    ArithmeticError,
-    LookupError,
-    OSError,
-    RuntimeError,
+    *(ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError),
     SafetensorError,
-    TypeError,
-    ValueError,
 )
 """What building or loading raises where a file is damaged or made up."""
 
