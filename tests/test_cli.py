@@ -231,7 +231,7 @@ def bad_input(root: Path, tmp_path: Path, trained: Path) -> dict[str, tuple[tupl
         ),
         "damaged picture": (
             ("predict", tmp_path / "bad.jpg", "--checkpoint", trained, "--out", out),
-            "not a readable photo",
+            "photo damaged",
         ),
         "unknown setting": (("model", tmp_path / "bad.toml"), "learning_rate"),
         "no configuration": (("model", tmp_path / "none.toml"), "no such configuration"),
