@@ -171,3 +171,19 @@ def test_other_formats_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"\.png or \.jpg"):
         save_picture(tmp_path / "picture.gif", np.zeros((2, 2, 3), np.uint8))
     assert not list(tmp_path.iterdir())
+
+
+def test_names_stand_in_the_same_place_for_any_number_of_threads() -> None:
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 4, (16, 12)).astype(np.uint8)
+    segment_map = np.kron(blocks, np.ones((40, 40), np.uint8))  # (640, 480), many equal places
+    picture = np.zeros((*segment_map.shape, 3), np.uint8)
+    before, drawn = cv2.getNumThreads(), []
+    try:
+        for threads in (1, 2, 4):
+            cv2.setNumThreads(threads)
+            drawn.append(label_segments(picture, segment_map, ["sky", "grass", "wall"]))
+    finally:
+        cv2.setNumThreads(before)
+    assert np.array_equal(drawn[0], drawn[1])
+    assert np.array_equal(drawn[0], drawn[2])

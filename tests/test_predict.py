@@ -361,13 +361,8 @@ def test_killed_it_goes_on_but_not_with_what_changed(
     monkeypatch.setattr(predictor, "decode", counting)
     assert predict_photos(predictor, paths, out, batch=2) == (6, 0)
     assert len(again) == 3, "two were left, and one has changed"
-    new = tmp_path / "new"
-    predict_photos(predictor, paths, new, batch=2)
-    assert predicted(out).keys() == predicted(new).keys()
-    assert [row["source"] for row in rows_of(out)] == [str(path) for path in paths]
-    for path in paths:  # up to rounding: the photos of a batch are others
-        ids, wanted = (read_ids(each / "panoptic" / f"{path.stem}.png") for each in (out, new))
-        assert ((ids > 0) == (wanted > 0)).mean() > 0.95
+    predict_photos(predictor, paths, tmp_path / "new", batch=2)
+    assert predicted(out) == predicted(tmp_path / "new")
 
 
 def test_an_evaluation_in_its_folder_is_withdrawn(

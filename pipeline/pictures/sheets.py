@@ -55,7 +55,9 @@ def label_segments(
     """
     edges = boundary(segment_map)
     edges[[0, -1]] = edges[:, [0, -1]] = True
-    room = edge_distance(edges)  # (H, W): pixels to the segment's edge or the image's
+    # (H, W): squared pixels to the segment's edge or the image's. Whole numbers, as OpenCV rounds
+    # the distance in another way for each number of threads, and the widest place must not change.
+    room = np.rint(np.square(edge_distance(edges)))
     area = np.bincount(segment_map.ravel(), minlength=len(names) + 1)[1:]
     image = Image.fromarray(picture)
     pen = ImageDraw.Draw(image, "RGBA")
@@ -64,7 +66,7 @@ def label_segments(
     for row in np.argsort(-area, kind="stable").tolist():
         inside = np.where(segment_map == row + 1, room, -1)
         y, x = divmod(int(inside.argmax()), segment_map.shape[1])
-        if not names[row] or inside[y, x] < size * 0.6:
+        if not names[row] or inside[y, x] < (size * 0.6) ** 2:
             continue
         width, height = text_width(names[row], size) + size * 0.8, size * 1.5
         left = min(max(x - width / 2, 1), segment_map.shape[1] - width - 1)
