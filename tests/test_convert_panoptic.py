@@ -297,3 +297,22 @@ def test_wrong_names(run: Run, tmp_path: Path, text: str) -> None:
     more = ["--names", tmp_path / "names.txt", "--out", tmp_path / "out"]
     code, _, said = run_convert(run, "semantic-maps", *places, *more)
     assert (code, "names.txt: " in said, "\n" in said) == (1, True, False)
+
+
+def test_names_that_lead_out_of_their_folder_are_left_out(run: Run, tmp_path: Path) -> None:
+    root, out = tmp_path / "in", tmp_path / "a" / "b" / "out"
+    write_ade20k(root)
+    path = root / "ade20k_panoptic_val.json"
+    document = json.loads(path.read_text())
+    document["images"][0]["file_name"] = "../../ADE_val_00000001.jpg"
+    row = document["annotations"][1]
+    (root / "ade20k_panoptic_val" / row["file_name"]).rename(tmp_path / "outside.png")
+    row["file_name"] = "../../outside.png"
+    path.write_text(json.dumps(document))
+    before = {each for each in tmp_path.rglob("*") if each.is_file()}
+    assert run_convert(run, "ade20k", root, "--out", out, "--split", "val")[0] == 3
+    quarantine = (out / "annotations" / "quarantine_val.jsonl").read_text().splitlines()
+    assert [json.loads(line)["code"] for line in quarantine] == ["file-outside"] * 2
+    new = {each for each in tmp_path.rglob("*") if each.is_file()} - before
+    assert all(out in each.parents for each in new)
+    assert not [each for each in new if each.suffix in {".jpg", ".png"}]

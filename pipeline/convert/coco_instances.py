@@ -24,7 +24,7 @@ from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import read_file
 from panoptic_cache.pipeline.coco import Rejection
 from panoptic_cache.pipeline.convert.coco_masks import Mask, read_segmentation
-from panoptic_cache.pipeline.convert.files import PHOTOS, Paths, pair_maps, walk
+from panoptic_cache.pipeline.convert.files import Paths, pair_maps, walk
 from panoptic_cache.pipeline.convert.semantic_maps import Classes, make_classes
 from panoptic_cache.pipeline.convert.source import (
     Drawing,
@@ -36,6 +36,7 @@ from panoptic_cache.pipeline.convert.source import (
     check_size,
     paint,
 )
+from panoptic_cache.pipeline.photo import SUFFIXES
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ def _items(
     left_out: list[Rejection],
 ) -> list[Item]:
     """The images whose photos are there; the others are left out."""
-    items, found, rows = [], Paths(images, walk(images, PHOTOS)), dict(file.annotations)
+    items, found, rows = [], Paths(images, walk(images, SUFFIXES)), dict(file.annotations)
     for each in file.images:
         said = loose_row(each)
         image_id, called = said.get("id", ""), str(said.get("file_name", ""))

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import msgspec
@@ -132,12 +132,17 @@ def convert(
 
 
 def _distinct(source: Source) -> tuple[list[tuple[Item, str]], list[Rejection]]:
-    """The images and the names of their PNGs; without those that share an id or a photo."""
+    """The images and the names of their PNGs; the others share an id or a photo, or lead out."""
     ids = Counter(str(item.image_id) for item in source.items)
     photos = Counter(item.name for item in source.items)
     stems = Counter(without_suffix(item.name) for item in source.items)
     items, shared = [], []
     for item in source.items:
+        place = PurePosixPath(item.name)
+        if place.is_absolute() or ".." in place.parts or not place.name:
+            message = "its name leads out of the dataset"
+            shared.append(Rejection(item.image_id, item.name, "file-outside", message))
+            continue
         if ids[str(item.image_id)] > 1 or photos[item.name] > 1:
             what = "id" if ids[str(item.image_id)] > 1 else "photo"
             message = f"another image has this {what}, too"

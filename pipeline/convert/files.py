@@ -11,9 +11,7 @@ from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Rejection
 from panoptic_cache.pipeline.photo import SUFFIXES
 
-PHOTOS = {*SUFFIXES}
-"""Suffixes of photos, in lower case."""
-MAPS = {".png", ".tif", ".tiff", ".bmp"}
+MAPS = (".png", ".tif", ".tiff", ".bmp")
 """Suffixes of maps and masks, in lower case."""
 ENDINGS = ("", "_masks", "_mask", "_labels", "_label", "_labelids", "_cp_masks", "_gt", "_seg")
 """What stands behind a photo's name in its map's name; the first that is there is taken."""
@@ -21,7 +19,7 @@ PHOTO_ENDING = "_img"
 """What may stand behind it in the photo's."""
 
 
-def walk(folder: Path, suffixes: set[str]) -> list[str]:
+def walk(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
     """The files of a kind below a folder, as sorted relative paths; none that start with a dot.
 
     InputError where there is no such folder, or nothing in it.
@@ -37,7 +35,7 @@ def walk(folder: Path, suffixes: set[str]) -> list[str]:
             if not name.startswith(".") and Path(name).suffix.lower() in suffixes
         ]
     if not found:
-        raise InputError(f"no file ends in {', '.join(sorted(suffixes))}", where=folder)
+        raise InputError(f"no file ends in {', '.join(suffixes)}", where=folder)
     return sorted(found)
 
 
@@ -97,7 +95,7 @@ def pair_maps(images: Path, maps: Path) -> tuple[list[tuple[str, Path]], list[Re
     named = {without_suffix(name).casefold(): maps / name for name in walk(maps, MAPS)}
     times = Counter(Path(name).name for name in named)
     alone = {Path(name).name: path for name, path in named.items() if times[Path(name).name] == 1}
-    photos = walk(images, PHOTOS)
+    photos = walk(images, SUFFIXES)
     stems = {without_suffix(name).casefold() for name in photos}
     pairs, lonely, used = [], [], set()
     for name in photos:

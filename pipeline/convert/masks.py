@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Rejection
-from panoptic_cache.pipeline.convert.files import MAPS, PHOTOS, walk
+from panoptic_cache.pipeline.convert.files import MAPS, walk
 from panoptic_cache.pipeline.convert.source import (
     Drawing,
     Item,
@@ -25,6 +25,7 @@ from panoptic_cache.pipeline.convert.source import (
     paint,
     read_mask,
 )
+from panoptic_cache.pipeline.photo import SUFFIXES
 
 
 def masks(root: Path, *, thing: str, background: str | None, small: bool) -> Source:
@@ -35,7 +36,7 @@ def masks(root: Path, *, thing: str, background: str | None, small: bool) -> Sou
     for folder in sorted(place.parent for place in root.rglob("images") if place.is_dir()):
         name = folder.relative_to(root).as_posix()
         try:
-            photos = walk(folder / "images", PHOTOS)
+            photos = walk(folder / "images", SUFFIXES)
             if len(photos) > 1:
                 what = f"{len(photos)} photos, such as {photos[0]} and {photos[1]}"
                 raise InputError(what, where=folder / "images", code="photo-ambiguous")

@@ -24,14 +24,14 @@ from panoptic_cache.pipeline.annotations import (
 )
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Rejection
-from panoptic_cache.pipeline.convert.files import PHOTOS, Paths, walk
+from panoptic_cache.pipeline.convert.files import Paths, walk
 from panoptic_cache.pipeline.convert.source import Drawing, Item, Row, Size, Source, check_size
-from panoptic_cache.pipeline.png import read_ids
+from panoptic_cache.pipeline.folders import Folder
+from panoptic_cache.pipeline.photo import SUFFIXES
+from panoptic_cache.pipeline.png import check_known, read_ids
 
 Names = Callable[[ImageRow], tuple[str, str]]
 """From an image's row to its photo, as it is called, and its name in the new dataset."""
-UNKNOWN_SHARE = 0.02
-"""Labelled pixels that may have an id without a row."""
 
 
 def cityscapes(root: Path, split: str) -> Source:
@@ -87,7 +87,8 @@ def panoptic(json: Path, pngs: Path, images: Path, names: Names, kind: str) -> S
     annotations: dict[str, list[Any]] = {}
     for each in content.annotations:
         annotations.setdefault(str(loose_row(each).get("image_id")), []).append(each)
-    items, left_out, found = [], [], Paths(images, walk(images, PHOTOS))
+    items, left_out, found = [], [], Paths(images, walk(images, SUFFIXES))
+    folder = Folder(pngs, "panoptic PNG", follow_links=True)
     for each in content.images:
         said = loose_row(each)
         try:
@@ -100,7 +101,7 @@ def panoptic(json: Path, pngs: Path, images: Path, names: Names, kind: str) -> S
             if strange:
                 raise ValueError(f"segment {strange[0].id}: category {strange[0].category_id}")
             called, name = names(image)
-            photo = images / found.find(called)
+            photo, png = images / found.find(called), folder.find(row.file_name)
         except InputError as error:
             left_out.append(Rejection.of(said.get("id", ""), said["file_name"], error))
             continue
@@ -109,7 +110,6 @@ def panoptic(json: Path, pngs: Path, images: Path, names: Names, kind: str) -> S
             message = f"malformed annotation: {error}"
             left_out.append(Rejection(str(said.get("id")), called, "annotation-malformed", message))
             continue
-        png = pngs / row.file_name
         mark = hashlib.sha256(repr((image, row)).encode()).hexdigest()
         said_size = image.height and image.width and (image.height, image.width)
         draw = partial(_draw, photo, png, row, said_size or None)
@@ -128,21 +128,14 @@ def _draw(photo: Path, png: Path, row: AnnotationRow, said: Size | None, size: S
     ids = read_ids(png)
     check_size((ids.shape[0], ids.shape[1]), photo, size, png)
     order = np.array(sorted({0, *(segment.id for segment in row.segments_info)}))
+    values, counts = np.unique(ids, return_counts=True)
+    check_known(dict(zip(values.tolist(), counts.tolist(), strict=True)), {*order.tolist()}, png)
     place = np.minimum(np.searchsorted(order, ids), len(order) - 1)
-    unknown = order[place] != ids
-    count, labelled = np.count_nonzero(unknown), np.count_nonzero(ids)
-    if count > UNKNOWN_SHARE * labelled:
-        raise InputError(
-            f"{count} of {labelled} labelled pixels have ids that the JSON does not list, such as"
-            f" {ids[unknown][0]}",
-            where=png,
-            code="png-id-unknown",
-        )
     rows = {segment.id: segment for segment in row.segments_info}
     listed = [rows[one] for one in order.tolist() if one]
-    segment_map = np.where(unknown, 0, place).astype(np.uint32)
+    known = order[place] == ids
     return Drawing(
-        segment_map,
+        np.where(known, place, 0).astype(np.uint32),
         [Row(segment.category_id, bool(segment.iscrowd)) for segment in listed],
-        mended=("png-id-unknown",) if count else (),
+        mended=("png-id-unknown",) if not known.all() else (),
     )
