@@ -264,7 +264,7 @@ def test_a_signal_while_workers_start_ends_in_one_line(
     with started(many[0], tmp_path / "cache", 2) as process:
         while not (tmp_path / "cache" / "plan.json").exists():
             time.sleep(0.001)
-        time.sleep(float(np.random.default_rng().uniform(0, 1)))
+        time.sleep(float(np.random.default_rng().uniform(0, 0.4)))
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=30)
         assert process.returncode == 130
