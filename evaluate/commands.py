@@ -64,6 +64,9 @@ Tile = Annotated[
 Overlap = Annotated[
     int | None, typer.Option(min=0, help="Pixels that tiles share, by default a quarter of one.")
 ]
+Cells = Annotated[
+    int, typer.Option(help="Cells along each axis of the decoder's grid, 20 to 256.")
+]
 
 
 @app.command("evaluate")
@@ -88,6 +91,7 @@ def evaluate(
     sizes: Sizes = None,
     tile: Tile = None,
     overlap: Overlap = None,
+    cells: Cells = 80,
     device: Device = None,
     weights: WeightsOption = None,
     precision: PrecisionOption = "fp32",
@@ -111,7 +115,7 @@ def evaluate(
     dataset = read_dataset(layout).spread(limit)
     ranks = Ranks.current(cpu=device == "cpu")
     predictor = _predictor(
-        checkpoint, ranks.device or device, flip, sizes, weights, precision, tile, overlap
+        checkpoint, ranks.device or device, flip, sizes, weights, precision, tile, overlap, cells
     )
     scores = run(
         predictor,
@@ -143,6 +147,7 @@ def predict(
     sizes: Sizes = None,
     tile: Tile = None,
     overlap: Overlap = None,
+    cells: Cells = 80,
     device: Device = None,
     weights: WeightsOption = None,
     precision: PrecisionOption = "fp32",
@@ -161,7 +166,7 @@ def predict(
     paths = list_photos(pictures, recursive=recursive, besides=out)
     ranks = Ranks.current(cpu=device == "cpu")
     predictor = _predictor(
-        checkpoint, ranks.device or device, flip, sizes, weights, precision, tile, overlap
+        checkpoint, ranks.device or device, flip, sizes, weights, precision, tile, overlap, cells
     )
     done, left_out = predict_photos(
         predictor, paths, out, batch=batch, overlays=overlays, ranks=ranks
@@ -240,6 +245,7 @@ def export(
     any_size: Annotated[
         bool, typer.Option("--any-size", help="The graph takes any height and width.")
     ] = False,
+    cells: Cells = 80,
     as_json: Json = False,
 ) -> None:
     """Save a trained model as a folder that Predictor("DIR") loads, and as ONNX."""
@@ -247,10 +253,11 @@ def export(
     from panoptic_cache.evaluate.predict import Predictor
 
     predictor = Predictor(checkpoint, "cpu")
-    shown: dict[str, Any] = {"folder": str(export_model(predictor.model, predictor.state, out))}
+    model = predictor.model, predictor.state
+    shown: dict[str, Any] = {"folder": str(export_model(*model, out))}
     if onnx:
-        path = export_onnx(predictor.model, predictor.state, out, any_size=any_size)
-        difference = onnx_difference(predictor.model, predictor.state, path)
+        path = export_onnx(*model, out, any_size=any_size, cells=cells)
+        difference = onnx_difference(*model, path, cells=cells)
         largest = None if difference is None else max(difference.values())
         shown |= {"onnx": str(path), "difference_from_pytorch": largest}
     print_values(shown, as_json)
@@ -265,7 +272,9 @@ def _predictor(
     precision: Literal["fp32", "bf16"],
     tile: int | None,
     overlap: int | None,
+    cells: int,
 ) -> Predictor:
+    from panoptic_cache.evaluate.decoder.decode import DecodeConfig
     from panoptic_cache.evaluate.predict import Predictor
 
     try:
@@ -275,6 +284,7 @@ def _predictor(
     return Predictor(
         checkpoint,
         device,
+        DecodeConfig(cells=cells),
         flip=flip,
         sizes=sides,
         weights=weights,

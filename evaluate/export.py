@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from panoptic_cache.evaluate.decoder.decode import check_cells
 from panoptic_cache.evaluate.decoder.graph import GridDecoder
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage, cannot_write
@@ -51,12 +52,14 @@ OUTPUTS = {
 class ModelAndDecoder(nn.Module):
     """Network and decoder in one module, to be traced."""
 
-    def __init__(self, model: PanopticModel, state: TrainState) -> None:
+    def __init__(
+        self, model: PanopticModel, state: TrainState, cells: int = GRID_CELLS
+    ) -> None:
         super().__init__()
         self.model = model
         encoding = make_encoding(state.config.loss.encoding, state.config.loss.harmonics)
         isthing = torch.tensor([category.isthing for category in state.categories])
-        self.decoder = GridDecoder(encoding, isthing, GRID_CELLS)
+        self.decoder = GridDecoder(encoding, isthing, cells)
 
     def forward(self, photo: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(B, 3, S, S) uint8 -> `OUTPUTS`."""
@@ -92,13 +95,20 @@ def export_model(model: PanopticModel, state: TrainState, out: Path) -> Path:
 
 
 def export_onnx(
-    model: PanopticModel, state: TrainState, out: Path, *, any_size: bool = False
+    model: PanopticModel,
+    state: TrainState,
+    out: Path,
+    *,
+    any_size: bool = False,
+    cells: int = GRID_CELLS,
 ) -> Path:
     """Writes `model.onnx`, for any batch at the trained size or any other, and `model.json`.
 
-    The model is moved to the CPU and into evaluation mode. Raises InputError where ONNX is not
-    installed, or a file cannot be written.
+    The model is moved to the CPU and into evaluation mode; `cells` are those along each axis of
+    the graph's grid. Raises InputError where ONNX is not installed, a file cannot be written, or
+    there is no such grid.
     """
+    check_cells(cells)
     if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
         raise InputError(
             f"{' and '.join(missing)} is not installed",
@@ -115,7 +125,7 @@ def export_onnx(
         dynamic |= {2 + at: patch * torch.export.Dim(f"patches_{at}", min=1) for at in range(2)}
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            ModelAndDecoder(model.cpu(), state).eval(),
+            ModelAndDecoder(model.cpu(), state, cells).eval(),
             # Two photos, no squares: the exporter would take a batch of one for a constant, and
             # sides that are equal for the same.
             (torch.zeros(2, 3, size, size + any_size * patch, dtype=torch.uint8),),
@@ -134,7 +144,7 @@ def export_onnx(
         "fit": state.config.data.fit,
         "tile": state.config.data.tile or None,
         "encoding": {"name": state.config.loss.encoding, "harmonics": state.config.loss.harmonics},
-        "cells": GRID_CELLS,
+        "cells": cells,
         "categories": [asdict(category) for category in state.categories],
     }
     with storage.locked():
@@ -146,7 +156,9 @@ def export_onnx(
     return path
 
 
-def onnx_difference(model: PanopticModel, state: TrainState, path: Path) -> dict[str, float] | None:
+def onnx_difference(
+    model: PanopticModel, state: TrainState, path: Path, *, cells: int = GRID_CELLS
+) -> dict[str, float] | None:
     """How far `model.onnx` is from PyTorch on a photo of noise, of any size if it takes that.
 
     For the heads it is the largest difference, relative to the largest value; for the map and its
@@ -164,7 +176,7 @@ def onnx_difference(model: PanopticModel, state: TrainState, path: Path) -> dict
     photo = torch.randint(0, 256, (1, 3, height, width), generator=generator, dtype=torch.uint8)
     found = session.run(list(OUTPUTS), {"photo": photo.numpy()})
     with torch.no_grad():
-        expected = ModelAndDecoder(model.cpu(), state).eval()(photo)
+        expected = ModelAndDecoder(model.cpu(), state, cells).eval()(photo)
     return {
         name: _difference(one, other.numpy())
         for name, one, other in zip(OUTPUTS, found, expected, strict=True)

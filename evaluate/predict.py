@@ -31,7 +31,7 @@ from panoptic_cache.pipeline.pictures.colours import Picture, centroid_colours, 
 from panoptic_cache.pipeline.sources import as_pixels
 from panoptic_cache.pipeline.tiles import Window, check_tile, windows
 from panoptic_cache.train.config import Precision
-from panoptic_cache.train.encoding import GRID_CELLS, Encoding, make_encoding, nearest_centroids
+from panoptic_cache.train.encoding import Encoding, make_encoding, nearest_centroids
 from panoptic_cache.train.model import PanopticModel, check_size
 from panoptic_cache.train.restore import TrainState, Weights, find_checkpoint, load_model
 
@@ -264,7 +264,7 @@ class Predictor:
         """
 
         def read(heads: Heads) -> NDArray[np.float32]:  # (3, h, w) of u, v and label
-            uv = nearest_centroids(heads.instance, self.encoding, GRID_CELLS)
+            uv = nearest_centroids(heads.instance, self.encoding, self._decoding.cells)
             return np.concatenate([uv, heads.semantic.argmax(0)[None].float().cpu().numpy()])
 
         if self.tile is None:

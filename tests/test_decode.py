@@ -109,12 +109,12 @@ def test_nearest_places_are_those_of_a_full_search() -> None:
     generator = torch.Generator().manual_seed(1)
     uv = torch.rand(300, 2, generator=generator) * 2 - 1
     code = CODE.encode(uv, torch.ones(300, dtype=torch.bool)).T
-    place, length, beside = (found[0] for found in nearest(code[None]))
+    place, length, beside = (found[0] for found in nearest(code[None], 80))
     assert torch.allclose(place, (uv.T + 1) * 40 - 0.5, atol=0.02)
     assert length.min() > 0.95
     assert beside.max() < 0.01
     noise = torch.randn(16, 300, generator=generator)
-    place, length, _ = (found[0] for found in nearest(noise[None]))
+    place, length, _ = (found[0] for found in nearest(noise[None], 80))
     for axis, half in enumerate(noise.chunk(2)):
         products = gamma(cell_centres(80), 4) @ half  # (80, 300)
         assert ((place[axis] - products.argmax(0)).abs() <= 0.5001).all()
@@ -189,7 +189,7 @@ def votes_at(places: list[tuple[float, float]], pixels: list[int]) -> Votes:
         start += count
     chance = length.clip(0.01, 0.99)
     label = np.zeros(6400, np.int64)
-    return Votes(place, length, chance, label, label + 2, radius=0, shape=(40, 160))
+    return Votes(place, length, chance, label, label + 2, radius=0, shape=(40, 160), cells=80)
 
 
 def instances_of(votes: Votes, config: DecodeConfig | None = None) -> int:
@@ -358,7 +358,7 @@ def test_every_encoding_decodes(encoding: Encoding) -> None:
     disc(index, 2, 58, 40, 18)
     assert_recovers(run(index, [0, 1], encoding), index, [0, 1])
     code, _ = heads(index, [0, 1], encoding)
-    _, length, _ = nearest(encoding.to_positional(code.flatten(1))[None])
+    _, length, _ = nearest(encoding.to_positional(code.flatten(1))[None], 80)
     inside = torch.from_numpy(index > 0).flatten()
     assert length[0, inside].min() > 0.9
     assert length[0, ~inside].max() < 0.1
@@ -636,3 +636,20 @@ def test_a_score_tells_length_and_chance() -> None:
 
 def test_no_image_no_map() -> None:
     assert decode_scenes([]) == []
+
+
+@pytest.mark.parametrize("cells", [20, 64, 256])
+def test_any_grid_finds_the_instances(cells: int) -> None:
+    """Clean and noisy."""
+    index = np.zeros((120, 160), np.int64)
+    disc(index, 1, 50, 60, 35)
+    disc(index, 2, 110, 60, 25)
+    for noise in (0.0, 0.2):
+        found = run(index, [0, 1], noise=noise, config=DecodeConfig(cells=cells))
+        assert_recovers(found, index, [0, 1], iou=0.95)
+
+
+@pytest.mark.parametrize("cells", [0, 19, 257])
+def test_a_grid_has_sensible_cells(cells: int) -> None:
+    with pytest.raises(InputError, match=f"{cells} cells.*give 20 to 256"):
+        DecodeConfig(cells=cells)

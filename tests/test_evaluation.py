@@ -207,6 +207,25 @@ def test_another_checkpoint_is_not_mixed_in(
     assert not list((out / "panoptic").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("cells", "message"), [(64, "differs in decoding"), (19, "cells: 19 cells")]
+)
+def test_the_grid_of_the_decoder_can_be_chosen(
+    run: Run, trained: Path, tiny_root: Path, tmp_path: Path, cells: int, message: str
+) -> None:
+    """Results of the usual one lie in the folder, and are not mixed with those of another."""
+    dataset = read_dataset(CocoLayout.of(tiny_root, "val"))
+    with Journal(tmp_path, identity_of(Predictor(trained, "cpu"), dataset)) as journal:
+        journal.note(PredictionRow(1, "a.png", []))
+    code, _, err = run(
+        *("evaluate", "--checkpoint", trained, "--coco", tiny_root, "--split", "val"),
+        *("--out", tmp_path, "--device", "cpu", "--cells", cells),
+    )
+    assert code == 1
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
 def test_photos_of_another_folder_are_not_mixed_in(
     predictor: Predictor, tiny_dataset: CocoPanoptic, tmp_path: Path
 ) -> None:

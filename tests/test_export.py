@@ -102,12 +102,13 @@ def test_a_graph_of_any_size_equals_pytorch(run: Run, trained: Path, tmp_path: P
         pytest.importorskip(name)
     import onnxruntime  # noqa: PLC0415
 
-    options = ("--out", tmp_path, "--onnx", "--any-size", "--json")
+    options = ("--out", tmp_path, "--onnx", "--any-size", "--cells", 40, "--json")
     code, out, _ = run("export", "--checkpoint", trained, *options)
     assert code == 0
     assert json.loads(out)["difference_from_pytorch"] < 1e-4
     facts = json.loads((tmp_path / "model.json").read_text())
     assert facts["input"]["photo"] == ["batch", 3, "a multiple of 7", "a multiple of 7"]
+    assert facts["cells"] == 40
     one = Predictor(trained, "cpu")
     session = onnxruntime.InferenceSession(
         str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"]
@@ -115,7 +116,7 @@ def test_a_graph_of_any_size_equals_pytorch(run: Run, trained: Path, tmp_path: P
     for size in ((56, 56), (35, 84), (84, 63)):
         photo = np.random.default_rng(0).integers(0, 256, (1, 3, *size), np.uint8)
         codes, logits, maps, labels = session.run(list(export.OUTPUTS), {"photo": photo})
-        expected = ModelAndDecoder(one.model, one.state)(torch.from_numpy(photo))
+        expected = ModelAndDecoder(one.model, one.state, 40)(torch.from_numpy(photo))
         assert np.allclose(codes, expected[0].detach().numpy(), atol=1e-4)
         assert np.allclose(logits, expected[1].detach().numpy(), atol=1e-4)
         assert (maps == expected[2].numpy()).mean() > 0.99

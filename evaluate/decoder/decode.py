@@ -3,7 +3,7 @@
     logits -> classes of the image -> thing, stuff, chance of each pixel
     codes -> noise -> means within a class -> votes -> basins -> instances -> segments
 
-Votes are counted on 80 x 80 cells (section 5.1) whatever the size of the network's input.
+Votes are counted on a grid of cells (section 5.1), of 80 x 80 whatever the size of the input.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from panoptic_cache.evaluate.decoder import field, instances, segments
 from panoptic_cache.evaluate.decoder.segments import DecodedSegment, PanopticMap
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.process import keep_heap
-from panoptic_cache.train.encoding import Encoding
+from panoptic_cache.train.encoding import GRID_CELLS, Encoding
 
 __all__ = ["DecodeConfig", "DecodedSegment", "PanopticMap", "decode"]
 
+LEAST_CELLS, MOST_CELLS = 20, 256
+"""Fewer cannot tell the waves of a code with four harmonics; more only cost time and memory."""
 TOGETHER = 1 << 22
 """Pixels that a GPU decodes at once: 23 images of 420 x 420."""
 
@@ -32,6 +34,9 @@ TOGETHER = 1 << 22
 class DecodeConfig:
     """Settings of the decoder; one setting serves all networks and sizes that it was tried on."""
 
+    # Cells along each axis of the grid that votes are counted on (section 5.1), 20 to 256. What the
+    # decoder measures in cells, such as the width of `blur`, is in these.
+    cells: int = GRID_CELLS
     # Log odds, averaged over an image, that a class must win pixels by to be in it.
     least_class: float = 0.0015
     # Pixels of the network's output over which codes are averaged to each side, for a noise of 1 (a
@@ -45,6 +50,17 @@ class DecodeConfig:
     bias: float = 0.0  # Log odds, added to those that two groups of votes are one instance
     least_score: float = 0.4  # An instance with a lower score is dropped, see `segments.draw`
     min_stuff_area: int = 64  # Native pixels below which a stuff segment is dropped
+
+    def __post_init__(self) -> None:
+        check_cells(self.cells)
+
+
+def check_cells(cells: int) -> None:
+    """Raises InputError for a grid that the decoder cannot count votes on."""
+    if not LEAST_CELLS <= cells <= MOST_CELLS:
+        raise InputError(
+            f"{cells} cells", where="cells", remedy=f"give {LEAST_CELLS} to {MOST_CELLS}"
+        )
 
 
 def decode(
@@ -124,11 +140,11 @@ def decode_images(
     finite = (semantic.flatten(1).sum(1) + code.flatten(1).sum(1)).isfinite()
 
     classes = field.read_classes(semantic, isthing.to(semantic.device), config.least_class)
-    noise = field.measure_noise(code, classes.chance)  # (B,)
+    noise = field.measure_noise(code, classes.chance, config.cells)  # (B,)
     radius = (config.smoothing * noise).round().clamp(max=field.MAX_RADIUS).long()
     kind = torch.where(classes.chance >= 0.5, classes.thing, -1)  # (B, h, w)
     smoothed = field.smooth(code, kind, radius)
-    votes = field.cast_votes(smoothed, classes, noise, radius, finite)
+    votes = field.cast_votes(smoothed, classes, noise, radius, finite, cells=config.cells)
 
     maps: list[PanopticMap | None] = []
     for vote, size in zip(votes, sizes, strict=True):

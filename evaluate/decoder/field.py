@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from panoptic_cache.train.encoding import GRID_CELLS, cell_centres, gamma
+from panoptic_cache.train.encoding import cell_centres, gamma
 
 CLASS_SAMPLES, NOISE_SAMPLES = 1 << 15, 1 << 14
 """Pixels of an image that tell which classes it holds, and how noisy its codes are."""
@@ -47,6 +47,7 @@ class Votes:
     stuff: NDArray[np.int64]
     radius: int  # pixels that the codes have been smoothed over
     shape: tuple[int, int]  # (h, w)
+    cells: int  # along each axis of the grid
 
 
 def read_classes(logits: Tensor, isthing: Tensor, least: float) -> Classes:
@@ -79,7 +80,7 @@ def best_class(logits: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
     return logits.masked_fill(~allowed[..., None, None], -torch.inf).max(1)
 
 
-def nearest(code: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def nearest(code: Tensor, cells: int) -> tuple[Tensor, Tensor, Tensor]:
     """The place on the curve of codes that each code is nearest to (section 5.1).
 
     |x - gamma(u)|^2 = |x|^2 + L - 2 x . gamma(u), so the nearest cell is the largest product. Next
@@ -88,7 +89,7 @@ def nearest(code: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Of (B, 4L, P) codes: (B, 2, P) column and row in cells; (B, P) length along the curve, the
     shorter one of both axes, over that of gamma; (B, P) variance a channel beside the curve.
     """
-    harmonics, cells = code.shape[1] // 4, GRID_CELLS
+    harmonics = code.shape[1] // 4
     centres = cell_centres(cells, device=code.device)
     grid = gamma(centres, harmonics)  # (cells, 2L)
     near = 0.1 / cells  # gamma' by central differences, for one cell to the right
@@ -108,11 +109,11 @@ def nearest(code: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat(places, 2), torch.cat(lengths, 1), torch.cat(besides, 1)
 
 
-def measure_noise(code: Tensor, chance: Tensor) -> Tensor:
+def measure_noise(code: Tensor, chance: Tensor, cells: int) -> Tensor:
     """(B,) median variance a channel that (B, 4L, h, w) codes of things have beside the curve."""
     flat, inside = code.flatten(2), chance.flatten(1) >= 0.5
     step = max(1, flat.shape[2] // NOISE_SAMPLES)
-    _, length, beside = nearest(flat[:, :, ::step])
+    _, length, beside = nearest(flat[:, :, ::step], cells)
     weight = length.pow(TYPICAL_POWER) * inside[:, ::step]
     typical = (weight * length).sum(1) / weight.sum(1).clamp_min(1e-12)
     clear = inside[:, ::step] & (length > typical[:, None] / 2)
@@ -152,11 +153,11 @@ def _row_means(values: Tensor, region: Tensor, radius: Tensor) -> Tensor:
 
 
 def cast_votes(
-    code: Tensor, classes: Classes, noise: Tensor, radius: Tensor, finite: Tensor
+    code: Tensor, classes: Classes, noise: Tensor, radius: Tensor, finite: Tensor, *, cells: int
 ) -> list[Votes | None]:
     """The votes of B images, on the processor; None where one is not finite.
 
-    Waits for a GPU, once. Codes are (B, 4L, h, w), smoothed; the last three are (B,) each.
+    Waits for a GPU, once. Codes are (B, 4L, h, w), smoothed; noise, radius and finite are (B,).
     """
     flat, (batch, channels, height, width) = code.flatten(2), code.shape
     # Where the semantic head sees stuff, only a code of half the length of gamma may object.
@@ -165,11 +166,11 @@ def cast_votes(
     able = (chance >= 0.5) | (flat.square().sum(1) > bar[:, None])  # (B, P)
     if code.device.type == "cpu" and batch == 1:
         chosen = able[0].nonzero()[:, 0]
-        some, lengths, _ = nearest(flat.index_select(2, chosen))
+        some, lengths, _ = nearest(flat.index_select(2, chosen), cells)
         place = flat.new_zeros(1, 2, height * width).index_copy_(2, chosen, some)
         length = flat.new_zeros(1, height * width).index_copy_(1, chosen, lengths)
     else:
-        place, length, _ = nearest(flat)
+        place, length, _ = nearest(flat, cells)
         length = length * able
     rows = [*place.unbind(1), length, chance, classes.thing.flatten(1), classes.stuff.flatten(1)]
     rows += [each[:, None].expand_as(chance) for each in (radius, finite)]
@@ -177,6 +178,6 @@ def cast_votes(
     found: list[Votes | None] = []
     for one in packed:
         labels = one[4].astype(np.int64), one[5].astype(np.int64)
-        votes = Votes(one[:2], one[2], one[3], *labels, int(one[6, 0]), (height, width))
+        votes = Votes(one[:2], one[2], one[3], *labels, int(one[6, 0]), (height, width), cells)
         found.append(votes if one[7, 0] else None)
     return found

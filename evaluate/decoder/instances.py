@@ -1,4 +1,4 @@
-"""From votes to instances, on 80 x 80 cells: a histogram, its basins, and which of them are one.
+"""From votes to instances, on a grid of cells: a histogram, its basins, and which of them are one.
 
     votes -> histogram -> Gaussian -> watershed -> basins -> merged by evidence -> instances
 
@@ -18,7 +18,6 @@ from scipy import ndimage
 from skimage.segmentation import watershed
 
 from panoptic_cache.evaluate.decoder.field import TYPICAL_POWER, Votes
-from panoptic_cache.train.encoding import GRID_CELLS
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -46,7 +45,7 @@ class Voters:
 class Basins:
     """Basins 1 to n of the votes; 0 is no basin."""
 
-    cells: Integers  # (80, 80) the basin of each cell
+    cells: Integers  # (cells, cells) the basin of each cell
     owner: Integers  # (V,) the basin of each voter
     exact: bool = False  # Whether votes are exact; then each basin is an instance
 
@@ -69,7 +68,7 @@ def find_voters(votes: Votes, trust: float) -> Voters:
     bar = typical * (0.5 + trust * (1 - 2 * votes.chance))
     pixels = np.flatnonzero(length > np.maximum(bar, 1e-6))
     (height, width), (y, x) = votes.shape, np.divmod(pixels, votes.shape[1])
-    at = np.stack([(x + 0.5) * (GRID_CELLS / width), (y + 0.5) * (GRID_CELLS / height)]) - 0.5
+    at = np.stack([(x + 0.5) * (votes.cells / width), (y + 0.5) * (votes.cells / height)]) - 0.5
     relative = np.minimum(length[pixels] / max(typical, 1e-6), 1)
     place = votes.place[:, pixels].astype(np.float64)
     return Voters(pixels, place, at, relative, votes.chance[pixels].astype(np.float64))
@@ -82,10 +81,9 @@ def find_basins(voters: Voters, votes: Votes, blur: float) -> Basins:
     been smoothed, of the next pixels whose windows do not overlap.
     """
     if len(voters.pixels) == 0:
-        none = np.zeros((GRID_CELLS, GRID_CELLS), np.int64)
-        return Basins(none, voters.pixels)
-    column, row = np.rint(voters.place).astype(np.int64).clip(0, GRID_CELLS - 1)
-    cell, count = row * GRID_CELLS + column, GRID_CELLS**2
+        return Basins(np.zeros((votes.cells, votes.cells), np.int64), voters.pixels)
+    column, row = np.rint(voters.place).astype(np.int64).clip(0, votes.cells - 1)
+    cell, count = row * votes.cells + column, votes.cells**2
     weight = tally(cell, voters.length, count)
     middle = np.stack([tally(cell, voters.length * axis, count) for axis in voters.place])
     off = np.square(voters.place - (middle / np.maximum(weight, 1e-12))[:, cell]).sum(0)
@@ -95,7 +93,7 @@ def find_basins(voters: Voters, votes: Votes, blur: float) -> Basins:
     steps = [distance[kind[a] == kind[b]] for a, b, distance in _steps(voters, votes, apart)]
     differing = np.concatenate(steps)  # nan where one of both does not vote
     gap = float(np.nanmedian(differing)) if np.isfinite(differing).any() else 0.0
-    histogram = weight.reshape(GRID_CELLS, GRID_CELLS)
+    histogram = weight.reshape(votes.cells, votes.cells)
     if gap <= CLEAN_GAP and scatter <= CLEAN_SCATTER:
         cells = np.where(histogram > 0, (histogram > 0).cumsum().reshape(histogram.shape), 0)
         return Basins(cells, cells.ravel()[cell], exact=True)
@@ -125,7 +123,7 @@ def merge(basins: Basins, voters: Voters, votes: Votes, bias: float) -> Integers
     """
     if basins.exact or len(voters.pixels) == 0:
         return basins.owner
-    count, pixel = int(basins.cells.max()) + 1, GRID_CELLS / math.sqrt(math.prod(votes.shape))
+    count, pixel = int(basins.cells.max()) + 1, votes.cells / math.sqrt(math.prod(votes.shape))
     names, kind = np.unique(votes.thing[voters.pixels], return_inverse=True)
     keys = basins.owner * len(names) + kind
     chances = tally(keys, voters.chance, count * len(names)).reshape(count, -1)
@@ -186,7 +184,7 @@ def find_pairs(basins: Basins, voters: Voters, votes: Votes) -> Pairs:
     cells = np.pad(basins.cells, 1)
     inner = cells[1:-1, 1:-1]
     for dy, dx in ((0, 1), (1, -1), (1, 0), (1, 1)):
-        beside = cells[1 + dy : 1 + dy + GRID_CELLS, 1 + dx : 1 + dx + GRID_CELLS]
+        beside = cells[1 + dy : 1 + dy + votes.cells, 1 + dx : 1 + dx + votes.cells]
         border = (inner > 0) & (beside > 0) & (inner != beside)
         rows.append((inner[border], beside[border], list(np.zeros((2, border.sum())))))
     return Pairs.of(*(np.concatenate(part, axis=-1) for part in zip(*rows, strict=True)))

@@ -65,12 +65,16 @@ def ceiling(
     semantic_noise: SemanticNoise = 0.0,
     drift: Drift = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the corruption.")] = 0,
+    cells: Annotated[
+        int, typer.Option(help="Cells along each axis of the decoder's grid, 20 to 256.")
+    ] = 80,
     checkpoint: CodeOf = None,
     harmonics: Harmonics = None,
     limit: Limit = None,
     as_json: Json = False,
 ) -> None:
     """Score the ground truth, encoded, corrupted and decoded: the best a network could reach."""
+    from panoptic_cache.evaluate.decoder.decode import DecodeConfig
     from panoptic_cache.evaluate.report.tables import score_text
     from panoptic_cache.evaluate.study.comparison import ceiling as measure
     from panoptic_cache.evaluate.study.corruption import Corruption
@@ -81,7 +85,8 @@ def ceiling(
     )
     dataset = read_dataset(layout).spread(limit)
     corruption = Corruption(size, noise, semantic_noise, drift, seed)
-    result, quality = measure(dataset, corruption, encoding=_code(checkpoint, harmonics))
+    config, encoding = DecodeConfig(cells=cells), _code(checkpoint, harmonics)
+    result, quality = measure(dataset, corruption, encoding=encoding, config=config)
     values = {**result.to_json(), "measured": quality and asdict(quality)}
     if as_json:
         print_json(values)

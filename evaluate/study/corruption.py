@@ -222,7 +222,7 @@ def measure_quality(image: ImageHeads, categories: Sequence[Category]) -> Qualit
     isthing = torch.tensor([category.isthing for category in categories])
     code = image.instance[None]  # (1, 4L, h, w)
     classes = read_classes(image.semantic[None], isthing, DecodeConfig().least_class)
-    place, length, _ = nearest(code.flatten(2))
+    place, length, _ = nearest(code.flatten(2), GRID_CELLS)
     clear = (classes.chance[0] >= 0.5) & (length.view(image.instance.shape[1:]) > CLEAR)
     if not clear.any():
         return None
@@ -232,4 +232,4 @@ def measure_quality(image: ImageHeads, categories: Sequence[Category]) -> Qualit
         alike = classes.thing[0].diff(dim=axis) == 0
         steps.append(votes.diff(dim=axis).norm(dim=0).where(alike, torch.nan).flatten())
     drift = torch.cat(steps).nanmean().nan_to_num()
-    return Quality(float(measure_noise(code, classes.chance)), float(drift))
+    return Quality(float(measure_noise(code, classes.chance, GRID_CELLS)), float(drift))
