@@ -64,9 +64,7 @@ Tile = Annotated[
 Overlap = Annotated[
     int | None, typer.Option(min=0, help="Pixels that tiles share, by default a quarter of one.")
 ]
-Cells = Annotated[
-    int, typer.Option(help="Cells along each axis of the decoder's grid, 20 to 256.")
-]
+Cells = Annotated[int, typer.Option(help="Cells along each axis of the decoder's grid, 20 to 256.")]
 
 
 @app.command("evaluate")

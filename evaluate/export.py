@@ -52,9 +52,7 @@ OUTPUTS = {
 class ModelAndDecoder(nn.Module):
     """Network and decoder in one module, to be traced."""
 
-    def __init__(
-        self, model: PanopticModel, state: TrainState, cells: int = GRID_CELLS
-    ) -> None:
+    def __init__(self, model: PanopticModel, state: TrainState, cells: int = GRID_CELLS) -> None:
         super().__init__()
         self.model = model
         encoding = make_encoding(state.config.loss.encoding, state.config.loss.harmonics)
