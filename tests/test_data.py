@@ -35,11 +35,12 @@ from panoptic_cache.train.config import DataConfig
 from panoptic_cache.train.data import (
     Batch,
     MicroBatches,
+    Mix,
     Share,
     check_rendered_size,
     collate,
     micro_batch_sizes,
-    open_index,
+    open_caches,
     step_places,
 )
 from panoptic_cache.train.loader import indexed_loader, iterate
@@ -58,7 +59,14 @@ def config_of(micro: int, accumulated: int, world: int) -> DataConfig:
 def micro_batches(
     config: DataConfig, samples: int, steps: range, rank: int = 0, world: int = 1
 ) -> list[list[tuple[int, int]]]:
-    return list(MicroBatches(config, samples, Share(seed=3, steps=steps, rank=rank, world=world)))
+    return list(
+        MicroBatches(config, whole(samples), Share(seed=3, steps=steps, rank=rank, world=world))
+    )
+
+
+def whole(samples: int) -> Mix:
+    """One cache."""
+    return Mix((samples,), (samples,))
 
 
 sizes = st.integers(1, 4)
@@ -95,7 +103,7 @@ def test_a_step_holds_the_same_samples_on_any_number_of_ranks(
             for batch in micro_batches(config, samples, range(step, step + 1), rank, world)
             for place in batch
         ]
-        assert sorted(together) == sorted(step_places(3, samples, 12, step))
+        assert sorted(together) == sorted(step_places(3, whole(samples), 12, step))
 
 
 @given(st.integers(1, 30), sizes, sizes, sizes, st.integers(0, 8))
@@ -110,12 +118,12 @@ def test_resuming_at_a_step_goes_on_with_its_batches(
 
 
 def test_steps_span_epochs_and_epochs_differ() -> None:
-    first, second = step_places(0, 5, 4, 0), step_places(0, 5, 4, 1)
+    first, second = step_places(0, whole(5), 4, 0), step_places(0, whole(5), 4, 1)
     assert [epoch for epoch, _ in first + second] == [0] * 5 + [1] * 3
-    orders = [[p for _, p in step_places(0, 50, 50, epoch)] for epoch in range(3)]
+    orders = [[p for _, p in step_places(0, whole(50), 50, epoch)] for epoch in range(3)]
     assert orders[0] != orders[1] != orders[2] != list(range(50))
-    assert orders[0] != [p for _, p in step_places(1, 50, 50, 0)]
-    assert len(step_places(0, 3, 8, 0)) == 8  # a cache smaller than a batch
+    assert orders[0] != [p for _, p in step_places(1, whole(50), 50, 0)]
+    assert len(step_places(0, whole(3), 8, 0)) == 8  # a cache smaller than a batch
 
 
 @pytest.mark.parametrize(
@@ -443,7 +451,9 @@ def load(
 ) -> list[Batch]:
     reader = ShardReader(cache)
     return list(
-        iterate(indexed_loader(reader, config, Share(seed=5, steps=steps, rank=rank, world=world)))
+        iterate(
+            indexed_loader([reader], config, Share(seed=5, steps=steps, rank=rank, world=world))
+        )
     )
 
 
@@ -510,7 +520,7 @@ def test_a_damaged_photo_is_one_line_that_names_it(cache: Path, workers: int) ->
         file.seek(offset)
         file.write(bytes(size))
     position = reader.keys.index(entry["key"])
-    step = next(s for s in range(12) if position == step_places(5, 12, 1, s)[0][1])
+    step = next(s for s in range(12) if position == step_places(5, whole(12), 1, s)[0][1])
     config = replace(SMALL, batch=1, micro_batch=1, workers=workers)
     with pytest.raises(InputError, match="photo damaged") as caught:
         load(cache, config, range(step, step + 1))
@@ -520,9 +530,9 @@ def test_a_damaged_photo_is_one_line_that_names_it(cache: Path, workers: int) ->
 
 def test_a_cache_must_be_named_and_finished(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no cache is named"):
-        open_index(DataConfig())
+        open_caches(DataConfig())
     with pytest.raises(InputError, match="no index"):
-        open_index(DataConfig(cache=str(tmp_path)))
+        open_caches(DataConfig(cache=str(tmp_path)))
 
 
 def test_a_cache_rendered_too_small_is_refused(caplog: pytest.LogCaptureFixture) -> None:

@@ -19,7 +19,7 @@ from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.process import Interrupted
 from panoptic_cache.train import loader as loaders
 from panoptic_cache.train.config import DataConfig
-from panoptic_cache.train.data import Batch, Share, open_index
+from panoptic_cache.train.data import Batch, Share, open_caches
 from panoptic_cache.train.loader import iterate, make_loader, prefetch
 from panoptic_cache.train.stopping import StopRequest
 
@@ -36,7 +36,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def batches(tiny_cache: Path) -> Iterator[Iterator[Batch]]:
     """Of one loader process, which nothing is asked of yet."""
     config = DataConfig(cache=str(tiny_cache), size=28, batch=2, micro_batch=2, workers=1)
-    loader = make_loader(config, open_index(config), Share(seed=0, steps=range(1000)))
+    loader = make_loader(config, open_caches(config), Share(seed=0, steps=range(1000)))
     batches = iterate(loader)
     yield batches
     batches.close()
@@ -76,7 +76,7 @@ def test_asked_to_stop_a_run_does_not_wait_for_a_batch(
 ) -> None:
     monkeypatch.setattr(loaders, "PATIENCE", 60.0)
     config = DataConfig(cache=str(tiny_cache), size=28, batch=2, micro_batch=2, workers=1)
-    loader = make_loader(config, open_index(config), Share(seed=0, steps=range(1000)))
+    loader = make_loader(config, open_caches(config), Share(seed=0, steps=range(1000)))
     request = StopRequest()
     batches = iterate(loader, request)
     next(batches)
@@ -151,13 +151,13 @@ def test_processes_are_forked_whatever_the_default_is(
     config = DataConfig(cache=str(tiny_cache), size=28, batch=2, micro_batch=2, workers=1)
     for reader in ("indexed", "stream"):
         chosen = replace(config, reader=reader)
-        loader = make_loader(chosen, open_index(chosen), Share(seed=0, steps=range(1)))
+        loader = make_loader(chosen, open_caches(chosen), Share(seed=0, steps=range(1)))
         assert loader.multiprocessing_context.get_start_method() == "fork"
 
 
 def test_after_a_stop_no_cause_is_guessed(tiny_cache: Path) -> None:
     config = DataConfig(cache=str(tiny_cache), size=28, batch=2, micro_batch=2, workers=1)
-    loader = make_loader(config, open_index(config), Share(seed=0, steps=range(1000)))
+    loader = make_loader(config, open_caches(config), Share(seed=0, steps=range(1000)))
     request = StopRequest()
     batches = iterate(loader, request)
     next(batches)

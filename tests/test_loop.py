@@ -384,7 +384,7 @@ def test_before_the_first_step_there_is_nothing_to_finish(
     def opened(_: DataConfig) -> None:
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("panoptic_cache.train.loop.open_index", opened)
+    monkeypatch.setattr("panoptic_cache.train.loop.open_caches", opened)
     assert run("train", file)[0] == code
     assert not (tmp_path / "run").exists()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.train.config import DataConfig
-from panoptic_cache.train.data import Batch, Share, open_index
+from panoptic_cache.train.data import Batch, Share, open_caches
 from panoptic_cache.train.loader import iterate, make_loader
 
 SMALL = DataConfig(reader="stream", size=56, batch=4, micro_batch=4, workers=0)
@@ -27,7 +27,7 @@ def stream(
     config: DataConfig, steps: range = range(100), rank: int = 0, world: int = 1
 ) -> Iterator[Batch]:
     return iterate(
-        make_loader(config, open_index(config), Share(seed=3, steps=steps, rank=rank, world=world))
+        make_loader(config, open_caches(config), Share(seed=3, steps=steps, rank=rank, world=world))
     )
 
 
@@ -130,7 +130,7 @@ def test_rounds_are_augmented_anew(tiny_cache: Path) -> None:
 
 def test_the_pipeline_can_go_to_a_process_that_is_spawned(tiny_cache: Path) -> None:
     config = replace(SMALL, cache=str(tiny_cache))
-    loader = make_loader(config, open_index(config), Share(seed=3, steps=range(3)))
+    loader = make_loader(config, open_caches(config), Share(seed=3, steps=range(3)))
     batch = next(iter(pickle.loads(pickle.dumps(loader.dataset))))
     assert batch.keys == next(iter(loader)).keys
 

@@ -36,7 +36,7 @@ import panoptic_cache.train.loop
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.train.config import TrainConfig
-from panoptic_cache.train.data import step_places
+from panoptic_cache.train.data import Mix, step_places
 from panoptic_cache.train.loader import iterate
 from panoptic_cache.train.loop import train as train_run
 from panoptic_cache.train.stopping import alone
@@ -238,7 +238,7 @@ def test_every_sample_once_an_epoch_and_nobody_hangs(
             for keys in batches[step * a_step : (step + 1) * a_step]
             for key in keys
         ]
-        assert len(together) == len(step_places(1, 12, batch, step)) == batch
+        assert len(together) == len(step_places(1, Mix((12,), (12,)), batch, step)) == batch
         counts.update(together)
         # Whole epochs and a part of one: no sample is one ahead of another by more than one.
         assert max(counts.values()) - (min(counts.values()) if len(counts) == 12 else 0) <= 1

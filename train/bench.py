@@ -215,7 +215,7 @@ def time_variant(
         items = [make_item(reader.sample(p % 64), data, Augmentation()) for p in range(data.batch)]
         still = repeat(collate(items).to(device))
         steps = range(len(ROUND) * (rounds + 1))
-        loader = indexed_loader(reader, data, Share(seed=0, steps=steps), pin=on_gpu)
+        loader = indexed_loader([reader], data, Share(seed=0, steps=steps), pin=on_gpu)
         fed = (batch.to(device) for batch in loader)
         times = [  # the parts alternate, so that all see the same machine
             {

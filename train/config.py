@@ -47,10 +47,25 @@ def expand(config: object, *names: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class CachePart:
+    """One of several training caches."""
+
+    path: Annotated[str, Meta(min_length=1)]  # Folder or URL
+    # Its share of an epoch is this to the sum of all ratios; by default its number of samples.
+    ratio: Positive | None = None
+
+    def __post_init__(self) -> None:
+        expand(self, "path")
+
+
+@dataclass(frozen=True, slots=True)
 class DataConfig:
     """What is read and how a batch is made of it."""
 
     cache: str = ""  # Folder or URL of the training cache
+    # Instead of it several, as {path = "...", ratio = 1.0}. An epoch has as many samples as they
+    # hold together. Each cache goes through its own samples, all of them before any comes again.
+    caches: tuple[CachePart, ...] = ()
     # `indexed` reads local shards in any order and resumes exactly; `stream` reads shards in
     # sequence from anywhere.
     reader: Literal["indexed", "stream"] = "indexed"
@@ -78,6 +93,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         expand(self, "cache")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Folders or URLs of all training caches."""
+        return tuple(part.path for part in self.caches) or (self.cache,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,9 +254,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         expand(self, "out")
         low, high = self.data.scale
+        ratios = [part.ratio for part in self.data.caches]
         taps, looks = self.model.taps, self.validation
         problems = [
             ("data.scale must be two rising numbers", low > high),
+            ("name data.cache or data.caches, not both", ratios != [] and self.data.cache != ""),
+            ("all data.caches or none need a ratio", None in ratios and any(ratios)),
             ("tasks must train a head", self.tasks.instance + self.tasks.semantic == 0),
             ("model.taps must be rising block numbers from 1", sorted({0, *taps}) != [0, *taps]),
             ("validation.every needs a validation.cache", looks.every > 0 and not looks.cache),
@@ -254,19 +277,18 @@ class TrainConfig:
                 raise InputError(message, where="configuration")
 
     def total_steps(self, samples: int) -> int:
-        """Optimizer steps of the run over a cache of `samples`."""
+        """Optimizer steps of the run with epochs of `samples`."""
         if self.steps is not None:
             return self.steps
         return max(1, int(self.epochs * samples) // self.data.batch)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values for TOML and JSON; fields that are None are left out."""
-        return _without_none(asdict(self))
+        plain: dict[str, Any] = _without_none(asdict(self))
+        return plain
 
 
-def _without_none(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: _without_none(value) if isinstance(value, dict) else value
-        for name, value in values.items()
-        if value is not None
-    }
+def _without_none(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {k: _without_none(value) for k, value in values.items() if value is not None}
+    return tuple(map(_without_none, values)) if isinstance(values, tuple) else values

@@ -6,6 +6,10 @@ epoch p // N and is sample permutation(epoch)[p % N]. Optimizer step s takes the
 for any number of ranks and loader processes, every batch is full, and resuming means starting at a
 later step.
 
+Of several caches, N is the number of all samples, of which each cache gives a fixed part. A
+permutation says which cache each position of an epoch takes from. A cache's own samples come in
+rounds: its k-th of the run is permutation(k // size)[k % size], so all come before any comes again.
+
 A batch ships indices, not maps: the photo, the segment map, the EDS codes and the void mask as
 bytes, and one table row for each segment. Centroid codes, labels and weights are looked up on the
 device. A sample of 518 px takes about 1.3 MB; as float maps it would take 19 MB.
@@ -19,8 +23,8 @@ from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from itertools import accumulate, islice
-from typing import Any
+from itertools import accumulate, islice, pairwise, zip_longest
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,10 +32,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
+from panoptic_cache.pipeline.base.config import fingerprint
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.cache.index import ShardIndex, read_index
 from panoptic_cache.pipeline.cache.shards import ShardReader
+from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.train.augment import Item, Place, draw_augmentation, make_item
 from panoptic_cache.train.config import DataConfig, TrainConfig
 
@@ -114,42 +120,73 @@ def collate(items: Sequence[Item]) -> Batch:
 
 @dataclass(frozen=True)
 class CachedItems(Dataset[Item]):
-    """Items of a local cache by (epoch, position)."""
+    """Items of local caches by (round, position in all of them)."""
 
-    reader: ShardReader
+    readers: tuple[ShardReader, ...]
     config: DataConfig
     seed: int
 
     def __getitem__(self, place: Place) -> Item:
+        ends = [*accumulate(map(len, self.readers))]
+        number = bisect(ends, place[1])
+        reader = self.readers[number]
+        at = place[1] - ends[number] + len(reader)
         try:
-            sample = self.reader.sample(place[1])
+            sample = reader.sample(at)
             augmentation = draw_augmentation(self.config, self.seed, place)
             return make_item(sample, self.config, augmentation)
         except InputError as error:
             what, where, code = error.what, error.where, error.code
         except OSError as error:
             what, where, code = f"cannot be read: {error.strerror or error}", "", "shard-read"
-        shards = self.reader.index.shards
-        ends = [*accumulate(shard.samples for shard in shards)]
-        shard = shards[bisect(ends, place[1])]
+        shards = reader.index.shards
+        shard = shards[bisect([*accumulate(shard.samples for shard in shards)], at)]
+        folder = f"{self.config.paths[number]}/" if len(self.readers) > 1 else ""
         raise InputError(
             what,
-            where=f"{shard.name}.tar: {where or self.reader.keys[place[1]]}",
+            where=f"{folder}{shard.name}.tar: {where or reader.keys[at]}",
             remedy="run panoptic verify --deep; remove the shard and preprocess again",
             code=code,
         )
 
 
+class Mix(NamedTuple):
+    """Caches by number: how many samples each holds, and how many of an epoch's come from it."""
+
+    sizes: tuple[int, ...]
+    parts: tuple[int, ...]
+
+
+def mix_caches(config: DataConfig, sizes: Sequence[int]) -> Mix:
+    """The parts that the ratios give caches of these sizes; together they are all samples."""
+    ratios = [part.ratio or size for part, size in zip(config.caches, sizes, strict=False)] or [1]
+    sums = [*accumulate(ratios)]
+    ends = [round(sum(sizes) * end / sums[-1]) for end in sums]
+    return Mix(tuple(sizes), tuple(end - start for start, end in pairwise([0, *ends])))
+
+
 @lru_cache(maxsize=2)  # a step may span two epochs
-def permutation(seed: int, epoch: int, samples: int) -> NDArray[np.int64]:
-    """The order of an epoch, the same on every rank."""
-    return np.random.default_rng([seed, epoch]).permutation(samples)
+def epoch_places(seed: int, epoch: int, mix: Mix) -> NDArray[np.int64]:
+    """The (N, 2) places of an epoch, the same on every rank."""
+    caches = np.repeat(np.arange(len(mix.sizes)), mix.parts)  # (N,), where each sample comes from
+    caches = np.random.default_rng([seed, epoch, len(mix.sizes)]).permutation(caches)
+    places, start = np.empty((len(caches), 2), np.int64), 0
+    for cache, (size, part) in enumerate(zip(*mix, strict=True)):
+        rounds, at = np.divmod(np.arange(epoch * part, (epoch + 1) * part), size)
+        for number in np.unique(rounds).tolist():
+            # For the first cache, NumPy draws the same of [seed, number].
+            order = np.random.default_rng([seed, number, cache]).permutation(size)
+            at[rounds == number] = order[at[rounds == number]]
+        places[caches == cache] = np.stack([rounds, start + at], 1)
+        start += size
+    return places
 
 
-def step_places(seed: int, samples: int, batch: int, step: int) -> list[Place]:
+def step_places(seed: int, mix: Mix, batch: int, step: int) -> list[Place]:
     """The `batch` samples of an optimizer step over all ranks."""
-    places = (divmod(p, samples) for p in range(step * batch, (step + 1) * batch))
-    return [(epoch, int(permutation(seed, epoch, samples)[at])) for epoch, at in places]
+    numbers = (divmod(p, sum(mix.parts)) for p in range(step * batch, (step + 1) * batch))
+    places = (epoch_places(seed, epoch, mix)[at].tolist() for epoch, at in numbers)
+    return [(number, position) for number, position in places]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,14 +204,14 @@ class MicroBatches(Sampler[list[Place]]):
     """The micro-batches of one rank, in order."""
 
     config: DataConfig
-    samples: int
+    mix: Mix
     share: Share
 
     def __iter__(self) -> Iterator[list[Place]]:
         seed, rank, world = self.share.seed, self.share.rank, self.share.world
         sizes = micro_batch_sizes(self.config, world)
         for step in self.share.steps:
-            places = step_places(seed, self.samples, self.config.batch, step)
+            places = step_places(seed, self.mix, self.config.batch, step)
             mine = iter(places[rank::world])
             yield from (list(islice(mine, size)) for size in sizes)
 
@@ -197,21 +234,63 @@ def micro_batch_sizes(config: DataConfig, world: int) -> tuple[int, ...]:
     return (size + 1,) * larger + (size,) * (count - larger)
 
 
-def open_index(config: DataConfig) -> ShardIndex:
-    """The training cache's index; InputError where it is missing, empty or rendered too small."""
-    if not config.cache:
+@dataclass(frozen=True)
+class Caches:
+    """The training caches of a run by their indexes, opened and checked."""
+
+    indexes: tuple[ShardIndex, ...]
+    mix: Mix
+
+    @property
+    def samples(self) -> int:
+        """Of an epoch."""
+        return sum(self.mix.parts)
+
+    @property
+    def categories(self) -> tuple[Category, ...]:
+        """By label; ids are those of the first cache."""
+        return self.indexes[0].categories
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what is trained on: of the cache, or of several and their parts."""
+        found = [index.fingerprint for index in self.indexes]
+        return found[0] if len(found) == 1 else fingerprint(found, self.mix.parts)
+
+
+def open_caches(config: DataConfig) -> Caches:
+    """The training caches; InputError where one is missing, empty or too small, or they differ."""
+    if not config.paths[0]:
         raise InputError("no cache is named", where="data.cache", remedy="--set data.cache=DIR")
-    index = read_index(Storage(config.cache))
-    if index.samples == 0:
-        raise InputError("the cache is empty", where=config.cache)
-    check_rendered_size(config, index.settings, config.cache)
-    return index
+    indexes = [read_index(Storage(path)) for path in config.paths]
+    mix = mix_caches(config, [index.samples for index in indexes])
+    for path, index, part in zip(config.paths, indexes, mix.parts, strict=True):
+        if index.samples == 0:
+            raise InputError("the cache is empty", where=path)
+        if part == 0:
+            raise InputError("not one sample of an epoch", where=path, remedy="raise its ratio")
+        check_rendered_size(config, index.settings, path)
+        for label, pair in enumerate(zip_longest(indexes[0].categories, index.categories)):
+            first, here = (c and (c.name, "thing" if c.isthing else "stuff") for c in pair)
+            if first != here:
+                raise InputError(
+                    f"label {label} is {here}; in {config.paths[0]} it is {first}",
+                    where=path,
+                    remedy="make both of annotations with the same categories in the same order",
+                )
+    return Caches(tuple(indexes), mix)
 
 
-def follow_tiles(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
-    """The configuration with the side of the cache's tiles, unless it names another one."""
-    tile = config.data.tile or settings.get("tile") or 0
-    return replace(config, data=replace(config.data, tile=tile))
+def follow_tiles(config: TrainConfig, indexes: Sequence[ShardIndex]) -> TrainConfig:
+    """The configuration with the side of the caches' tiles, unless it names another one."""
+    tiles = [index.settings.get("tile") or 0 for index in indexes]
+    if len({*tiles}) > 1 and not config.data.tile:
+        raise InputError(
+            f"tiles of {', '.join(map(str, tiles))} px, where 0 is the whole image",
+            where="data.caches",
+            remedy=f"--set data.tile={max(tiles)} takes so much of each",
+        )
+    return replace(config, data=replace(config.data, tile=config.data.tile or tiles[0]))
 
 
 def check_rendered_size(config: DataConfig, settings: Mapping[str, Any], cache: str) -> None:

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -23,10 +23,18 @@ from torch.utils.data import DataLoader, Dataset
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.base.process import SIGNALS, Interrupted
-from panoptic_cache.pipeline.cache.index import ShardIndex
 from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.train.config import DataConfig
-from panoptic_cache.train.data import TENSORS, Batch, CachedItems, MicroBatches, Share, collate
+from panoptic_cache.train.data import (
+    TENSORS,
+    Batch,
+    CachedItems,
+    Caches,
+    MicroBatches,
+    Share,
+    collate,
+    mix_caches,
+)
 from panoptic_cache.train.stopping import StopRequest
 from panoptic_cache.train.stream import stream_batches
 
@@ -44,36 +52,39 @@ STARVED = ("DataLoader worker (pid", "shared memory", "unable to write to file <
 
 
 def make_loader(
-    config: DataConfig, index: ShardIndex, share: Share, *, pin: bool = False
+    config: DataConfig, caches: Caches, share: Share, *, pin: bool = False
 ) -> DataLoader[Batch]:
     """Micro-batches of one rank by the reader that is configured."""
-    storage = Storage(config.cache)
     if config.reader == "stream":
-        batches = stream_batches(storage, index, config, share)
+        batches = stream_batches(config, caches, share)
         return DataLoader(batches, batch_size=None, **loader_options(config, share, pin=pin))
-    if storage.local is None:
-        raise InputError(
-            "the indexed reader needs a local cache",
-            where=config.cache,
-            remedy="--set data.reader=stream, or copy it to a local disk",
-        )
-    reader = ShardReader(storage.local)
-    if len(reader) != index.samples:
-        raise InputError(
-            f"the index counts {index.samples} samples, its shards have {len(reader)}",
-            where=config.cache,
-            remedy="run panoptic preprocess again: it rewrites the index",
-        )
-    return indexed_loader(reader, config, share, pin=pin)
+    readers = []
+    for path, index in zip(config.paths, caches.indexes, strict=True):
+        if (local := Storage(path).local) is None:
+            raise InputError(
+                "the indexed reader needs a local cache",
+                where=path,
+                remedy="--set data.reader=stream, or copy it to a local disk",
+            )
+        readers.append(reader := ShardReader(local))
+        if len(reader) != index.samples:
+            raise InputError(
+                f"the index counts {index.samples} samples, its shards have {len(reader)}",
+                where=path,
+                remedy="run panoptic preprocess again: it rewrites the index",
+            )
+    return indexed_loader(readers, config, share, pin=pin)
 
 
 def indexed_loader(
-    reader: ShardReader, config: DataConfig, share: Share, *, pin: bool = False
+    readers: Sequence[ShardReader], config: DataConfig, share: Share, *, pin: bool = False
 ) -> DataLoader[Batch]:
     """Micro-batches of one rank; not for `Accelerator.prepare`, which would split them again."""
+    items = CachedItems(tuple(readers), config, share.seed)
+    mix = mix_caches(config, [len(reader) for reader in readers])
     return DataLoader(
-        cast("Dataset[Batch]", CachedItems(reader, config, share.seed)),  # collated into batches
-        batch_sampler=MicroBatches(config, len(reader), share),
+        cast("Dataset[Batch]", items),  # collated into batches
+        batch_sampler=MicroBatches(config, mix, share),
         collate_fn=collate,
         **loader_options(config, share, pin=pin),
     )

@@ -28,7 +28,7 @@ from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.train.augment import jitter_colour
 from panoptic_cache.train.checkpoint import save_checkpoint
 from panoptic_cache.train.config import TaskRatio, TrainConfig
-from panoptic_cache.train.data import Share, follow_tiles, micro_batch_sizes, open_index
+from panoptic_cache.train.data import Share, follow_tiles, micro_batch_sizes, open_caches
 from panoptic_cache.train.encoding import make_encoding
 from panoptic_cache.train.loader import iterate, make_loader
 from panoptic_cache.train.losses import instance_loss, semantic_loss
@@ -111,18 +111,18 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
         )
 
     # The data.
-    index = open_index(config.data)
-    config = follow_tiles(config, index.settings)
-    samples, categories = index.samples, index.categories
+    caches = open_caches(config.data)
+    config = follow_tiles(config, caches.indexes)
+    samples, categories = caches.samples, caches.categories
     steps = config.total_steps(samples)
     sizes = micro_batch_sizes(config.data, ranks.world)
     if config.data.batch > samples:
         log.warning("a batch of %d repeats the cache's %d samples", config.data.batch, samples)
     held_out = open_held_out(config, categories, trust=trust_config)
     if begun is not None:
-        check_same_run(read_state(begun), config, index.fingerprint)
+        check_same_run(read_state(begun), config, caches.fingerprint)
     state_at = partial(
-        TrainState, cache_fingerprint=index.fingerprint, config=config, categories=categories
+        TrainState, cache_fingerprint=caches.fingerprint, config=config, categories=categories
     )
 
     # The model.
@@ -149,14 +149,14 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
         warn_of_jump(read_state(begun).config, config, first, samples)
     ranks.check_same(
         {
-            "the cache": index.fingerprint,
+            "the cache": caches.fingerprint,
             "the configuration": fingerprint(fixed_settings(config)),
             "the step to begin at": first,
             "the step to end at": steps,
         }
     )
     mine = Share(seed=config.seed, steps=range(first, steps), rank=ranks.rank, world=ranks.world)
-    loader = make_loader(config.data, index, mine, pin=device.type == "cuda")
+    loader = make_loader(config.data, caches, mine, pin=device.type == "cuda")
     set_trainable(model, config.model, thawed=first >= thaw)
     # Not the loader, which is cut into ranks already.
     network, optimizer = accelerator.prepare(

@@ -48,7 +48,14 @@ MAY_CHANGE = frozenset(
     {
         *("out", "epochs", "steps", "precision", "compile"),
         *("checkpoint_every", "keep", "log_every", "pictures_every", "trackers"),
-        *("data.cache", "data.reader", "data.micro_batch", "data.workers", "data.upscale"),
+        *(
+            "data.cache",
+            "data.caches",
+            "data.reader",
+            "data.micro_batch",
+            "data.workers",
+            "data.upscale",
+        ),
         "model.gradient_checkpointing",
         *("optim.lr", "optim.encoder_lr", "optim.min_lr", "optim.warmup_epochs", "optim.clip_norm"),
         *(f"validation.{field.name}" for field in fields(ValidationConfig)),
@@ -311,7 +318,7 @@ def check_same_run(state: TrainState, config: TrainConfig, cache_fingerprint: st
     if state.cache_fingerprint != cache_fingerprint:
         raise InputError(
             "the cache is not the one this run began with",
-            where=config.data.cache,
+            where=", ".join(config.data.paths),
             remedy="resume with its cache, or start another run",
         )
     before, now = fixed_settings(state.config), fixed_settings(config)

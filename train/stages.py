@@ -65,10 +65,14 @@ def find_again(values: dict[str, Any], path: Path) -> dict[str, Any]:
     for table in (values.get("data"), values.get("validation")):
         if not isinstance(table, dict):
             continue
-        cache = table.get("cache")
-        if isinstance(cache, str) and "://" not in cache and not Path(cache).exists():
-            found = [parent / cache for parent in folder.parents if (parent / cache).exists()]
-            table["cache"] = str(found[0]) if found else cache
+        places = [(table, "cache")]
+        if isinstance(parts := table.get("caches"), list):
+            places += [(part, "path") for part in parts if isinstance(part, dict)]
+        for place, name in places:
+            cache = place.get(name)
+            if isinstance(cache, str) and "://" not in cache and not Path(cache).exists():
+                found = [parent / cache for parent in folder.parents if (parent / cache).exists()]
+                place[name] = str(found[0]) if found else cache
     return values
 
 

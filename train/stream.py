@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count, islice
 from typing import Any, cast
 
+import numpy as np
 import webdataset as wds
 from torch.utils.data import IterableDataset
 from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -27,6 +28,7 @@ from panoptic_cache.train.augment import Item, draw_augmentation, make_item
 from panoptic_cache.train.config import DataConfig
 from panoptic_cache.train.data import (
     Batch,
+    Caches,
     Share,
     collate,
     micro_batch_sizes,
@@ -36,24 +38,19 @@ BUFFER = 256
 """Samples that a loader process mixes; about 40 MB of JPEGs and PNGs."""
 
 
-def stream_batches(
-    storage: Storage, index: ShardIndex, config: DataConfig, share: Share
-) -> IterableDataset[Batch]:
+def stream_batches(config: DataConfig, caches: Caches, share: Share) -> IterableDataset[Batch]:
     """Micro-batches of one rank; a run that begins at another step reads in another order.
 
-    Raises InputError where not every loader process gets a shard of its own, or the environment,
+    Raises InputError where not every loader process gets a shard of each cache, or the environment,
     where webdataset looks, names another rank.
     """
     seed, first, world = share.seed, share.steps.start, share.world
-    shards = {storage.path(f"{shard.name}.tar"): shard for shard in index.shards if shard.samples}
-    readers = world * max(1, config.workers)
-    if readers > len(shards):
-        raise InputError(
-            f"{len(shards)} shards for {readers} readers: {world} ranks with"
-            f" {max(1, config.workers)} loader processes",
-            where=storage.url,
-            remedy="lower data.workers, or render with fewer --samples-per-shard",
-        )
+    order = wds.utils.make_seed(seed, first)
+    # Each round, the shuffles of a cache draw anew, by its next number.
+    streams = [
+        stream_samples(Storage(path), index, world, config.workers, order + (number << 64))
+        for number, (path, index) in enumerate(zip(config.paths, caches.indexes, strict=True))
+    ]
     # Else ranks would read the same shards, and nobody would notice.
     rank, ranks, *_ = wds.utils.pytorch_worker_info()
     if (rank, ranks) != (share.rank, world):
@@ -62,8 +59,48 @@ def stream_batches(
             where="RANK and WORLD_SIZE",
             remedy="start the ranks with accelerate launch or torchrun",
         )
-    order = wds.utils.make_seed(seed, first)
-    rounds = wds.DataPipeline(
+    sizes = micro_batch_sizes(config, world)
+    return cast(
+        "IterableDataset[Batch]",
+        wds.DataPipeline(
+            MixedSamples(streams, caches.mix.parts, order),  # Sample
+            partial(make_items, config=config, seed=seed, first=first),  # Item
+            partial(make_batches, sizes=sizes, total=len(share.steps) * len(sizes)),  # Batch
+        ),
+    )
+
+
+class MixedSamples(IterableDataset[Sample]):
+    """Samples of several endless streams; each of them comes from one that is drawn by its part."""
+
+    def __init__(
+        self, streams: Sequence[Iterable[Sample]], parts: Sequence[int], order: int
+    ) -> None:
+        self.streams, self.order = streams, order
+        self.chances = np.array(parts) / sum(parts)
+
+    def __iter__(self) -> Iterator[Sample]:
+        rank, _, worker, workers = wds.utils.pytorch_worker_info()
+        random = np.random.default_rng([self.order, rank * workers + worker])
+        streams = [iter(stream) for stream in self.streams]
+        while True:
+            yield next(streams[random.choice(len(streams), p=self.chances)])
+
+
+def stream_samples(
+    storage: Storage, index: ShardIndex, world: int, workers: int, order: int
+) -> Iterable[Sample]:
+    """The samples of one cache for this rank and loader process, in rounds without end."""
+    shards = {storage.path(f"{shard.name}.tar"): shard for shard in index.shards if shard.samples}
+    workers = max(1, workers)
+    if world * workers > len(shards):
+        raise InputError(
+            f"{len(shards)} shards for {world * workers} readers: {world} ranks with {workers}"
+            " loader processes",
+            where=storage.url,
+            remedy="lower data.workers, or render with fewer --samples-per-shard",
+        )
+    samples = wds.DataPipeline(
         # What flows: {"url": ...} of every shard, in an order that is the same on every rank,
         wds.SimpleShardList([*shards]),
         wds.detshuffle(bufsize=len(shards), initial=len(shards), seed=order),
@@ -77,20 +114,11 @@ def stream_batches(
         # {"__key__": ..., "jpg": ..., "json": ..., ...} of every sample, mixed.
         wds.pipelinefilter(group_by_keys)(handler=wds.reraise_exception),
         wds.detshuffle(bufsize=BUFFER, initial=BUFFER, seed=order),
-    ).repeat()  # Each round, both shuffles draw anew.
-    sizes = micro_batch_sizes(config, world)
-    return cast(
-        "IterableDataset[Batch]",
-        wds.DataPipeline(
-            rounds,
-            wds.map(
-                partial(decode_members, classes=len(index.categories)),
-                handler=wds.reraise_exception,
-            ),  # Sample
-            partial(make_items, config=config, seed=seed, first=first),  # Item
-            partial(make_batches, sizes=sizes, total=len(share.steps) * len(sizes)),  # Batch
-        ),
+        wds.map(
+            partial(decode_members, classes=len(index.categories)), handler=wds.reraise_exception
+        ),  # Sample
     )
+    return cast("Iterable[Sample]", samples.repeat())
 
 
 def open_shard(

@@ -124,9 +124,15 @@ def _known(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
         kind = hints[key]
         if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
             known[key] = _known(cast("type", kind), value, f"{where}: {key}")
+        elif dataclasses.is_dataclass(part := [*get_args(kind), None][0]) and _are_tables(value):
+            known[key] = [_known(cast("type", part), each, f"{where}: {key}") for each in value]
         else:
             known[key] = None if value == "none" and type(None) in get_args(kind) else value
     return known
+
+
+def _are_tables(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(each, Mapping) for each in value)
 
 
 def _choices(cls: type, keys: str) -> str:
