@@ -26,16 +26,15 @@ from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.pipeline.coco import CocoLayout, read_dataset
 from panoptic_cache.pipeline.render.driver import render
 from panoptic_cache.pipeline.render.plan import RenderConfig
-from panoptic_cache.train.config import CachePart, DataConfig, TrainConfig
-from panoptic_cache.train.data import (
+from panoptic_cache.train.caches import (
     Mix,
-    Share,
-    epoch_places,
+    class_weights,
     follow_tiles,
     mix_caches,
     open_caches,
-    step_places,
 )
+from panoptic_cache.train.config import CachePart, DataConfig, LossConfig, TrainConfig
+from panoptic_cache.train.data import Share, epoch_places, step_places
 from panoptic_cache.train.loader import iterate, make_loader
 from panoptic_cache.train.loop import train
 from panoptic_cache.train.stages import load_stages
@@ -243,3 +242,75 @@ def test_caches_of_different_tiles_need_a_size(tiny_cache: Path, cache: Path) ->
         follow_tiles(config, [index, tiles])
     named = replace(config, data=replace(config.data, tile=32))
     assert follow_tiles(named, [index, tiles]).data.tile == 32
+
+
+# Weights of categories
+
+
+def test_rare_categories_weigh_by_the_root_of_their_pixels(
+    tiny_cache: Path, other_cache: Path
+) -> None:
+    """Counted pixel by pixel on the maps; the first cache fills a quarter of an epoch."""
+    data = mixed((tiny_cache, 1), (other_cache, 3))
+    caches = open_caches(data)
+    pixels = [0.0] * len(caches.categories)
+    for path, factor in ((tiny_cache, 4 / 12), (other_cache, 12 / 4)):
+        reader = ShardReader(path)
+        for position in range(len(reader)):
+            sample = reader.sample(position)
+            for row in sample.segment_map.flat:
+                if row:
+                    pixels[sample.segments[row - 1].label] += factor
+    loss = LossConfig(class_weights="inverse_sqrt")
+    weights = class_weights(TrainConfig(data=data, loss=loss), caches)
+    assert weights is not None
+    total, present = sum(pixels), [n for n, count in enumerate(pixels) if count]
+    for one in present:
+        assert weights[one] * pixels[one] ** 0.5 == pytest.approx(
+            weights[present[0]] * pixels[present[0]] ** 0.5
+        )
+    assert sum(w * n for w, n in zip(weights, pixels, strict=True)) == pytest.approx(total)
+    assert all(weights[n] == 1 for n in range(len(pixels)) if n not in present)
+    plain = class_weights(TrainConfig(data=data), caches)
+    assert plain is None
+
+
+def test_a_table_of_weights_goes_by_name(tiny_cache: Path) -> None:
+    data = DataConfig(cache=str(tiny_cache))
+    caches = open_caches(data)
+    names = [category.name for category in caches.categories]
+    loss = LossConfig(class_weights={names[1]: 3.0})
+    weights = class_weights(TrainConfig(data=data, loss=loss), caches)
+    assert weights == [1.0, 3.0, *[1.0] * (len(names) - 2)]
+
+
+def test_weights_change_the_training_and_stay_with_the_run(
+    run: Run, tiny_cache: Path, tmp_path: Path
+) -> None:
+    torch.set_num_threads(1)
+    name = open_caches(DataConfig(cache=str(tiny_cache))).categories[0].name
+    base = make_config(tiny_cache, tmp_path / "plain", steps=3)
+    losses = {}
+    tables: dict[str, dict[str, float]] = {"one": {name: 1.0}, "zero": {name: 0.0}}
+    for out in ("plain", "one", "zero"):
+        loss = replace(base.loss, class_weights=tables.get(out, "none"))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        config = replace(base, out=str(tmp_path / out), loss=loss)
+        train(config)
+        assert load_stages(tmp_path / out / "config.toml") == [config]
+        lines = lines_of(tmp_path / out)
+        losses[out] = [line["pixel"] for line in lines if line["task"] == "semantic"]
+    assert losses["plain"] == losses["one"]
+    assert losses["plain"][0] > losses["zero"][0]
+    file = write_config(base, tmp_path / "run.toml")
+    out = f"out={tmp_path / 'one'}"
+    setting = f"loss.class_weights={{{name}=2}}"
+    code, _, line = run("train", file, "--resume", "--set", out, "--set", setting)
+    assert code == 1
+    assert f"loss.class_weights.{name} was 1.0, now 2.0" in line
+    setting = f"loss.class_weights={{{name}x=2}}"
+    code, _, line = run("train", file, "--set", f"out={tmp_path / 'new'}", "--set", setting)
+    assert (code, line) == (
+        1,
+        f"loss.class_weights: no category {name}x (did you mean {name}?)",
+    )

@@ -31,16 +31,14 @@ from panoptic_cache.train.augment import (
     jitter_colour,
     make_item,
 )
+from panoptic_cache.train.caches import Mix, check_rendered_size, open_caches
 from panoptic_cache.train.config import DataConfig
 from panoptic_cache.train.data import (
     Batch,
     MicroBatches,
-    Mix,
     Share,
-    check_rendered_size,
     collate,
     micro_batch_sizes,
-    open_caches,
     step_places,
 )
 from panoptic_cache.train.loader import indexed_loader, iterate

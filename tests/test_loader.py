@@ -18,8 +18,9 @@ import pytest
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.process import Interrupted
 from panoptic_cache.train import loader as loaders
+from panoptic_cache.train.caches import open_caches
 from panoptic_cache.train.config import DataConfig
-from panoptic_cache.train.data import Batch, Share, open_caches
+from panoptic_cache.train.data import Batch, Share
 from panoptic_cache.train.loader import iterate, make_loader, prefetch
 from panoptic_cache.train.stopping import StopRequest
 

@@ -283,11 +283,15 @@ def test_instance_losses_follow_the_formulas(
     assert found.total.item() == pytest.approx(total, rel=1e-5)
 
 
+@pytest.mark.parametrize("factors", [None, [0.5, 3.0, 0.0, 1.0]])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_semantic_losses_follow_the_formulas(config: LossConfig) -> None:
+def test_semantic_losses_follow_the_formulas(
+    config: LossConfig, factors: list[float] | None
+) -> None:
     batch = make_batch(3)
     logits = random_prediction(batch, CLASSES)
-    found = semantic_loss(logits, batch, config)
+    by_class = torch.tensor(factors) if factors else None
+    found = semantic_loss(logits, batch, config, by_class)
     per_image = []
     for image in range(3):
         pairs = []
@@ -295,6 +299,7 @@ def test_semantic_losses_follow_the_formulas(config: LossConfig) -> None:
             label = int(batch.label[image, int(batch.segment_map[image, y, x])])
             if label >= 0:  # crowd keeps its category; unlabelled and padding have none
                 loss = -log_softmax_by_hand(logits[image, :, y, x].tolist())[label]
+                loss *= factors[label] if factors else 1
                 pairs.append((loss, weight_by_hand(batch, image, y, x, config)))
         per_image.append(pairs)
     pixel, tv = reduce_by_hand(per_image, config), class_variation_by_hand([logits], batch)

@@ -16,8 +16,9 @@ import pytest
 from torch import Tensor
 
 from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.train.caches import open_caches
 from panoptic_cache.train.config import DataConfig
-from panoptic_cache.train.data import Batch, Share, open_caches
+from panoptic_cache.train.data import Batch, Share
 from panoptic_cache.train.loader import iterate, make_loader
 
 SMALL = DataConfig(reader="stream", size=56, batch=4, micro_batch=4, workers=0)

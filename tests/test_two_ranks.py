@@ -35,8 +35,9 @@ from short_runs import (
 import panoptic_cache.train.loop
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
+from panoptic_cache.train.caches import Mix
 from panoptic_cache.train.config import TrainConfig
-from panoptic_cache.train.data import Mix, step_places
+from panoptic_cache.train.data import step_places
 from panoptic_cache.train.loader import iterate
 from panoptic_cache.train.loop import train as train_run
 from panoptic_cache.train.stopping import alone

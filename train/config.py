@@ -168,6 +168,10 @@ class LossConfig:
     # paper's plain sum, about 10^4 times as large; total variation and DICE stay means, so `tv` and
     # `dice` need other values then.
     reduction: Literal["mean", "sum"] = "mean"
+    # Factors of the semantic cross-entropy by category: a table of names, where the others have 1,
+    # or `inverse_sqrt`: one over the square root of a category's part of the pixels, scaled so that
+    # the mean over pixels is 1. They are no part of the weights that `mean` divides by.
+    class_weights: Literal["none", "inverse_sqrt"] | dict[str, Weight] = "none"
     tv: Weight = 0.1  # Weight of the total variation
     dice: Weight = 1.0  # Weight of DICE, in the instance task
 

@@ -17,14 +17,13 @@ device. A sample of 518 px takes about 1.3 MB; as float maps it would take 19 MB
 
 from __future__ import annotations
 
-import logging
 import math
 from bisect import bisect
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import lru_cache
-from itertools import accumulate, islice, pairwise, zip_longest
-from typing import Any, NamedTuple
+from itertools import accumulate, islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,16 +31,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
-from panoptic_cache.pipeline.base.config import fingerprint
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.files import Storage
-from panoptic_cache.pipeline.cache.index import ShardIndex, read_index
 from panoptic_cache.pipeline.cache.shards import ShardReader
-from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.train.augment import Item, Place, draw_augmentation, make_item
-from panoptic_cache.train.config import DataConfig, TrainConfig
-
-log = logging.getLogger(__name__)
+from panoptic_cache.train.caches import Mix
+from panoptic_cache.train.config import DataConfig
 
 
 @dataclass(frozen=True)
@@ -150,21 +144,6 @@ class CachedItems(Dataset[Item]):
         )
 
 
-class Mix(NamedTuple):
-    """Caches by number: how many samples each holds, and how many of an epoch's come from it."""
-
-    sizes: tuple[int, ...]
-    parts: tuple[int, ...]
-
-
-def mix_caches(config: DataConfig, sizes: Sequence[int]) -> Mix:
-    """The parts that the ratios give caches of these sizes; together they are all samples."""
-    ratios = [part.ratio or size for part, size in zip(config.caches, sizes, strict=False)] or [1]
-    sums = [*accumulate(ratios)]
-    ends = [round(sum(sizes) * end / sums[-1]) for end in sums]
-    return Mix(tuple(sizes), tuple(end - start for start, end in pairwise([0, *ends])))
-
-
 @lru_cache(maxsize=2)  # a step may span two epochs
 def epoch_places(seed: int, epoch: int, mix: Mix) -> NDArray[np.int64]:
     """The (N, 2) places of an epoch, the same on every rank."""
@@ -232,77 +211,3 @@ def micro_batch_sizes(config: DataConfig, world: int) -> tuple[int, ...]:
         )
     size, larger = divmod(part, count := math.ceil(part / config.micro_batch))
     return (size + 1,) * larger + (size,) * (count - larger)
-
-
-@dataclass(frozen=True)
-class Caches:
-    """The training caches of a run by their indexes, opened and checked."""
-
-    indexes: tuple[ShardIndex, ...]
-    mix: Mix
-
-    @property
-    def samples(self) -> int:
-        """Of an epoch."""
-        return sum(self.mix.parts)
-
-    @property
-    def categories(self) -> tuple[Category, ...]:
-        """By label; ids are those of the first cache."""
-        return self.indexes[0].categories
-
-    @property
-    def fingerprint(self) -> str:
-        """Of what is trained on: of the cache, or of several and their parts."""
-        found = [index.fingerprint for index in self.indexes]
-        return found[0] if len(found) == 1 else fingerprint(found, self.mix.parts)
-
-
-def open_caches(config: DataConfig) -> Caches:
-    """The training caches; InputError where one is missing, empty or too small, or they differ."""
-    if not config.paths[0]:
-        raise InputError("no cache is named", where="data.cache", remedy="--set data.cache=DIR")
-    indexes = [read_index(Storage(path)) for path in config.paths]
-    mix = mix_caches(config, [index.samples for index in indexes])
-    for path, index, part in zip(config.paths, indexes, mix.parts, strict=True):
-        if index.samples == 0:
-            raise InputError("the cache is empty", where=path)
-        if part == 0:
-            raise InputError("not one sample of an epoch", where=path, remedy="raise its ratio")
-        check_rendered_size(config, index.settings, path)
-        for label, pair in enumerate(zip_longest(indexes[0].categories, index.categories)):
-            first, here = (c and (c.name, "thing" if c.isthing else "stuff") for c in pair)
-            if first != here:
-                raise InputError(
-                    f"label {label} is {here}; in {config.paths[0]} it is {first}",
-                    where=path,
-                    remedy="make both of annotations with the same categories in the same order",
-                )
-    return Caches(tuple(indexes), mix)
-
-
-def follow_tiles(config: TrainConfig, indexes: Sequence[ShardIndex]) -> TrainConfig:
-    """The configuration with the side of the caches' tiles, unless it names another one."""
-    tiles = [index.settings.get("tile") or 0 for index in indexes]
-    if len({*tiles}) > 1 and not config.data.tile:
-        raise InputError(
-            f"tiles of {', '.join(map(str, tiles))} px, where 0 is the whole image",
-            where="data.caches",
-            remedy=f"--set data.tile={max(tiles)} takes so much of each",
-        )
-    return replace(config, data=replace(config.data, tile=config.data.tile or tiles[0]))
-
-
-def check_rendered_size(config: DataConfig, settings: Mapping[str, Any], cache: str) -> None:
-    """Raises InputError where training would enlarge a cache, rendered with `settings`."""
-    fit, size = settings.get("fit"), settings.get("size")
-    if size is not None and size < config.size and not config.upscale:
-        raise InputError(
-            f"rendered at {size} px, trained at {config.size} px",
-            where=cache,
-            remedy=f"preprocess with --size {config.size}, lower data.size, or accept the blur"
-            " with --set data.upscale=true",
-            code="cache-size",
-        )
-    if fit == "squash" and config.fit != "squash":
-        log.warning("%s: squashed already; data.fit = %s changes nothing", cache, config.fit)

@@ -24,16 +24,15 @@ from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.base.process import SIGNALS, Interrupted
 from panoptic_cache.pipeline.cache.shards import ShardReader
+from panoptic_cache.train.caches import Caches, mix_caches
 from panoptic_cache.train.config import DataConfig
 from panoptic_cache.train.data import (
     TENSORS,
     Batch,
     CachedItems,
-    Caches,
     MicroBatches,
     Share,
     collate,
-    mix_caches,
 )
 from panoptic_cache.train.stopping import StopRequest
 from panoptic_cache.train.stream import stream_batches

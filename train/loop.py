@@ -26,9 +26,10 @@ from panoptic_cache.pipeline.base.files import write_file
 from panoptic_cache.pipeline.base.process import Interrupted, keep_heap
 from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.train.augment import jitter_colour
+from panoptic_cache.train.caches import class_weights, follow_tiles, open_caches
 from panoptic_cache.train.checkpoint import save_checkpoint
 from panoptic_cache.train.config import TaskRatio, TrainConfig
-from panoptic_cache.train.data import Share, follow_tiles, micro_batch_sizes, open_caches
+from panoptic_cache.train.data import Share, micro_batch_sizes
 from panoptic_cache.train.encoding import make_encoding
 from panoptic_cache.train.loader import iterate, make_loader
 from panoptic_cache.train.losses import instance_loss, semantic_loss
@@ -202,7 +203,11 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
     of_instances = partial(
         instance_loss, encoding=encoding, config=config.loss, compiled=config.compile
     )
-    of_categories = partial(semantic_loss, config=config.loss, compiled=config.compile)
+    found_weights = ranks.first(lambda: class_weights(config, caches))
+    class_weight = torch.tensor(found_weights, device=device) if found_weights else None
+    of_categories = partial(
+        semantic_loss, config=config.loss, class_weight=class_weight, compiled=config.compile
+    )
     warmup = round(config.optim.warmup_epochs * samples / config.data.batch)
     if warmup >= steps:
         log.warning("a warm-up of %d steps outlasts the run's %d", warmup, steps)

@@ -73,13 +73,23 @@ def instance_loss(
 
 
 def semantic_loss(
-    prediction: Tensor, batch: Batch, config: LossConfig, *, compiled: bool = False
+    prediction: Tensor,
+    batch: Batch,
+    config: LossConfig,
+    class_weight: Tensor | None = None,
+    *,
+    compiled: bool = False,
 ) -> Losses:
-    """The semantic task's losses of (B, C, h, w) logits; see `instance_loss`."""
+    """The semantic task's losses of (B, C, h, w) logits; see `instance_loss`.
+
+    `class_weight`, (C,), multiplies the cross-entropy of pixels by their true category.
+    """
     label = gather_rows(batch.label[..., None], batch.segment_map)[:, 0]  # (B, H, W)
     weight = pixel_weight(eds_weight(batch, config) * (label >= 0), config.reduction)
-    inside = batch.void != PADDING
-    return _class_losses(prediction, label.clamp_min(0), weight, inside, config, compiled=compiled)
+    label, inside = label.clamp_min(0), batch.void != PADDING
+    if class_weight is not None:
+        weight = weight * class_weight[label]
+    return _class_losses(prediction, label, weight, inside, config, compiled=compiled)
 
 
 def _class_losses(

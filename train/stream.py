@@ -25,10 +25,10 @@ from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.cache.index import ShardEntry, ShardIndex
 from panoptic_cache.pipeline.cache.sample import Sample, decode_sample
 from panoptic_cache.train.augment import Item, draw_augmentation, make_item
+from panoptic_cache.train.caches import Caches
 from panoptic_cache.train.config import DataConfig
 from panoptic_cache.train.data import (
     Batch,
-    Caches,
     Share,
     collate,
     micro_batch_sizes,

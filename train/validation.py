@@ -21,8 +21,9 @@ from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.pipeline.pictures.colours import Picture, centroid_colours, semantic_colours
 from panoptic_cache.pipeline.pictures.sheets import Tile, sheet
 from panoptic_cache.train.augment import Augmentation, make_item
+from panoptic_cache.train.caches import check_rendered_size
 from panoptic_cache.train.config import LossConfig, TrainConfig
-from panoptic_cache.train.data import Batch, check_rendered_size, collate
+from panoptic_cache.train.data import Batch, collate
 from panoptic_cache.train.encoding import (
     Encoding,
     grid_cells,

@@ -26,7 +26,14 @@ from panoptic_cache.pipeline.cache.index import (
     read_sidecar,
     size_problem,
 )
-from panoptic_cache.pipeline.cache.sample import MEMBERS, Sample, decode_sample, encode_sample
+from panoptic_cache.pipeline.cache.sample import (
+    MEMBERS,
+    Sample,
+    SampleTable,
+    decode_sample,
+    decode_table,
+    encode_sample,
+)
 from panoptic_cache.pipeline.coco import Rejection
 
 BLOCK = 512
@@ -185,6 +192,12 @@ class ShardReader:
             suffix: os.pread(file, size, offset)
             for suffix, (offset, size) in zip(MEMBERS, self._places[position].tolist(), strict=True)
         }
+
+    def table(self, position: int) -> SampleTable:
+        """The table of a sample, without its photo and maps."""
+        offset, size = self._places[position, MEMBERS.index("json")].tolist()
+        data = os.pread(self._file(int(self._shards[position])), size, offset)
+        return decode_table(data, self.keys[position])
 
     def sample(self, position: int) -> Sample:
         """A sample, decoded; InputError where it is damaged."""
