@@ -32,7 +32,7 @@ from panoptic_cache.pipeline.sources import as_pixels
 from panoptic_cache.pipeline.tiles import Window, check_tile, windows
 from panoptic_cache.train.config import Precision
 from panoptic_cache.train.encoding import Encoding, make_encoding, nearest_centroids
-from panoptic_cache.train.model import PanopticModel, check_size
+from panoptic_cache.train.model import HALF, PanopticModel, check_size
 from panoptic_cache.train.restore import TrainState, Weights, find_checkpoint, load_model
 
 Pixels = NDArray[np.uint8]
@@ -219,7 +219,8 @@ class Predictor:
             canvas[span] = resize_photo(photo, (height, width))
             spans.append(span)
         inputs = torch.from_numpy(batch).permute(0, 3, 1, 2).to(self._device)  # (B, 3, S, S)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16"):
+        half = HALF.get(self._precision)
+        with torch.autocast(self._device.type, half or torch.bfloat16, enabled=half is not None):
             prediction = self.model(inputs, "both")
         prediction = prediction.resized((side, side))
         return [

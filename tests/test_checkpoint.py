@@ -162,7 +162,7 @@ def test_weights_or_their_average(tmp_path: Path) -> None:
     assert same_weights(load_model(folder, weights="ema")[0], average)
     assert same_weights(load_model(folder, weights="model")[0], model)
     again, other = make_model(seed=3), make_model(seed=4)
-    load_training(folder, again, make_optimizer(again), 0, other)
+    load_training(folder, again, make_optimizer(again), 0, ema=other)
     assert same_weights(again, model)
     assert same_weights(other, average)
 

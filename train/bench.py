@@ -44,7 +44,7 @@ from panoptic_cache.train.data import Batch, Share, collate
 from panoptic_cache.train.encoding import make_encoding
 from panoptic_cache.train.loader import indexed_loader
 from panoptic_cache.train.losses import instance_loss, semantic_loss
-from panoptic_cache.train.model import PanopticModel, Task
+from panoptic_cache.train.model import HALF, PanopticModel, Task
 from panoptic_cache.train.optim import parameter_groups, set_learning_rate
 from panoptic_cache.train.stopping import memory_advice, smaller_steps
 from panoptic_cache.train.summary import summarize_model
@@ -204,7 +204,7 @@ def time_variant(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """One variant's timings and ratios, see `LINES`."""
     on_gpu = device.type == "cuda"
-    half = config.precision == "bf16" and on_gpu
+    half = HALF.get(config.precision) if on_gpu else None
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     encoder_alone, whole_step = make_steps(config, classes, device, half)
@@ -245,7 +245,7 @@ def time_variant(
 
 
 def make_steps(
-    config: TrainConfig, classes: int, device: torch.device, half: bool
+    config: TrainConfig, classes: int, device: torch.device, half: torch.dtype | None
 ) -> tuple[Step, Step]:
     """The encoder's forward and backward pass alone, and the whole optimizer step."""
     loss, fused = config.loss, config.compile
@@ -256,7 +256,7 @@ def make_steps(
     set_learning_rate(optimizer, 0.0)
     network = torch.compile(model) if fused else model
     encoder = torch.compile(model.encoder) if fused else model.encoder
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
+    autocast = torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None)
 
     def encoder_alone(batch: Batch, _: Task) -> None:
         with autocast:
@@ -288,11 +288,10 @@ def round_ms(
     return seconds(lambda: [work(next(batches), task) for task in tasks], device) * 1e3 / len(tasks)
 
 
-def matrix_rate(device: torch.device, half: bool) -> float:
+def matrix_rate(device: torch.device, half: torch.dtype | None) -> float:
     """TFLOP/s of a large matrix product on random values, measured."""
     side = 8192 if device.type == "cuda" else 1024
-    kind = torch.bfloat16 if half else torch.float32
-    a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
+    a, b = (torch.randn(side, side, device=device, dtype=half or torch.float32) for _ in range(2))
     product = a @ b
     times = seconds(lambda: [torch.mm(a, b, out=product) for _ in range(10)], device)
     return 10 * 2 * side**3 / times / 1e12

@@ -5,7 +5,7 @@ A checkpoint is a folder `step_%07d`:
     model.safetensors   the weights, by the names of `backbone.own_name`
     ema.safetensors     their moving average, if the run keeps one
     backbone.json       the encoder's architecture, so that loading needs no hub
-    optimizer.pt        the optimizer's state, by the same names
+    optimizer.pt        the optimizer's state, by the same names; with fp16 the scale of the loss
     rng_RANK.pt         the random number generators of each rank
     state.json          step, configuration, categories, versions; can be read with cat
     complete.json       size and SHA-256 of every file above; written last
@@ -53,6 +53,7 @@ def save_checkpoint(
     *,
     model: PanopticModel,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None = None,
     ema: PanopticModel | None = None,
     keep: int,
 ) -> Path:
@@ -85,7 +86,10 @@ def save_checkpoint(
             save_file(ema.weights(), weights_file(folder, "ema"))
         model.encoder.config.to_json_file(folder / ARCHITECTURE, use_diff=False)
         (folder / "state.json").write_text(state.to_json())
-        return _save(optimizer_state(model, optimizer), folder / "optimizer.pt")
+        known = optimizer_state(model, optimizer)
+        if scaler is not None:
+            known["scaler"] = scaler.state_dict()
+        return _save(known, folder / "optimizer.pt")
 
     ranks.first(lambda: whole_or_not(write_shared))
     own = folder / f"rng_{ranks.rank}.pt"
@@ -103,6 +107,8 @@ def rng_state() -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -75,7 +76,10 @@ class _ClassLosses(torch.autograd.Function):
             for top in range(0, height, rows):
                 strip = slice(top, min(top + rows, height))
                 sums += _strip(logits[some], terms, some, strip, gradient=gradient, count=count)
-        ctx.save_for_backward(None if gradient is None else gradient.to(logits.dtype))
+        # float16 would lose them before the scaler's factor comes with `total`.
+        kept = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+        ctx.save_for_backward(None if gradient is None else gradient.to(kept))
+        ctx.kind = logits.dtype
         pixel, variation = sums.unbind()
         ctx.mark_non_differentiable(pixel, variation)
         return pixel + variation, pixel, variation
@@ -84,7 +88,7 @@ class _ClassLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, total: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * total, None, None, None
+        return (gradient * total).to(ctx.kind), None, None, None
 
 
 def _strip(
@@ -139,14 +143,14 @@ def _rows_between(
     The coarse rows needed; of these, the row above and the one below each full-size row; and
     (rows, 1, 1) float32, how far towards the one below.
     """
-    place = torch.arange(start, stop, dtype=torch.float64)
-    place = ((place + 0.5) * (coarse / full) - 0.5).clamp_min(0)  # of pixel centres
-    upper = place.long().clamp_max(coarse - 1)
-    lower = (upper + 1).clamp_max(coarse - 1)
+    place = ((np.arange(start, stop) + 0.5) * (coarse / full) - 0.5).clip(0)  # of pixel centres
+    upper = place.astype(np.int64).clip(max=coarse - 1)
+    lower = (upper + 1).clip(max=coarse - 1)
     source = slice(int(upper[0]), int(lower[-1]) + 1)
-    part = (place - upper).float()[:, None, None]
-    upper, lower = upper - source.start, lower - source.start
-    return source, upper.to(device), lower.to(device), part.to(device)
+    part = (place - upper).astype(np.float32)[:, None, None]
+    found = (torch.from_numpy(each) for each in (upper - source.start, lower - source.start, part))
+    above, below, between = (each.to(device) for each in found)
+    return source, above, below, between
 
 
 def _count(

@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from panoptic_cache.pipeline.base.errors import InputError
 
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["bf16", "fp16", "fp32"]
 
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Interval = Annotated[int, Meta(ge=0, le=2**31 - 1)]  # in optimizer steps; 0 = never
@@ -236,7 +236,9 @@ class TrainConfig:
     epochs: Positive = 200.0  # Passes over the cache
     steps: Count | None = None  # Optimizer steps, instead of epochs
     seed: Seed = 0  # Decides weights, order, augmentation and tasks
-    precision: Precision = "bf16"  # `bf16` computes in mixed precision
+    # `bf16` computes in mixed precision. So does `fp16`, for GPUs before Ampere, with a scale of
+    # the loss; a step whose gradient overflows is left out, and the scale halved.
+    precision: Precision = "bf16"
     compile: bool = False  # `torch.compile` the model
     # Optimizer steps between two checkpoints; the last step always has one.
     checkpoint_every: Count = 1000

@@ -12,12 +12,7 @@ from pathlib import Path
 import numpy as np
 import tomli_w
 import torch
-from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    set_seed,
-)
+from accelerate.utils import set_seed
 from torch.nn.parallel import DistributedDataParallel
 
 from panoptic_cache.pipeline.base.config import fingerprint
@@ -30,6 +25,7 @@ from panoptic_cache.train.caches import class_weights, follow_tiles, open_caches
 from panoptic_cache.train.checkpoint import save_checkpoint
 from panoptic_cache.train.config import TaskRatio, TrainConfig
 from panoptic_cache.train.data import Share, micro_batch_sizes
+from panoptic_cache.train.device import fit_precision, make_accelerator
 from panoptic_cache.train.encoding import make_encoding
 from panoptic_cache.train.loader import iterate, make_loader
 from panoptic_cache.train.losses import instance_loss, semantic_loss
@@ -52,7 +48,7 @@ from panoptic_cache.train.restore import (
     load_training,
     read_state,
 )
-from panoptic_cache.train.runlog import RunLog, installed_trackers
+from panoptic_cache.train.runlog import RunLog
 from panoptic_cache.train.stopping import not_finite, rank_advice, stop_request
 from panoptic_cache.train.transfer import first_model
 from panoptic_cache.train.validation import draw_heads, open_held_out, validate
@@ -78,24 +74,12 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
     """
     # The ranks.
     check_launcher(config.precision)
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.precision == "bf16" else "no",
-        cpu=not torch.cuda.is_available(),
-        # A batch trains one task, so one head is idle.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        # Else a variable of the environment divides the gradients.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        log_with=installed_trackers(config.trackers) or None,
-        project_dir=config.out,
-    )
+    config = fit_precision(config)
+    accelerator = make_accelerator(config)
     ranks = Ranks(accelerator.process_index, accelerator.num_processes)
-    main, device = ranks.main, accelerator.device
+    main, device, scaler = ranks.main, accelerator.device, accelerator.scaler
     if device.type == "cpu":
         keep_heap(large=True)
-    if config.precision == "bf16" and device.type == "cuda":
-        ampere = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-        if not ampere:
-            log.warning("this GPU only emulates bf16, which is slow: --set precision=fp32")
 
     # The run's folder.
     out = Path(config.out)
@@ -145,7 +129,8 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
     measured = average or model
     first = 0
     if begun is not None:
-        first = load_training(begun, model, optimizer, ranks.rank, average).step
+        state = load_training(begun, model, optimizer, ranks.rank, ema=average, scaler=scaler)
+        first = state.step
         log.info("going on from %s", begun)
         warn_of_jump(read_state(begun).config, config, first, samples)
     ranks.check_same(
@@ -173,7 +158,13 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
     runlog = RunLog(accelerator, out, first)
 
     save = partial(
-        save_checkpoint, ranks, model=model, optimizer=optimizer, ema=average, keep=config.keep
+        save_checkpoint,
+        ranks,
+        model=model,
+        optimizer=optimizer,
+        scaler=scaler,
+        ema=average,
+        keep=config.keep,
     )
 
     def look(done: int) -> bool:
@@ -212,7 +203,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
     if warmup >= steps:
         log.warning("a warm-up of %d steps outlasts the run's %d", warmup, steps)
     has_things = any(category.isthing for category in categories)  # else one head has no task
-    last, note, asked = begun, "", 0
+    last, note, asked, skipped = begun, "", 0, 0
     with (
         progress("train", steps, "steps", first) as advance,
         stop_request() as request,
@@ -257,12 +248,16 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
             # Before the weights change: what is not finite reaches no checkpoint.
             norm = accelerator.clip_grad_norm_(network.parameters(), config.optim.clip_norm)
             *totals, length = torch.cat([terms[:, 0], norm.view(1)]).tolist()
-            finite = all(map(math.isfinite, (*totals, length)))
+            # What overflows in fp16 is no fault of the run until the scale can fall no more: the
+            # scaler leaves the step out and halves the scale.
+            overflow = scaler is not None and not math.isfinite(length) and scaler.get_scale() > 1
+            finite = all(map(math.isfinite, totals if overflow else (*totals, length)))
             verdict = ranks.agree(step, TASKS.index(task), signal=request.signal, finite=finite)
             if not verdict.finite:
                 raise not_finite(ranks, step, totals, keys, length)
             optimizer.step()
             optimizer.zero_grad()
+            skipped += overflow
             if ema is not None:
                 ema.update(model, step)
 
@@ -281,7 +276,10 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
                     "images_per_second": config.data.batch / seconds,
                     "waited": waited / seconds,
                 }
-                runlog.step(line)
+                if scaler is not None:
+                    line |= {"scale": scaler.get_scale(), "skipped": skipped}
+                    skipped = 0
+                runlog.step({k: v for k, v in line.items() if k != "norm" or math.isfinite(length)})
                 note = f"{task} loss {line['loss']:.3f}"
             if main:
                 advance(1, note)

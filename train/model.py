@@ -17,6 +17,8 @@ from panoptic_cache.train.config import ModelConfig
 
 Task = Literal["instance", "semantic", "both"]
 
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What a model computes in, by the name of a precision; else in float32."""
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 LEAST_STD = 0.02

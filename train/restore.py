@@ -48,15 +48,8 @@ MAY_CHANGE = frozenset(
     {
         *("out", "epochs", "steps", "precision", "compile"),
         *("checkpoint_every", "keep", "log_every", "pictures_every", "trackers"),
-        *(
-            "data.cache",
-            "data.caches",
-            "data.reader",
-            "data.micro_batch",
-            "data.workers",
-            "data.upscale",
-        ),
-        "model.gradient_checkpointing",
+        *("data.cache", "data.reader", "data.micro_batch", "data.workers", "data.upscale"),
+        *("data.caches", "model.gradient_checkpointing"),
         *("optim.lr", "optim.encoder_lr", "optim.min_lr", "optim.warmup_epochs", "optim.clip_norm"),
         *(f"validation.{field.name}" for field in fields(ValidationConfig)),
     }
@@ -229,10 +222,7 @@ def _misfit(error: Exception, file: Path) -> InputError:
 def load_weights(
     model: PanopticModel, folder: Path, kind: Weights = "model", *, checked: bool = False
 ) -> None:
-    """Loads weights strictly.
-
-    `checked` compares their SHA-256 first: a model with damaged weights still predicts.
-    """
+    """Loads weights strictly; `checked` compares their SHA-256 first: damaged ones predict."""
     path = weights_file(folder, kind)
     if kind == "ema" and not path.exists():
         raise InputError(
@@ -259,15 +249,19 @@ def load_training(
     model: PanopticModel,
     optimizer: torch.optim.Optimizer,
     rank: int,
+    *,
     ema: PanopticModel | None = None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> TrainState:
     """Puts a run back to where a checkpoint was taken."""
-    state = read_state(folder)
     load_weights(model, folder)
     if ema is not None:
         load_weights(ema, folder, "ema")
     try:
-        load_optimizer(optimizer, model, _load(folder / "optimizer.pt"))
+        saved = _load(folder / "optimizer.pt")
+        load_optimizer(optimizer, model, saved)
+        if scaler is not None and "scaler" in saved:  # else the run had another precision
+            scaler.load_state_dict(saved["scaler"])
         generators = folder / f"rng_{rank}.pt"
         if generators.exists():  # with more ranks than before, the new ones draw afresh
             set_rng_state(_load(generators))
@@ -278,7 +272,7 @@ def load_training(
             where=folder,
             remedy="remove it to go on from an earlier one",
         ) from None
-    return state
+    return read_state(folder)
 
 
 def load_optimizer(
@@ -311,6 +305,8 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     random.setstate(state["python"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
 
 
 def check_same_run(state: TrainState, config: TrainConfig, cache_fingerprint: str) -> None:

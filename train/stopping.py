@@ -39,7 +39,7 @@ _LAUNCHED = not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}.isdisjoint
 """Whether that is accelerate or torchrun; both tell their ranks so."""
 _NO_MEMORY = (
     *("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
-    "Insufficient memory",
+    *("MPS backend out of memory", "Insufficient memory"),
 )
 """The CPU's allocator and CUDA's libraries raise plain RuntimeErrors, OpenCV one of its own."""
 

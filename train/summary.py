@@ -139,7 +139,7 @@ def summarize_model(config: TrainConfig, classes: int) -> ModelSummary:
         flops_per_image=forward.get_total_flops(),
         train_flops_per_image=round(training / (ratio.instance + ratio.semantic)),
         state_bytes=16 * parts["total"] - 12 * frozen,
-        activation_bytes_per_image=bytes_kept // (2 if config.precision == "bf16" else 1),
+        activation_bytes_per_image=bytes_kept // (1 if config.precision == "fp32" else 2),
     )
 
 

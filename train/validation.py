@@ -162,8 +162,10 @@ def validate(
     config, model = state.config, model.eval()
     encoding = make_encoding(config.loss.encoding, config.loss.harmonics)
     cells = grid_cells(config.data.size)
-    sums = torch.zeros(9, dtype=torch.float64, device=accelerator.device)
     rank, world = accelerator.process_index, accelerator.num_processes
+    # Where there is nobody to add up with, on the processor: MPS has no float64.
+    where = accelerator.device if world > 1 else torch.device("cpu")
+    sums = torch.zeros(9, dtype=torch.float64, device=where)
     for batch in held_out.batches(config, rank, world):
         here = batch.to(accelerator.device)
         with accelerator.autocast():  # the network alone, as in training
@@ -175,7 +177,8 @@ def validate(
             semantic_loss(found.semantic, here, config.loss).total * images,
         )
         hits = (*label_hits(full.semantic, here), *code_hits(full.instance, here, encoding, cells))
-        sums += torch.stack([here.eds_scale.new_tensor(images), *losses, *hits]).double()
+        values = torch.stack([here.eds_scale.new_tensor(images), *losses, *hits])
+        sums += values.to(where).double()
     images, instance, semantic, *pairs = accelerator.reduce(sums, "sum").tolist()
     right, counted = pairs[::2], pairs[1::2]
     names = ("semantic_accuracy", "code_accuracy", "void_accuracy")
