@@ -45,7 +45,7 @@ def run_anew(config: TrainConfig, *, resume: bool = False) -> Path:
 # fp16
 
 
-class HalfOnProcessor(Accelerator):
+class HalfOnProcessor(Accelerator):  # type: ignore[misc]
     """Autocast to float16 and torch's scaler, which Accelerate itself allows on GPUs only."""
 
     def __init__(self, *, mixed_precision: str, **settings: Any) -> None:
@@ -209,7 +209,7 @@ def test_a_run_on_mps_is_one_in_fp32_without_what_mps_lacks(
     monkeypatch.setattr("torch.mps.set_rng_state", lambda state: state)
     monkeypatch.setattr(Batch, "pin_memory", None)
     there = replace(config, out=str(tmp_path / "mps"), precision="bf16")
-    with PretendedMps() as pretended, WithoutDouble():
+    with PretendedMps() as pretended, WithoutDouble():  # type: ignore[no-untyped-call]
         run_anew(there)
     assert pretended.asked > 20
     assert "on MPS a run computes in fp32" in caplog.text

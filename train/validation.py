@@ -177,8 +177,8 @@ def validate(
             semantic_loss(found.semantic, here, config.loss).total * images,
         )
         hits = (*label_hits(full.semantic, here), *code_hits(full.instance, here, encoding, cells))
-        values = torch.stack([here.eds_scale.new_tensor(images), *losses, *hits])
-        sums += values.to(where).double()
+        found_here = torch.stack([here.eds_scale.new_tensor(images), *losses, *hits])
+        sums += found_here.to(where).double()
     images, instance, semantic, *pairs = accelerator.reduce(sums, "sum").tolist()
     right, counted = pairs[::2], pairs[1::2]
     names = ("semantic_accuracy", "code_accuracy", "void_accuracy")
