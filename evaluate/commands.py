@@ -247,7 +247,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Save a trained model as a folder that Predictor("DIR") loads, and as ONNX."""
-    from panoptic_cache.evaluate.export import export_model, export_onnx, onnx_difference
+    from panoptic_cache.evaluate.export.files import export_model, export_onnx, onnx_difference
     from panoptic_cache.evaluate.predict import Predictor
 
     predictor = Predictor(checkpoint, "cpu")

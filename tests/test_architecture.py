@@ -29,6 +29,7 @@ ARROWS = {
     "train": "pipeline.*",
     "train.commands": "pipeline.* pipeline.console train",
     "evaluate.decoder": "pipeline.base train",
+    "evaluate.export": "pipeline.base pipeline train evaluate.decoder",
     "evaluate.metric": "pipeline.base pipeline",
     "evaluate.report": "pipeline.base pipeline pipeline.pictures evaluate.metric evaluate.decoder",
     "evaluate.split": "pipeline.base pipeline train evaluate evaluate.decoder evaluate.metric"

@@ -13,7 +13,7 @@ import torch
 from short_runs import make_config, same_run
 from torch.nn import functional as F
 
-from panoptic_cache.evaluate.export import export_model
+from panoptic_cache.evaluate.export.files import export_model
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.train.checkpoint import save_checkpoint

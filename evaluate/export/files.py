@@ -32,7 +32,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from panoptic_cache.evaluate.decoder.decode import check_cells
-from panoptic_cache.evaluate.decoder.graph import GridDecoder
+from panoptic_cache.evaluate.export.graph import GridDecoder
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage, cannot_write
 from panoptic_cache.train.encoding import GRID_CELLS, make_encoding
