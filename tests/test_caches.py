@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import Run
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from short_runs import lines_of, make_config, same_run, write_config
 
@@ -58,6 +58,7 @@ def mixed(*parts: tuple[Path, float | None], reader: str = "indexed") -> DataCon
 # The order
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(0, 5), st.integers(0, 2**32 - 2**16))
 def test_one_cache_keeps_its_order(samples: int, epoch: int, seed: int) -> None:
     """NumPy's permutation by seed and epoch, as runs of one cache have always had it."""
@@ -71,6 +72,7 @@ def test_one_cache_keeps_its_order(samples: int, epoch: int, seed: int) -> None:
 sized = st.lists(st.tuples(st.integers(1, 12), st.floats(0.1, 10)), min_size=2, max_size=4)
 
 
+@settings(deadline=None)
 @given(sized, st.integers(1, 8), st.integers(0, 99))
 def test_each_cache_has_its_part_of_an_epoch_and_all_its_samples_before_any_again(
     caches: list[tuple[int, float]], epochs: int, seed: int

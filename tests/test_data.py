@@ -41,7 +41,7 @@ from panoptic_cache.train.data import (
     micro_batch_sizes,
     step_places,
 )
-from panoptic_cache.train.loader import indexed_loader, iterate
+from panoptic_cache.train.loader import iterate, make_loader
 
 Fit = Literal["squash", "longest", "crop"]
 FITS: tuple[Fit, ...] = ("squash", "longest", "crop")
@@ -70,6 +70,7 @@ def whole(samples: int) -> Mix:
 sizes = st.integers(1, 4)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 30), sizes, sizes, sizes)
 def test_each_sample_comes_exactly_once_an_epoch(
     samples: int, micro: int, accumulated: int, world: int
@@ -88,6 +89,7 @@ def test_each_sample_comes_exactly_once_an_epoch(
     assert {epoch for epoch, _ in places.keys() - whole} <= set(range(3, 3 + config.batch + 1))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 30), st.sampled_from([(1, 12), (2, 6), (3, 4), (4, 1), (6, 2), (12, 1)]))
 def test_a_step_holds_the_same_samples_on_any_number_of_ranks(
     samples: int, cut: tuple[int, int]
@@ -104,6 +106,7 @@ def test_a_step_holds_the_same_samples_on_any_number_of_ranks(
         assert sorted(together) == sorted(step_places(3, whole(samples), 12, step))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 30), sizes, sizes, sizes, st.integers(0, 8))
 def test_resuming_at_a_step_goes_on_with_its_batches(
     samples: int, micro: int, accumulated: int, world: int, first: int
@@ -447,12 +450,9 @@ def test_factors_of_one_change_nothing() -> None:
 def load(
     cache: Path, config: DataConfig, steps: range, *, rank: int = 0, world: int = 1
 ) -> list[Batch]:
-    reader = ShardReader(cache)
-    return list(
-        iterate(
-            indexed_loader([reader], config, Share(seed=5, steps=steps, rank=rank, world=world))
-        )
-    )
+    chosen = replace(config, cache=str(cache))
+    share = Share(seed=5, steps=steps, rank=rank, world=world)
+    return list(iterate(make_loader(chosen, open_caches(chosen), share)))
 
 
 def same_batches(one: list[Batch], other: list[Batch]) -> bool:

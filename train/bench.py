@@ -39,10 +39,11 @@ from panoptic_cache.pipeline.render.driver import render
 from panoptic_cache.pipeline.render.plan import RenderConfig
 from panoptic_cache.pipeline.targets import compute_targets, make_segment_map, resize_segment_map
 from panoptic_cache.train.augment import Augmentation, draw_augmentation, jitter_colour, make_item
+from panoptic_cache.train.caches import open_caches
 from panoptic_cache.train.config import DataConfig, ModelConfig, RandomBackbone, TrainConfig
 from panoptic_cache.train.data import Batch, Share, collate
 from panoptic_cache.train.encoding import make_encoding
-from panoptic_cache.train.loader import indexed_loader
+from panoptic_cache.train.loader import make_loader
 from panoptic_cache.train.losses import instance_loss, semantic_loss
 from panoptic_cache.train.model import HALF, PanopticModel, Task
 from panoptic_cache.train.optim import parameter_groups, set_learning_rate
@@ -208,14 +209,15 @@ def time_variant(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     encoder_alone, whole_step = make_steps(config, classes, device, half)
-    data = replace(config.data, batch=config.data.micro_batch, cache="")
+    data = replace(config.data, batch=config.data.micro_batch, cache="", caches=())
     with bench_dataset(None, 64) as dataset, tempfile.TemporaryDirectory() as folder:
         render(dataset, "bench", Storage(folder), RenderConfig("squash", data.size), workers=0)
-        reader = ShardReader(Path(folder))
+        reader, cached = ShardReader(Path(folder)), replace(data, cache=folder)
         items = [make_item(reader.sample(p % 64), data, Augmentation()) for p in range(data.batch)]
         still = repeat(collate(items).to(device))
         steps = range(len(ROUND) * (rounds + 1))
-        loader = indexed_loader([reader], data, Share(seed=0, steps=steps), pin=on_gpu)
+        share, caches = Share(seed=0, steps=steps), open_caches(cached)
+        loader = make_loader(cached, caches, share, pin=on_gpu)
         fed = (batch.to(device) for batch in loader)
         times = [  # the parts alternate, so that all see the same machine
             {

@@ -44,22 +44,9 @@ class Caches:
 
     indexes: tuple[ShardIndex, ...]
     mix: Mix
-
-    @property
-    def samples(self) -> int:
-        """Of an epoch."""
-        return sum(self.mix.parts)
-
-    @property
-    def categories(self) -> tuple[Category, ...]:
-        """By label; ids are those of the first cache."""
-        return self.indexes[0].categories
-
-    @property
-    def fingerprint(self) -> str:
-        """Of what is trained on: of the cache, or of several and their parts."""
-        found = [index.fingerprint for index in self.indexes]
-        return found[0] if len(found) == 1 else fingerprint(found, self.mix.parts)
+    samples: int  # Of an epoch
+    categories: tuple[Category, ...]  # By label; ids are those of the first cache
+    fingerprint: str  # Of the cache, or of several and their parts
 
 
 def open_caches(config: DataConfig) -> Caches:
@@ -82,7 +69,9 @@ def open_caches(config: DataConfig) -> Caches:
                     where=path,
                     remedy="make both of annotations with the same categories in the same order",
                 )
-    return Caches(tuple(indexes), mix)
+    marks = [index.fingerprint for index in indexes]
+    mark = marks[0] if len(marks) == 1 else fingerprint(marks, mix.parts)
+    return Caches(tuple(indexes), mix, sum(mix.parts), indexes[0].categories, mark)
 
 
 def follow_tiles(config: TrainConfig, indexes: Sequence[ShardIndex]) -> TrainConfig:

@@ -290,11 +290,4 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values for TOML and JSON; fields that are None are left out."""
-        plain: dict[str, Any] = _without_none(asdict(self))
-        return plain
-
-
-def _without_none(values: Any) -> Any:
-    if isinstance(values, dict):
-        return {k: _without_none(value) for k, value in values.items() if value is not None}
-    return tuple(map(_without_none, values)) if isinstance(values, tuple) else values
+        return asdict(self, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None})

@@ -19,11 +19,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import accumulate, islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -58,13 +57,11 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; without waiting for the copies where memory is pinned."""
-        return Batch(
-            self.keys, *(getattr(self, name).to(device, non_blocking=True) for name in TENSORS)
-        )
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; called by the loader."""
-        return Batch(self.keys, *(getattr(self, name).pin_memory() for name in TENSORS))
+        return self._each(torch.Tensor.pin_memory)
 
     def share_memory(self) -> Batch:
         """The batch in memory that other processes see; RuntimeError where there is no room.
@@ -72,43 +69,33 @@ class Batch:
         torch does that itself when a loader process sends a batch, but in a thread whose failure
         nobody hears of: the batch is lost, and training waits for it.
         """
-        for name in TENSORS:
-            getattr(self, name).share_memory_()
-        return self
+        return self._each(torch.Tensor.share_memory_)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(self.keys, *(change(getattr(self, name)) for name in TENSORS))
 
 
 TENSORS = tuple(field.name for field in fields(Batch) if field.name != "keys")
+FILLS = {"centroid": 0.0, "instance": 0, "label": -1}
+"""What rows of no segment hold, by table."""
 
 
 def collate(items: Sequence[Item]) -> Batch:
     """Stacks items; tables are padded to the longest with rows of no segment."""
-    rows = max(len(item.label) for item in items)
-
-    def stack(name: str) -> NDArray[Any]:
-        return np.stack([getattr(item, name) for item in items])
-
-    def table(name: str, fill: float) -> Tensor:
-        values = [getattr(item, name) for item in items]
-        result = np.full((len(items), rows, *values[0].shape[1:]), fill, values[0].dtype)
-        for row, value in zip(result, values, strict=True):
-            row[: len(value)] = value
-        return torch.from_numpy(result)
-
-    segment_map = stack("segment_map")
-    if segment_map.dtype != np.uint8:  # torch does little with uint16
-        segment_map = segment_map.astype(np.int32)
-    batch = Batch(
-        keys=tuple(item.key for item in items),
-        photo=torch.from_numpy(stack("photo")),
-        segment_map=torch.from_numpy(segment_map),
-        eds=torch.from_numpy(stack("eds")),
-        void=torch.from_numpy(stack("void")),
-        eds_scale=torch.tensor([item.eds_scale for item in items]),
-        colour=torch.from_numpy(stack("colour")),
-        centroid=table("centroid", 0.0),
-        instance=table("instance", 0),
-        label=table("label", -1),
-    )
+    tensors = []
+    for name in TENSORS:
+        values = [np.asarray(getattr(item, name)) for item in items]
+        if name in FILLS:
+            shape = (max(map(len, values)), *values[0].shape[1:])
+            padded = [np.full(shape, FILLS[name], value.dtype) for value in values]
+            for row, value in zip(padded, values, strict=True):
+                row[: len(value)] = value
+            values = padded
+        stacked = np.stack(values)
+        # torch does little with uint16, and with a scale it would go on in float64.
+        kind = {np.uint16: np.int32, np.float64: np.float32}.get(stacked.dtype.type)
+        tensors.append(torch.from_numpy(stacked.astype(kind) if kind else stacked))
+    batch = Batch(tuple(item.key for item in items), *tensors)
     return batch if get_worker_info() is None else batch.share_memory()
 
 

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -24,16 +24,9 @@ from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.base.process import SIGNALS, Interrupted
 from panoptic_cache.pipeline.cache.shards import ShardReader
-from panoptic_cache.train.caches import Caches, mix_caches
+from panoptic_cache.train.caches import Caches
 from panoptic_cache.train.config import DataConfig
-from panoptic_cache.train.data import (
-    TENSORS,
-    Batch,
-    CachedItems,
-    MicroBatches,
-    Share,
-    collate,
-)
+from panoptic_cache.train.data import TENSORS, Batch, CachedItems, MicroBatches, Share, collate
 from panoptic_cache.train.stopping import StopRequest
 from panoptic_cache.train.stream import stream_batches
 
@@ -53,7 +46,10 @@ STARVED = ("DataLoader worker (pid", "shared memory", "unable to write to file <
 def make_loader(
     config: DataConfig, caches: Caches, share: Share, *, pin: bool = False
 ) -> DataLoader[Batch]:
-    """Micro-batches of one rank by the reader that is configured."""
+    """Micro-batches of one rank by the reader that is configured.
+
+    Not for `Accelerator.prepare`, which would split them again.
+    """
     if config.reader == "stream":
         batches = stream_batches(config, caches, share)
         return DataLoader(batches, batch_size=None, **loader_options(config, share, pin=pin))
@@ -72,18 +68,10 @@ def make_loader(
                 where=path,
                 remedy="run panoptic preprocess again: it rewrites the index",
             )
-    return indexed_loader(readers, config, share, pin=pin)
-
-
-def indexed_loader(
-    readers: Sequence[ShardReader], config: DataConfig, share: Share, *, pin: bool = False
-) -> DataLoader[Batch]:
-    """Micro-batches of one rank; not for `Accelerator.prepare`, which would split them again."""
     items = CachedItems(tuple(readers), config, share.seed)
-    mix = mix_caches(config, [len(reader) for reader in readers])
     return DataLoader(
         cast("Dataset[Batch]", items),  # collated into batches
-        batch_sampler=MicroBatches(config, mix, share),
+        batch_sampler=MicroBatches(config, caches.mix, share),
         collate_fn=collate,
         **loader_options(config, share, pin=pin),
     )

@@ -27,12 +27,7 @@ from panoptic_cache.pipeline.cache.sample import Sample, decode_sample
 from panoptic_cache.train.augment import Item, draw_augmentation, make_item
 from panoptic_cache.train.caches import Caches
 from panoptic_cache.train.config import DataConfig
-from panoptic_cache.train.data import (
-    Batch,
-    Share,
-    collate,
-    micro_batch_sizes,
-)
+from panoptic_cache.train.data import Batch, Share, collate, micro_batch_sizes
 
 BUFFER = 256
 """Samples that a loader process mixes; about 40 MB of JPEGs and PNGs."""
