@@ -288,6 +288,10 @@ class TrainConfig:
             return self.steps
         return max(1, int(self.epochs * samples) // self.data.batch)
 
+    def steps_of(self, epochs: float, samples: int) -> int:
+        """The nearest whole number of optimizer steps."""
+        return round(epochs * samples / self.data.batch)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values for TOML and JSON; fields that are None are left out."""
         return asdict(self, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None})

@@ -103,6 +103,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
     sizes = micro_batch_sizes(config.data, ranks.world)
     if config.data.batch > samples:
         log.warning("a batch of %d repeats the cache's %d samples", config.data.batch, samples)
+    weights = ranks.first(lambda: class_weights(config, caches))
     held_out = open_held_out(config, categories, trust=trust_config)
     if begun is not None:
         check_same_run(read_state(begun), config, caches.fingerprint)
@@ -119,7 +120,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
     set_seed(config.seed + ranks.rank)  # stochastic depth differs between ranks
     blocks = model.encoder.config.num_hidden_layers
     epochs = config.model.freeze_epochs
-    thaw = steps if epochs is None else round(epochs * samples / config.data.batch)
+    thaw = steps if epochs is None else config.steps_of(epochs, samples)
     set_trainable(model, config.model, thawed=thaw < steps)  # the optimizer has all that ever will
     optimizer = torch.optim.AdamW(
         parameter_groups(model, blocks, config.optim), lr=0.0, betas=config.optim.betas
@@ -194,12 +195,11 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
     of_instances = partial(
         instance_loss, encoding=encoding, config=config.loss, compiled=config.compile
     )
-    found_weights = ranks.first(lambda: class_weights(config, caches))
-    class_weight = torch.tensor(found_weights, device=device) if found_weights else None
+    class_weight = torch.tensor(weights, device=device) if weights else None
     of_categories = partial(
         semantic_loss, config=config.loss, class_weight=class_weight, compiled=config.compile
     )
-    warmup = round(config.optim.warmup_epochs * samples / config.data.batch)
+    warmup = config.steps_of(config.optim.warmup_epochs, samples)
     if warmup >= steps:
         log.warning("a warm-up of %d steps outlasts the run's %d", warmup, steps)
     has_things = any(category.isthing for category in categories)  # else one head has no task
@@ -314,21 +314,17 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
 
 def warn_of_jump(before: TrainConfig, now: TrainConfig, step: int, samples: int) -> None:
     """Says if the learning rate rises where a run goes on, as its cosine ends later than before."""
+    ends = [config.total_steps(samples) for config in (before, now)]
     rates = [
-        learning_rate(
-            config.optim,
-            min(at, (steps := config.total_steps(samples)) - 1),
-            steps,
-            round(config.optim.warmup_epochs * samples / config.data.batch),
-        )
-        for config, at in ((before, step - 1), (now, step))
+        learning_rate(optim, min(at, end - 1), end, config.steps_of(optim.warmup_epochs, samples))
+        for config, end, at in zip((before, now), ends, (step - 1, step), strict=True)
+        for optim in [config.optim]
     ]
     if rates[1] > 2 * rates[0]:  # a warm-up at most doubles it
-        message = (
-            "the learning rate jumps from %.2g to %.2g: the run was to end at step %d, now at %d"
+        log.warning(
+            "the learning rate jumps from %.2g to %.2g: the run was to end at step %d, now at %d",
+            *(*rates, *ends),
         )
-        ends = before.total_steps(samples), now.total_steps(samples)
-        log.warning(message, *rates, *ends)
 
 
 def task_of(seed: int, step: int, tasks: TaskRatio) -> Task:

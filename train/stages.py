@@ -33,20 +33,16 @@ def load_stages(path: Path, settings: Sequence[str] = ()) -> list[TrainConfig]:
     tables = values.pop("stages", [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise InputError("stages must be tables: [[stages]]", where=path)
-    if not tables:
-        merged = find_again(override(values, settings), path)
-        return [build_config(TrainConfig, merged, where=str(path))]
     runs: list[TrainConfig] = []
-    for number, table in enumerate(tables, 1):
-        where = f"{path}, stage {number}"
+    for number, table in enumerate(tables or [{}], 1):
+        where = f"{path}, stage {number}" if tables else str(path)
         if {"out", "stages"} & {*table}:
             raise InputError("a stage has no out and no stages of its own", where=where)
-        merged = override(merge(values, table), settings)
-        out = merged.get("out", TrainConfig().out)
-        model = dict(merged.get("model", {}))
+        merged = find_again(override(merge(values, table), settings), path)
+        if tables:
+            merged["out"] = f"{merged.get('out', TrainConfig().out)}/stage-{number}"
         if runs:
-            model["init"] = runs[-1].out
-        merged |= {"out": f"{out}/stage-{number}", "model": model}
+            merged["model"] = {**merged.get("model", {}), "init": runs[-1].out}
         runs.append(build_config(TrainConfig, merged, where=where))
     return runs
 
@@ -78,13 +74,10 @@ def find_again(values: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Nested tables with the changes put in."""
-    merged = dict(values)
-    for key, change in changes.items():
-        before = merged.get(key)
-        if isinstance(before, Mapping) and isinstance(change, Mapping):
-            merged[key] = merge(before, change)
-        else:
-            merged[key] = change
+    merged = {**values, **changes}
+    for key in values.keys() & changes.keys():
+        if isinstance(values[key], Mapping) and isinstance(changes[key], Mapping):
+            merged[key] = merge(values[key], changes[key])
     return merged
 
 
