@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from msgspec.structs import replace
 
 from panoptic_cache.evaluate.metric.score import score_image
 from panoptic_cache.evaluate.study import bench
-from panoptic_cache.evaluate.study.comparison import Comparison, Trial
+from panoptic_cache.evaluate.study.comparison import Comparison, Trial, compare_decoders
 from panoptic_cache.evaluate.study.corruption import Corruption, corrupted_heads
 from panoptic_cache.evaluate.study.heads import (
+    ImageHeads,
     Meta,
+    Part,
     in_part,
     list_heads,
     read_heads,
@@ -30,10 +32,11 @@ from panoptic_cache.evaluate.study.heads import (
 from panoptic_cache.evaluate.study.rivals import Rival, rivals
 from panoptic_cache.pipeline.annotations import SegmentInfo
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.coco import Category, CocoPanoptic
+from panoptic_cache.pipeline.coco import Category, CocoLayout, CocoPanoptic
 from panoptic_cache.train.encoding import PositionalCode
 
 SHARED = Path(__file__).parents[1] / "../shared/real/heads"
+PARTS: tuple[Part, ...] = ("all", "tuning", "reporting")
 ROW = {"decoder", "All", "Things", "Stuff", "agnostic", "tp", "fp", "fn", "ms"}
 
 
@@ -238,3 +241,35 @@ def test_the_heads_of_real_networks_fit(name: str) -> None:
     meta = read_meta(SHARED / name)
     image = next(read_heads(list_heads(SHARED / name), meta))
     assert image.instance.shape == (4 * meta.harmonics, meta.network_size, meta.network_size)
+
+
+def test_what_settings_were_found_on_is_told(
+    tiny_root: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the names of networks and of splits; the parts of a split are those of all its photos."""
+    monkeypatch.setattr(bench, "rivals", lambda _: {})
+    monkeypatch.setattr(bench, "LEVELS", (0,))
+    seen: dict[str, set[str]] = {}
+
+    def note(images: Iterator[ImageHeads], count: int, *rest: Any, **more: Any) -> Comparison:
+        kept = [*images]
+        seen[part] |= {image.name for image in kept}
+        return compare_decoders(iter(kept), count, *rest, **more)
+
+    monkeypatch.setattr(bench, "compare_decoders", note)
+    for part in PARTS[1:]:
+        seen[part] = set()
+        for count in (2, 3, 5):
+            layout = CocoLayout.of(tiny_root, "train")
+            found = bench.bench_decode(layout, count, Corruption(56), part=part)
+            assert "settings were found" not in found.title
+    assert not seen["tuning"] & seen["reporting"]
+    monkeypatch.setattr(bench, "TUNED_ON", {"train"})
+    for part in PARTS:
+        seen[part] = set()
+    told = [bench.bench_decode(layout, 1, Corruption(56), part=part).title for part in PARTS]
+    assert ["settings were found" in title for title in told] == [True, True, False]
+    facts = json.loads((saved / "meta.json").read_text()) | {"name": "train"}
+    (saved / "meta.json").write_text(json.dumps(facts))
+    told = [bench.bench_heads(saved, part, 1).title for part in PARTS]
+    assert ["settings were found" in title for title in told] == [True, True, False]

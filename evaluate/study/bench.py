@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
@@ -13,27 +14,16 @@ from typing import Any
 import cv2
 import torch
 
+from panoptic_cache.evaluate.decoder.decode import PanopticMap
 from panoptic_cache.evaluate.metric.pairs import ImagePair
 from panoptic_cache.evaluate.metric.pq import GroupPQ
 from panoptic_cache.evaluate.metric.score import score_pairs
-from panoptic_cache.evaluate.study.comparison import (
-    Comparison,
-    Decoder,
-    compare_decoders,
-    our_decoder,
-)
+from panoptic_cache.evaluate.study import heads
+from panoptic_cache.evaluate.study.comparison import Comparison, compare_decoders, our_decoder
 from panoptic_cache.evaluate.study.corruption import Corruption, corrupted_heads
-from panoptic_cache.evaluate.study.heads import (
-    TUNED_ON,
-    ImageHeads,
-    Part,
-    in_part,
-    list_heads,
-    read_heads,
-    read_meta,
-)
+from panoptic_cache.evaluate.study.heads import TUNED_ON, ImageHeads, Part
 from panoptic_cache.evaluate.study.rivals import Rival, rivals
-from panoptic_cache.pipeline.coco import Category, CocoLayout
+from panoptic_cache.pipeline.coco import Category, CocoLayout, read_dataset
 from panoptic_cache.pipeline.render.bench import (
     BenchTable,
     Timing,
@@ -52,24 +42,14 @@ COLUMNS = ("PQ", "All", "Things", "Stuff", "agnostic", "TP", "FP", "FN", "ms/ima
 def bench_heads(folder: Path, part: Part = "all", limit: int | None = None) -> BenchTable:
     """Decodes the saved heads of a part, or the first `limit` of them, by ours and by others.
 
-    Raises:
-        InputError: The folder or a file of it cannot be used.
+    Raises InputError where the folder or a file of it cannot be used.
     """
-    meta = read_meta(folder)
-    paths = list_heads(folder, part)[:limit]
-    case = meta.name or folder.name
-    found = _compare(
-        partial(read_heads, paths, meta),
-        len(paths),
-        meta.categories,
-        meta.code(),
-        size=meta.network_size,
-        title=case,
-    )
-    title = f"decoding {len(paths)} images of {case}, {torch.get_num_threads()} threads"
-    if part != "reporting" and meta.name in TUNED_ON:
-        title += "; our settings were found on some of them"
-    return _table(title, {case: found})
+    meta = heads.read_meta(folder)
+    paths = heads.list_heads(folder, part)[:limit]
+    case, read = meta.name or folder.name, partial(heads.read_heads, paths, meta)
+    size, code = meta.network_size, meta.code()
+    found = _compare(read, len(paths), meta.categories, code, size=size, title=case)
+    return _table(_title(len(paths), f"of {case}", meta.name, part), {case: found})
 
 
 def bench_decode(
@@ -81,25 +61,37 @@ def bench_decode(
 ) -> BenchTable:
     """Decodes the ground truth's codes by ours and by others, at each of `LEVELS` of noise.
 
-    Made-up scenes where there is no layout; the paper's encoding where there is none given.
+    Made-up scenes where there is no layout; the paper's encoding where there is none given. Parts
+    are those of the whole split, whatever the number of images.
     """
     given, code = corruption or Corruption(), encoding or PositionalCode()
-    found = {}
-    with bench_dataset(layout, images) as whole:
-        names = {*in_part([record.key for record in whole.records], part)}
+    found, split = {}, layout.panoptic_json.stem.removeprefix("panoptic_") if layout else ""
+    with (
+        bench_dataset(None, images)
+        if layout is None
+        else nullcontext(read_dataset(layout)) as whole
+    ):
+        names = {*heads.in_part([record.key for record in whole.records], part)}
         records = tuple(record for record in whole.records if record.key in names)
-        dataset = replace(whole, records=records)
+        dataset = replace(whole, records=records).spread(images)
+        count = len(dataset.records)
         for level in LEVELS:
-            heads = partial(corrupted_heads, dataset, replace(given, noise=level), code)
+            make = partial(corrupted_heads, dataset, replace(given, noise=level), code)
             case = f"level {level}"
             found[case] = _compare(
-                heads, len(records), dataset.categories, code, size=given.size, title=case
+                make, count, dataset.categories, code, size=given.size, title=case
             )
-    title = f"decoding {len(records)} images at {given.size} px, {torch.get_num_threads()} threads"
+    title = _title(count, f"at {given.size} px", split, part)
     for name in ("semantic_noise", "drift"):
         if value := getattr(given, name):
             title += f", {name.replace('_', ' ')} {value:g}"
     return _table(title, found)
+
+
+def _title(count: int, what: str, name: str, part: Part) -> str:
+    title = f"decoding {count} images {what}, {torch.get_num_threads()} threads"
+    tuned = part != "reporting" and name in TUNED_ON
+    return title + "; our settings were found on some of them" * tuned
 
 
 def _compare(
@@ -112,26 +104,28 @@ def _compare(
     title: str,
 ) -> Comparison:
     """All decoders on the same images; a rival once for each setting, as `NAME|SETTING`."""
-
-    def alone(rival: Rival) -> Decoder:
-        return lambda some: [rival(image.positional(encoding), categories) for image in some]
-
     decoders = {OURS: our_decoder(categories, encoding)}
     for name, settings in rivals(size).items():
-        decoders |= {f"{name}|{setting}": alone(rival) for setting, rival in settings.items()}
+        for setting, rival in settings.items():
+            decoders[f"{name}|{setting}"] = partial(_each, rival, categories, encoding)
     decoders[OURS]([*islice(images(), 1)])  # warms up
     return compare_decoders(
         images(), count, decoders, categories=categories, encoding=encoding, title=title
     )
 
 
+def _each(
+    rival: Rival, categories: tuple[Category, ...], encoding: Encoding, some: Sequence[ImageHeads]
+) -> list[PanopticMap]:
+    return [rival(image.positional(encoding), categories) for image in some]
+
+
 def _table(title: str, found: Mapping[str, Comparison]) -> BenchTable:
     """A line for each decoder on each set of heads, then what the codes of each set look like.
 
-    A rival has the setting that suits it best over all sets. Of the values, PQ is in percent,
-    `agnostic` is the PQ of things as one category with its counts, `ms` wall milliseconds an image
-    from heads to the native map, `behind` the PQ of ours less this one's with its 95 % interval
-    over images; `timings` and `ratios` are means over the sets.
+    A rival has the setting that suits it best over all sets. PQ is in percent, `agnostic` that of
+    things as one category with its counts, `ms` wall milliseconds an image, `behind` the All PQ of
+    ours less this one's with its 95 % interval; `timings` and `ratios` are means over the sets.
     """
     scored = {case: {name: one.outcome(name) for name in one.trials} for case, one in found.items()}
 
@@ -162,7 +156,6 @@ def _table(title: str, found: Mapping[str, Comparison]) -> BenchTable:
                 row["behind"] = ours - row["All"]
                 row["interval"] = [100 * end for end in found[case].interval(OURS, name)]
             rows.append(row)
-    measured = {case: one.quality() for case, one in found.items()}
     by_decoder = {name: [row for row in rows if row["decoder"] == name] for name in best}
     ms = {name: fmean(row["ms"] for row in some) for name, some in by_decoder.items()}
     timings = [
@@ -174,16 +167,18 @@ def _table(title: str, found: Mapping[str, Comparison]) -> BenchTable:
         }
         for name, some in by_decoder.items()
     ]
+    qualities = {case: one.quality() for case, one in found.items()}
+    measured = {case: quality and asdict(quality) for case, quality in qualities.items()}
     values = {
         "title": title,
         "rows": rows,
-        "measured": {case: quality and asdict(quality) for case, quality in measured.items()},
+        "measured": measured,
         "timings": timings,
         "ratios": {f"{name} against ours": ms[name] / ms[OURS] for name in ms if name != OURS},
     }
     lines = [_line(row) for row in rows]
     for case, quality in measured.items():
-        for name, value in asdict(quality).items() if quality else ():
+        for name, value in (quality or {}).items():
             lines.append((f"{case}: measured {name}", f"{value:.3g}", *[""] * (len(COLUMNS) - 2)))
     return BenchTable(title, COLUMNS, lines, values)
 

@@ -38,9 +38,9 @@ from panoptic_cache.train.encoding import Encoding, PositionalCode, make_encodin
 META = "meta.json"
 Part = Literal["all", "tuning", "reporting"]
 """Images to find settings on, images to report numbers of, or both."""
-TUNED_ON = ("demo", "dsb300", "coco27", "scenes of seed 11", "nuclei of seed 31", "train2017")
-"""Networks, and splits of photos, on whose tuning parts our decoder's weights and settings were
-found. Their reporting parts, other networks and val2017 are for numbers that are told."""
+TUNED_ON = frozenset({"demo", "dsb300", "coco27", "train2017"})
+"""Saved heads, by the name in `meta.json`, and splits of photos on whose tuning parts our decoder's
+settings were found. Their reporting parts, and all others, are for numbers that are told."""
 REMEDY = "write them with panoptic evaluate --save-heads"
 
 
