@@ -21,8 +21,8 @@ import pytest
 from distributed import Client
 from handmade import hashes
 
-import panoptic_cache.pipeline.render.cluster
 import panoptic_cache.pipeline.render.driver
+import panoptic_cache.pipeline.render.workers
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
@@ -201,8 +201,8 @@ def test_workers_that_go_are_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As at the walltime of a cluster's jobs."""
-    monkeypatch.setattr(panoptic_cache.pipeline.render.cluster, "LOOK_SECONDS", 0.2)
-    monkeypatch.setattr(panoptic_cache.pipeline.render.cluster, "DESERTED_SECONDS", 0.5)
+    monkeypatch.setattr(panoptic_cache.pipeline.render.workers, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(panoptic_cache.pipeline.render.workers, "DESERTED_SECONDS", 0.5)
     cluster, out = Cluster(tmp_path), tmp_path / "cache"
 
     def replace_workers() -> None:
@@ -228,7 +228,7 @@ def test_workers_that_go_are_waited_for(
 def test_no_scheduler_is_said(
     tiny_dataset: CocoPanoptic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(panoptic_cache.pipeline.render.cluster, "CONNECT_SECONDS", 1)
+    monkeypatch.setattr(panoptic_cache.pipeline.render.workers, "CONNECT_SECONDS", 1)
     with pytest.raises(InputError, match="no Dask scheduler answers"):
         run(tiny_dataset, str(tmp_path), scheduler="tcp://127.0.0.1:9")
 

@@ -330,17 +330,19 @@ def test_renaming_ids_changes_no_target(root: Path) -> None:
         )
         cv2.imwrite(str(renamed.png), bgr)
         one, other = (
-            render_image(each, CONFIG, categories, Counter()) for each in (record, renamed)
+            render_image(each, CONFIG, categories, Counter())[0] for each in (record, renamed)
         )
         for name in ("segment_map", "eds", "void"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
         assert [replace(s, id=rename[s.id]) for s in one.segments] == list(other.segments)
 
 
-@pytest.mark.parametrize("which", ["photo", "png"])
+@pytest.mark.parametrize(("which", "scheme"), [("photo", ""), ("png", ""), ("photo", "local://")])
 def test_what_changed_before_a_run_goes_on_is_rendered_again(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str, scheme: str
 ) -> None:
+    # `local://` is a local disk that is reached as any remote place is.
+    storage = Storage(f"{scheme}{tmp_path / 'cache'}")
     dataset = read_dataset(CocoLayout.of(root, "train"))
     left, work = iter(range(2)), render_shard
 
@@ -352,7 +354,7 @@ def test_what_changed_before_a_run_goes_on_is_rendered_again(
     with monkeypatch.context() as patch:
         patch.setattr(panoptic_cache.pipeline.render.driver, "render_shard", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run(dataset, tmp_path / "cache")
+            render(dataset, "train", storage, CONFIG, workers=0)
     with (tmp_path / "cache" / "inputs.jsonl").open("a") as file:
         file.write('{"shard": "train-000')  # as a kill leaves it
     key = json.loads((tmp_path / "cache" / "train-00001.json").read_text())["samples"][0]["key"]
@@ -361,7 +363,7 @@ def test_what_changed_before_a_run_goes_on_is_rendered_again(
     with Image.open(path) as picture:
         picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path, quality=95)
     before = times(tmp_path / "cache")
-    run(dataset, tmp_path / "cache")
+    render(dataset, "train", storage, CONFIG, workers=0)
     run(dataset, tmp_path / "wanted")
     assert hashes(tmp_path / "cache") == hashes(tmp_path / "wanted")
     after = times(tmp_path / "cache")
@@ -514,7 +516,7 @@ def test_converted_photos_are_resized_once(root: Path) -> None:
     cv2.imwrite(str(record.photo), gray)
     categories = {category.id: category for category in dataset.categories}
     config = RenderConfig(fit="squash", size=40)
-    sample = render_image(record, config, categories, Counter())
+    (sample,) = render_image(record, config, categories, Counter())
     whole = simplejpeg.decode_jpeg(record.photo.read_bytes(), colorspace="RGB")
     wanted = encode_jpeg(cv2.resize(whole, (40, 40), interpolation=cv2.INTER_AREA), 95)
     assert sample.photo == wanted

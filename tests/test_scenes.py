@@ -19,13 +19,8 @@ from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import CocoLayout, read_dataset
 from panoptic_cache.pipeline.png import read_ids
-from panoptic_cache.pipeline.scenes.scene import (
-    CATEGORIES,
-    FIRST_VAL_INDEX,
-    Scene,
-    make_scene,
-    write_dataset,
-)
+from panoptic_cache.pipeline.scenes.looks import CATEGORIES
+from panoptic_cache.pipeline.scenes.scene import FIRST_VAL_INDEX, Scene, make_scene, write_dataset
 
 THINGS = {category["id"] for category in CATEGORIES if category["isthing"]}
 

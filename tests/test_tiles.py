@@ -155,7 +155,7 @@ def test_a_cache_of_tiles(tiny_dataset: CocoPanoptic, tmp_path: Path) -> None:
     categories = {category.id: category for category in tiny_dataset.categories}
     samples = [reader.sample(position) for position in range(len(reader))]
     for record in tiny_dataset.records[:2]:
-        whole = render_image(record, RenderConfig(), categories, Counter())
+        (whole,) = render_image(record, RenderConfig(), categories, Counter())
         mine = [sample for sample in samples if sample.image_id == record.image_id]
         assert len(mine) == len([*windows(whole.original_size, 24, 6)])
         brute_force(whole, mine[0])

@@ -99,27 +99,13 @@ class _PlanFile(Struct, frozen=True):
     settings: dict[str, Any]
 
 
-def shard_name(split: str, number: int) -> str:
-    """`{split}-{number:05d}`."""
-    return f"{split}-{number:05d}"
-
-
 def encode_plan(plan: str, settings: Mapping[str, Any]) -> bytes:
     """The bytes of `plan.json`: a plan's fingerprint, and its settings with the split."""
     return json.dumps({"fingerprint": plan, "settings": settings}, indent=1).encode() + b"\n"
 
 
-def claim(storage: Storage, plan: str, settings: Mapping[str, Any]) -> None:
-    """Writes `plan.json`; raises InputError where the folder belongs to another plan."""
-    if not is_claimed(storage, plan, settings):
-        storage.write(PLAN_NAME, encode_plan(plan, settings))
-
-
-def is_claimed(storage: Storage, plan: str, settings: Mapping[str, Any]) -> bool:
-    """Whether a folder was begun with this plan; False for a new one, or one without `plan.json`.
-
-    InputError where it was begun with another plan, or holds something else.
-    """
+def claim(storage: Storage, plan: str, settings: Mapping[str, Any], *, write: bool = True) -> None:
+    """Writes `plan.json` where there is none; InputError where the folder was begun otherwise."""
     where = storage.path(PLAN_NAME)
     try:
         found = decode_json(storage.read(PLAN_NAME), _PlanFile)
@@ -131,23 +117,20 @@ def is_claimed(storage: Storage, plan: str, settings: Mapping[str, Any]) -> bool
         what = "plan damaged"
     else:
         if found.fingerprint == plan:
-            return True
+            return
         changed = [
             f"{name} was {found.settings.get(name)}, now {settings.get(name)}"
             for name in {**settings, **found.settings}
             if found.settings.get(name) != settings.get(name)
         ]
-        raise InputError(
-            "; ".join(changed)
-            or "the annotation file, the set of images on the disk or the format changed",
-            where=storage.url,
-            remedy="the cache here was begun otherwise: use its settings or another folder",
-            code="plan-changed",
-        )
+        unseen = "the annotation file, the set of images on the disk or the format changed"
+        remedy = "the cache here was begun otherwise: use its settings or another folder"
+        raise InputError("; ".join(changed) or unseen, storage.url, remedy, "plan-changed")
     sidecars = [f"{name[:-4]}.json" for name in storage.sizes() if name.endswith(".tar")]
     if any(claimed_by(storage, name) != plan for name in sidecars):
         raise InputError(what, where=where, remedy="use another folder")
-    return False
+    if write:
+        storage.write(PLAN_NAME, encode_plan(plan, settings))
 
 
 def claimed_by(storage: Storage, file: str = PLAN_NAME) -> str | None:

@@ -86,21 +86,29 @@ def bench_render(layout: CocoLayout | None = None, images: int = 32) -> BenchTab
     cv2.setNumThreads(1)
     with bench_dataset(layout, images) as dataset:
         records, count = dataset.records, len(dataset.records)
-        ours_bytes = len(pack_shard(render_ours(dataset))[0])
-        obvious = Timing(
-            "the obvious way: Pillow, find_boundaries, scipy, a loop, dense arrays",
-            best_ms(lambda: render_obvious(records), count),
-            len(render_obvious(records)) / count / 1e3,
-        )
-        ours = Timing(
-            "ours",
-            best_ms(lambda: pack_shard(render_ours(dataset)), count),
-            ours_bytes / count / 1e3,
-        )
-        targets = Timing("- of which without the tar", best_ms(lambda: render_ours(dataset), count))
-        floor = Timing(
-            "the floor: read, decode the PNG, write a tar",
-            best_ms(lambda: render_floor(records, ours_bytes // count), count),
+        categories = {category.id: category for category in dataset.categories}
+
+        def render() -> list[Sample]:
+            config, repairs = RenderConfig(), Counter[str]()
+            samples = (render_image(each, config, categories, repairs) for each in records)
+            return [sample for of_image in samples for sample in of_image]
+
+        def timing(name: str, work: Callable[[], object], size: int = 0) -> Timing:
+            return Timing(name, best_ms(work, count), size / count / 1e3)
+
+        size = len(pack_shard(render())[0])
+        obvious, ours, targets, floor = (
+            timing(
+                "the obvious way: Pillow, find_boundaries, scipy, a loop, dense arrays",
+                lambda: render_obvious(records),
+                len(render_obvious(records)),
+            ),
+            timing("ours", lambda: pack_shard(render()), size),
+            timing("- of which without the tar", render),
+            timing(
+                "the floor: read, decode the PNG, write a tar",
+                lambda: render_floor(records, size // count),
+            ),
         )
     return timing_table(
         f"rendering {count} images on one core",
@@ -110,13 +118,6 @@ def bench_render(layout: CocoLayout | None = None, images: int = 32) -> BenchTab
             "ours against the floor": ours.ms / floor.ms,
         },
     )
-
-
-def render_ours(dataset: CocoPanoptic) -> list[Sample]:
-    """Every image of a dataset to its sample."""
-    categories = {category.id: category for category in dataset.categories}
-    config = RenderConfig()
-    return [render_image(record, config, categories, Counter()) for record in dataset.records]
 
 
 def render_obvious(records: Sequence[PanopticRecord]) -> bytes:

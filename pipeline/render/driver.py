@@ -12,7 +12,8 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,9 +32,15 @@ from panoptic_cache.pipeline.cache.index import (
 from panoptic_cache.pipeline.cache.sample import FORMAT_VERSION
 from panoptic_cache.pipeline.cache.shards import finished_shard
 from panoptic_cache.pipeline.coco import CocoPanoptic, Rejection, sort_rejections
-from panoptic_cache.pipeline.render.inputs import INPUTS_NAME, noted, unchanged
 from panoptic_cache.pipeline.render.job import FinishedShard, RenderJob, render_shard, tools
 from panoptic_cache.pipeline.render.plan import Plan, RenderConfig, ShardPlan, allowed, make_plan
+
+INPUTS_NAME = "inputs.jsonl"
+"""Until there is an index: a line for each shard with its `ShardPlan.inputs`."""
+NOTE_SECONDS = 1.0
+"""Between two writes of it. A shard that a kill leaves out is rendered again."""
+UNKNOWN = "unknown"
+"""In its place where an earlier version began a cache, or it was finished once."""
 
 log = logging.getLogger(__name__)
 
@@ -86,99 +93,128 @@ def render(
     """
     start = time.monotonic()
     plan = make_plan(dataset, split, config)
-    images = len(dataset.records) + len(dataset.rejections)
-    limit = 0 if strict else allowed(max_bad, images)
+    limit = 0 if strict else allowed(max_bad, plan.images)
     if len(plan.rejections) > limit:
-        first = plan.rejections[0]
+        first, bad = plan.rejections[0], len(plan.rejections)
         raise InputError(
-            f"{len(plan.rejections)} of {images} images are bad, {limit} are allowed; the first is"
+            f"{bad} of {plan.images} images are bad, {limit} are allowed; the first is"
             f" {first.image_id}: {first.message}",
             where=split,
             remedy="mend them, or raise --max-bad",
             code="max-bad",
         )
     storage = storage.absolute()
-    if INDEX_NAME in storage.sizes():
-        done = finished_shards(storage, plan, retry=retry)
-        if _is_whole(plan, dataset, done, storage):
-            log.info("%s: nothing to do, the cache is finished", storage.url)
-            return _result(plan, dataset, done, start, limit, strict=strict)
-    storage.create()
-    with storage.locked():
-        claim(storage, plan.fingerprint, plan.settings)
-        done = finished_shards(storage, plan, retry=retry)
-        if strict:
-            _check_strictly(done.values())
-        if done:
-            log.info("%d of %d shards are done already", len(done), len(plan.shards))
-        todo = [shard for shard in plan.shards if shard.name not in done]
-        if todo:
-            storage.remove(INDEX_NAME)  # an index says that the cache is finished
-        planned = {shard.name: len(shard.records) for shard in plan.shards}
-        finished = sum(planned[name] for name in done)
-        job = RenderJob(config, plan.fingerprint, dataset.categories, storage, strict, tools())
-        try:
-            with (
-                progress("render", len(dataset.records), "images", finished) as advance,
-                noted(storage, done) as notes,
-            ):
-
-                def note(shard: FinishedShard) -> None:
-                    done[shard.entry.name] = shard
-                    notes.add(shard.entry.name, shard.inputs)
-                    advance(planned[shard.entry.name])
-
-                _run(todo, job, workers, scheduler, note)
-        except Interrupted as stop:
-            stop.advice = (
-                f"{len(done)} of {len(plan.shards)} shards are done, run the same command to go on"
-            )
-            raise
-        _finish(plan, dataset, done, storage)
-    return _result(plan, dataset, done, start, limit, strict=strict)
-
-
-def _result(
-    plan: Plan,
-    dataset: CocoPanoptic,
-    done: dict[str, FinishedShard],
-    start: float,
-    limit: int,
-    *,
-    strict: bool,
-) -> RenderResult:
+    there = INDEX_NAME in storage.sizes()
+    done = finished_shards(storage, plan, retry=retry) if there else {}
+    if there and _is_whole(plan, done, storage):
+        log.info("%s: nothing to do, the cache is finished", storage.url)
+    else:
+        storage.create()
+        with storage.locked():
+            claim(storage, plan.fingerprint, plan.settings)
+            done = finished_shards(storage, plan, retry=retry)
+            if strict:
+                _check_strictly(done.values())
+            if done:
+                log.info("%d of %d shards are done already", len(done), len(plan.shards))
+            job = RenderJob(config, plan.fingerprint, plan.categories, storage, strict, tools())
+            _render_rest(plan, job, done, workers, scheduler)
+            _finish(plan, done, storage)
     if strict:
         _check_strictly(done.values())
-    _report(plan, done)
-    shards, left = [shard.entry for shard in done.values()], len(left_out(plan, done))
+    rejections = left_out(plan, done)
+    _report(plan, done, rejections)
     return RenderResult(
-        images=len(dataset.records) + len(dataset.rejections),
-        written=sum(shard.samples for shard in shards),
-        quarantined=left,
-        shards=len(shards),
-        bytes=sum(shard.size for shard in shards),
+        images=plan.images,
+        written=sum(shard.entry.samples for shard in done.values()),
+        quarantined=len(rejections),
+        shards=len(done),
+        bytes=sum(shard.entry.size for shard in done.values()),
         seconds=round(time.monotonic() - start, 3),
-        too_many=left > limit,
+        too_many=len(rejections) > limit,
     )
 
 
 def finished_shards(
     storage: Storage, plan: Plan, *, retry: bool = False
 ) -> dict[str, FinishedShard]:
-    """The shards that an earlier run finished, by name; with `retry`, only the complete ones."""
+    """The shards that an earlier run finished of inputs that have not changed since, by name.
+
+    With `retry`, only the complete ones. Without notes, all inputs count as unchanged.
+    """
     sizes = storage.sizes()
-    done = {
-        shard.name: FinishedShard.of(sidecar)
+    notes = _read_notes(storage) if INPUTS_NAME in sizes else None
+    found = [
+        (shard, FinishedShard.of(sidecar, (notes or {}).get(shard.name, UNKNOWN)))
         for shard in plan.shards
         if (sidecar := finished_shard(storage, shard.name, plan.fingerprint, sizes))
         and not (retry and sidecar.rejections)
-    }
-    same = unchanged(storage, (shard for shard in plan.shards if shard.name in done))
-    if len(same) < len(done):
-        log.warning(
-            "%d shards are rendered again: their photos or PNGs have changed", len(done) - len(same)
-        )
-    return {name: shard for name, shard in done.items() if name in same}
+    ]
+    done = {shard.name: finished for shard, finished in found}
+    if notes is None:
+        return done
+    with ThreadPoolExecutor(16) as pool:  # on a network disk, each answer takes its time
+        for (shard, finished), inputs in zip(
+            found, pool.map(lambda pair: pair[0].inputs(), found), strict=True
+        ):
+            if shard.name not in notes or finished.inputs not in {inputs, UNKNOWN}:
+                del done[shard.name]
+    if changed := len(found) - len(done):
+        log.warning("%d shards are rendered again: their photos or PNGs have changed", changed)
+    return done
+
+
+def _read_notes(storage: Storage) -> dict[str, str]:
+    """`ShardPlan.inputs` by shard; damaged lines are dropped."""
+    notes = {}
+    for line in storage.read(INPUTS_NAME).decode(errors="replace").splitlines():
+        with suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            notes[str(row["shard"])] = str(row["inputs"])
+    return notes
+
+
+def _render_rest(
+    plan: Plan, job: RenderJob, done: dict[str, FinishedShard], workers: int, scheduler: str | None
+) -> None:
+    """Renders the shards that are not `done`, in any order, and adds each.
+
+    No process of ours writes after that. What workers of a scheduler still write, `write_shard`
+    holds to the plan.
+    """
+    todo = [shard for shard in plan.shards if shard.name not in done]
+    if not todo:
+        return
+    storage, noted = job.storage, time.monotonic()
+    sizes = {shard.name: len(shard.records) for shard in plan.shards}
+
+    def write_notes() -> None:
+        rows = ({"shard": name, "inputs": shard.inputs} for name, shard in done.items())
+        storage.write(INPUTS_NAME, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+
+    storage.remove(INDEX_NAME)  # an index says that the cache is finished
+    write_notes()
+    finished = sum(sizes[name] for name in done)
+    with progress("render", sum(sizes.values()), "images", finished) as advance:
+
+        def note(shard: FinishedShard) -> None:
+            nonlocal noted
+            done[shard.entry.name] = shard
+            if time.monotonic() - noted > NOTE_SECONDS:
+                write_notes()
+                noted = time.monotonic()
+            advance(sizes[shard.entry.name])
+
+        try:
+            _run(todo, job, workers, scheduler, note)
+        except Interrupted as stop:
+            stop.advice = (
+                f"{len(done)} of {len(plan.shards)} shards are done, run the same command to go on"
+            )
+            raise
+        finally:
+            with suppress(InputError):  # the disk may be full
+                write_notes()
 
 
 def _run(
@@ -188,30 +224,21 @@ def _run(
     scheduler: str | None,
     note: Callable[[FinishedShard], None],
 ) -> None:
-    """Renders shards in any order, and notes each.
-
-    No process of ours writes after that. What workers of a scheduler still write, `write_shard`
-    holds to the plan.
-    """
     # Imported here: Dask takes longer than rendering some images.
-    if todo and scheduler is not None:
-        from panoptic_cache.pipeline.render.cluster import run_on  # noqa: PLC0415
+    if scheduler is not None:
+        from panoptic_cache.pipeline.render.workers import run_on  # noqa: PLC0415
 
-        with closing(run_on(scheduler, render_shard, todo, job)) as results:
-            for shard in results:
-                note(shard)
-    elif todo and workers > 0:
-        from panoptic_cache.pipeline.render.processes import run_here  # noqa: PLC0415
+        run_on(scheduler, render_shard, todo, job, note=note)
+    elif workers > 0:
+        from panoptic_cache.pipeline.render.workers import run_here  # noqa: PLC0415
 
         run_here(render_shard, todo, job, workers=workers, note=note)
     else:
-        for plan in todo:
-            note(render_shard(plan, job))
+        for shard in todo:
+            note(render_shard(shard, job))
 
 
-def _finish(
-    plan: Plan, dataset: CocoPanoptic, done: dict[str, FinishedShard], storage: Storage
-) -> None:
+def _finish(plan: Plan, done: dict[str, FinishedShard], storage: Storage) -> None:
     """Writes `quarantine.jsonl` and the index; InputError where a shard is missing here."""
     sizes = storage.sizes()
     for shard in (one.entry for one in done.values()):
@@ -222,28 +249,23 @@ def _finish(
                 remedy="--out must be a place that all workers share with this process",
                 code="not-shared",
             )
-    for name, data in _last_files(plan, dataset, done).items():
+    for name, data in _last_files(plan, done).items():
         storage.write(name, data)
-    if storage.local is not None:
-        storage.remove(INPUTS_NAME)
+    storage.remove(INPUTS_NAME)
 
 
-def _is_whole(
-    plan: Plan, dataset: CocoPanoptic, done: dict[str, FinishedShard], storage: Storage
-) -> bool:
+def _is_whole(plan: Plan, done: dict[str, FinishedShard], storage: Storage) -> bool:
     """Whether nothing is to be written, so that a disk may be read-only."""
     if len(done) < len(plan.shards) or claimed_by(storage) != plan.fingerprint:
         return False
     try:
-        files = _last_files(plan, dataset, done)
+        files = _last_files(plan, done)
         return all(storage.read(name) == data for name, data in files.items())
     except OSError:
         return False
 
 
-def _last_files(
-    plan: Plan, dataset: CocoPanoptic, done: dict[str, FinishedShard]
-) -> dict[str, bytes]:
+def _last_files(plan: Plan, done: dict[str, FinishedShard]) -> dict[str, bytes]:
     """`quarantine.jsonl` and the index of finished shards."""
     shards, rejections = [done[shard.name].entry for shard in plan.shards], left_out(plan, done)
     quarantine = "".join(f"{json.dumps(asdict(one))}\n" for one in rejections).encode()
@@ -252,7 +274,7 @@ def _last_files(
         split=plan.split,
         fingerprint=plan.fingerprint,
         settings=plan.config.settings(),
-        categories=dataset.categories,
+        categories=plan.categories,
         samples=sum(shard.samples for shard in shards),
         quarantined=len(rejections),
         quarantine_sha256=hashlib.sha256(quarantine).hexdigest(),
@@ -269,17 +291,13 @@ def left_out(plan: Plan, done: dict[str, FinishedShard]) -> tuple[Rejection, ...
 def _check_strictly(shards: Iterable[FinishedShard]) -> None:
     """Raises InputError where an earlier run left out or mended an image."""
     for shard in shards:
-        for rejection in shard.rejections:
-            raise InputError(
-                f"image {rejection.image_id}: {rejection.message}",
-                where=shard.entry.name,
-                code="strict",
-            )
-        for code, count in shard.repairs.items():
-            raise InputError(f"{code} in {count} places", where=shard.entry.name, code="strict")
+        wrong = [f"image {each.image_id}: {each.message}" for each in shard.rejections]
+        wrong += [f"{code} in {count} places" for code, count in shard.repairs.items()]
+        if wrong:
+            raise InputError(wrong[0], shard.entry.name, code="strict")
 
 
-def _report(plan: Plan, done: dict[str, FinishedShard]) -> None:
+def _report(plan: Plan, done: dict[str, FinishedShard], rejections: tuple[Rejection, ...]) -> None:
     repairs: Counter[str] = Counter()
     for shard in done.values():
         repairs.update(shard.repairs)
@@ -290,11 +308,10 @@ def _report(plan: Plan, done: dict[str, FinishedShard]) -> None:
             turned,
         )
     for code, count in sorted(repairs.items()):
-        if count:
-            log.warning("mended: %s, %d times", code, count)
-    for code, count in sorted(Counter(r.code for r in left_out(plan, done)).items()):
+        log.warning("mended: %s, %d times", code, count)
+    for code, count in sorted(Counter(each.code for each in rejections).items()):
         log.warning("left out: %s, %d images, see %s", code, count, QUARANTINE_NAME)
-    if any(shard.rejections for shard in done.values()):
+    if len(rejections) > len(plan.rejections):
         log.info("pictures that are mended come in with --retry")
     if plan.rejections:
         log.info("files that were missing and annotations, once mended, need a new cache")

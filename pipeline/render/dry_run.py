@@ -12,13 +12,13 @@ from typing import Any
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.base.terminal import progress
-from panoptic_cache.pipeline.cache.index import is_claimed
+from panoptic_cache.pipeline.cache.index import claim
 from panoptic_cache.pipeline.cache.shards import pack_shard
 from panoptic_cache.pipeline.coco import CocoPanoptic, PanopticRecord, Rejection
 from panoptic_cache.pipeline.photo import check_photo
 from panoptic_cache.pipeline.png import read_png
 from panoptic_cache.pipeline.render.driver import finished_shards, left_out
-from panoptic_cache.pipeline.render.job import prepare_worker, render_samples
+from panoptic_cache.pipeline.render.job import prepare_worker, render_image
 from panoptic_cache.pipeline.render.plan import RenderConfig, allowed, make_plan
 
 log = logging.getLogger(__name__)
@@ -53,27 +53,23 @@ def dry_run(
     Raises:
         InputError: The folder was begun with other settings.
     """
-    plan = make_plan(dataset, split, config)
-    images = len(dataset.records) + len(dataset.rejections)
-    limit = allowed(max_bad, images)
-    is_claimed(storage, plan.fingerprint, plan.settings)  # raises if it holds another plan
+    plan, records = make_plan(dataset, split, config), dataset.records
+    limit = allowed(max_bad, plan.images)
+    claim(storage, plan.fingerprint, plan.settings, write=False)
     done = finished_shards(storage, plan, retry=retry)
     found = {one.image_id: one for one in left_out(plan, done)}
-    with (
-        ThreadPoolExecutor(16) as pool,
-        progress("check", len(dataset.records), "images") as advance,
-    ):
-        for rejection in pool.map(_check, dataset.records):
+    with ThreadPoolExecutor(16) as pool, progress("check", len(records), "images") as advance:
+        for record, rejection in zip(records, pool.map(_check, records), strict=True):
             advance()
             if rejection is not None:
-                found.setdefault(rejection.image_id, rejection)
-    good = [record for record in dataset.records if record.image_id not in found]
+                found.setdefault(record.image_id, rejection)
+    good = [record for record in records if record.image_id not in found]
     prepare_worker()
     categories = {category.id: category for category in dataset.categories}
     start, sizes = time.monotonic(), []
     for record in good[:: max(1, len(good) // TRIED)][:TRIED]:
         try:
-            samples = render_samples(record, config, categories, Counter())
+            samples = render_image(record, config, categories, Counter())
             sizes.append(sum(entry.size for entry in pack_shard(samples)[1]))
         except InputError as error:
             found[record.image_id] = Rejection.of(record.image_id, record.file_name, error)
@@ -85,12 +81,15 @@ def dry_run(
             log.warning("left out: %s, %d images", code, count)
     left = sum(len(shard.records) for shard in plan.shards if shard.name not in done)
     total = sum(sizes) * len(good) // max(1, len(sizes))
-    missing = total * left // max(1, len(dataset.records))
-    free = _free_bytes(storage)
+    missing = total * left // max(1, len(records))
+    folder = storage.absolute().local  # where a cache lies or would lie
+    while folder is not None and not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    free = None if folder is None else shutil.disk_usage(folder).free
     if free is not None and free < missing:
         log.warning("%s: %d MB are free, %d MB are needed", storage.url, free >> 20, missing >> 20)
     return {
-        "images": images,
+        "images": plan.images,
         "quarantined": len(found),
         "too_many": len(found) > limit,
         "shards": len(plan.shards),
@@ -109,11 +108,3 @@ def _check(record: PanopticRecord) -> Rejection | None:
     except InputError as error:
         return Rejection.of(record.image_id, record.file_name, error)
     return None
-
-
-def _free_bytes(storage: Storage) -> int | None:
-    """Free bytes on the disk where a cache lies or would lie; None if unknown."""
-    folder = storage.absolute().local
-    while folder is not None and not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return None if folder is None else shutil.disk_usage(folder).free

@@ -24,9 +24,8 @@ from panoptic_cache.pipeline.cache.sample import (
 )
 from panoptic_cache.pipeline.cache.shards import write_shard
 from panoptic_cache.pipeline.coco import Category, PanopticRecord, Rejection
-from panoptic_cache.pipeline.photo import Photo, encode_jpeg, fitted_size, load_photo
+from panoptic_cache.pipeline.photo import encode_jpeg, fitted_size, load_photo
 from panoptic_cache.pipeline.png import MOST_UNKNOWN, check_known, read_ids
-from panoptic_cache.pipeline.render.inputs import input_mark
 from panoptic_cache.pipeline.render.plan import RenderConfig, ShardPlan
 from panoptic_cache.pipeline.targets import (
     compute_targets,
@@ -36,6 +35,10 @@ from panoptic_cache.pipeline.targets import (
     resize_segment_map,
 )
 from panoptic_cache.pipeline.tiles import Window, tile_key, windows
+
+OUTAGE = 2
+"""So many images in a row that cannot be read, however often it is tried, are not at fault."""
+_FAILING = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +60,10 @@ class FinishedShard:
     entry: ShardEntry  # The shard's line in the index
     rejections: tuple[Rejection, ...]  # Images of it that were left out
     repairs: Mapping[str, int]  # Counts by code
-    inputs: str = ""  # See `input_mark`
+    inputs: str  # See `ShardPlan.inputs`
 
     @classmethod
-    def of(cls, sidecar: Sidecar, inputs: str = "") -> FinishedShard:
+    def of(cls, sidecar: Sidecar, inputs: str) -> FinishedShard:
         """Without the samples."""
         return cls(sidecar.entry(), sidecar.rejections, sidecar.repairs, inputs)
 
@@ -83,14 +86,11 @@ def render_shard(shard: ShardPlan, job: RenderJob) -> FinishedShard:
     bytes than the driver, or, with `strict`, anything is wrong with an image.
     """
     if job.tools != tools():
-        raise InputError(
-            f"this worker has {tools()}, the driver {job.tools}",
-            where=shard.name,
-            remedy="install the same versions everywhere: else bytes depend on who renders",
-            code="worker-differs",
-        )
+        what = f"this worker has {tools()}, the driver {job.tools}"
+        remedy = "install the same versions everywhere: else bytes depend on who renders"
+        raise InputError(what, shard.name, remedy, "worker-differs")
     prepare_worker()
-    inputs = input_mark(shard)  # before they are read: what changes meanwhile has changed
+    inputs = shard.inputs()  # before they are read: what changes meanwhile has changed
     categories = {category.id: category for category in job.categories}
     rejections: list[Rejection] = []
     repairs: Counter[str] = Counter()
@@ -100,9 +100,10 @@ def render_shard(shard: ShardPlan, job: RenderJob) -> FinishedShard:
         for record in shard.records:
             mended: Counter[str] = Counter()
             try:
-                of_image = render_samples(record, job.config, categories, mended)
-                if job.strict:
-                    _refuse_repairs(record, mended)
+                of_image = render_image(record, job.config, categories, mended)
+                if job.strict and (wrong := [*(+mended).items()]):
+                    what = f"image {record.image_id}: {wrong[0][0]} in {wrong[0][1]} places"
+                    raise InputError(what, record.png, "mend it, or leave out --strict", "strict")
                 _FAILING = 0
             except InputError as error:
                 _check_there(record)
@@ -122,11 +123,6 @@ def render_shard(shard: ShardPlan, job: RenderJob) -> FinishedShard:
     return FinishedShard.of(sidecar, inputs)
 
 
-OUTAGE = 2
-"""So many images in a row that cannot be read, however often it is tried, are not at fault."""
-_FAILING = 0
-
-
 def _check_there(record: PanopticRecord) -> None:
     """Raises InputError if a file that the plan has seen is gone, or neither can be read.
 
@@ -140,100 +136,34 @@ def _check_there(record: PanopticRecord) -> None:
         except OSError as error:
             failing += [error] if error.errno in PASSING else []
         if len(failing) == 2:
-            raise InputError(
-                f"cannot be read: {failing[0].strerror}",
-                where=record.photo,
-                remedy="the disk or share fails: go on with the same command when it is back",
-                code="input-failing",
-            )
+            what = f"cannot be read: {failing[0].strerror}"
+            remedy = "the disk or share fails: go on with the same command when it is back"
+            raise InputError(what, record.photo, remedy, "input-failing")
         if not failing and not path.exists():
-            raise InputError(
-                "was there when the work was planned, and is not there for this worker",
-                where=path,
-                remedy="give every worker the dataset under the same path, and go on",
-                code="input-gone",
-            )
-
-
-def _refuse_repairs(record: PanopticRecord, repairs: Mapping[str, int]) -> None:
-    for code, count in repairs.items():
-        if count:
-            raise InputError(
-                f"image {record.image_id}: {code} in {count} places",
-                where=record.png,
-                remedy="mend it, or leave out --strict",
-                code="strict",
-            )
-
-
-def render_samples(
-    record: PanopticRecord,
-    config: RenderConfig,
-    categories: dict[int, Category],
-    repairs: Counter[str],
-) -> list[Sample]:
-    """One image to its sample, or to the samples of its tiles; see `render_image`."""
-    if config.tile is None:
-        return [render_image(record, config, categories, repairs)]
-    whole, photo = _render(record, config, categories, repairs)
-    assert photo.rgb is not None
-    tiles = windows(whole.original_size, config.tile, config.overlap)
-    return [cut_tile(whole, photo.rgb, window, config.jpeg_quality) for window in tiles]
-
-
-def cut_tile(whole: Sample, rgb: NDArray[np.uint8], window: Window, jpeg_quality: int) -> Sample:
-    """The sample of a tile, from that of its image and the (H, W, 3) photo.
-
-    Areas, boxes and centroids are those of the parts of segments that lie in the tile: a network
-    that sees no more cannot know where the rest is. Distances are those of the whole image: a
-    boundary outside the tile still counts, and the tile's own edge is none.
-    """
-    segment_map, kept = drop_empty_rows(whole.segment_map[window.place], len(whole.segments))
-    rows = [whole.segments[row] for row in kept]
-    top, left = window.rows[0], window.columns[0]
-    key = tile_key(whole.key, top, left)
-    if len(key.encode()) > MAX_TILE_KEY:
-        raise InputError(
-            f"the key of a tile would have more than {MAX_TILE_KEY} bytes",
-            where=whole.file_name,
-            remedy="give the photo a shorter name",
-            code="key-invalid",
-        )
-    return replace(
-        whole,
-        key=key,
-        photo=encode_jpeg(rgb[window.place], jpeg_quality),
-        segment_map=np.ascontiguousarray(segment_map),
-        eds=np.ascontiguousarray(whole.eds[window.place]),
-        void=np.ascontiguousarray(whole.void[window.place]),
-        segments=measured(rows, geometry(segment_map, len(rows))),
-        tile=(top, left),
-    )
+            what = "was there when the work was planned, and is not there for this worker"
+            remedy = "give every worker the dataset under the same path, and go on"
+            raise InputError(what, path, remedy, "input-gone")
 
 
 def render_image(
     record: PanopticRecord,
     config: RenderConfig,
-    categories: dict[int, Category],
+    categories: Mapping[int, Category],
     repairs: Counter[str],
-) -> Sample:
-    """One annotated image -> its sample: read strictly, fitted, targets computed after that.
+) -> list[Sample]:
+    """One annotated image -> its sample, or those of its tiles.
 
-    `categories` are by id; `repairs` counts, by code, what was mended on the way. InputError where
-    the image must be left out.
+    Read strictly, fitted, targets computed after that.
+
+    Args:
+        record: The image.
+        config: How to fit and cut it.
+        categories: By id.
+        repairs: Counts, by code, what was mended on the way.
+
+    Raises:
+        InputError: The image must be left out.
     """
-    whole, photo = _render(record, config, categories, repairs)
-    height, width = whole.segment_map.shape
-    return replace(whole, photo=photo.resized((height, width), config.jpeg_quality))
-
-
-def _render(
-    record: PanopticRecord,
-    config: RenderConfig,
-    categories: dict[int, Category],
-    repairs: Counter[str],
-) -> tuple[Sample, Photo]:
-    """The sample of an image, still without its photo, and the photo as it is on disk."""
     ids = read_ids(record.png, (record.height, record.width), bgr=record.bgr)  # (H, W) int32
     pixels = config.size is not None or config.tile is not None
     photo = load_photo(record, repairs, pixels=pixels)
@@ -253,23 +183,23 @@ def _render(
     if size != ids.shape:
         segment_map, kept = drop_empty_rows(resize_segment_map(segment_map, size), len(rows))
         rows = [rows[row] for row in kept]
-    targets = compute_targets(segment_map, [row.iscrowd for row in rows])
-    segments = [
+    targets = compute_targets(segment_map, [bool(row.iscrowd) for row in rows])
+    unmeasured = [
         Segment(
             id=row.id,
             category_id=row.category_id,
             label=categories[row.category_id].label,
             isthing=categories[row.category_id].isthing,
             iscrowd=bool(row.iscrowd),
-            area=0,  # these three are measured on the map
+            area=0,
             bbox=(0, 0, 0, 0),
             centroid=None,
         )
         for row in rows
     ]
-    table = measured(segments, targets.geometry)
+    segments = measured(unmeasured, targets.geometry)
     if size == ids.shape:
-        for row, found in zip(rows, table, strict=True):
+        for row, found in zip(rows, segments, strict=True):
             repairs["area-wrong"] += row.area is not None and row.area != found.area
             repairs["bbox-wrong"] += row.bbox is not None and row.bbox != found.bbox
     sample = Sample(
@@ -281,6 +211,36 @@ def _render(
         segment_map=segment_map,
         eds=encode_distance(targets.distance),
         void=targets.void,
-        segments=table,
+        segments=segments,
     )
-    return sample, photo
+    if config.tile is None:
+        return [replace(sample, photo=photo.resized(size, config.jpeg_quality))]
+    assert photo.rgb is not None
+    tiles = windows(ids.shape, config.tile, config.overlap)
+    return [cut_tile(sample, photo.rgb, window, config.jpeg_quality) for window in tiles]
+
+
+def cut_tile(whole: Sample, rgb: NDArray[np.uint8], window: Window, jpeg_quality: int) -> Sample:
+    """The sample of a tile, from that of its image and the (H, W, 3) photo.
+
+    Areas, boxes and centroids are those of the parts of segments that lie in the tile: a network
+    that sees no more cannot know where the rest is. Distances are those of the whole image: a
+    boundary outside the tile still counts, and the tile's own edge is none.
+    """
+    segment_map, kept = drop_empty_rows(whole.segment_map[window.place], len(whole.segments))
+    rows = [whole.segments[row] for row in kept]
+    top, left = window.rows[0], window.columns[0]
+    key = tile_key(whole.key, top, left)
+    if len(key.encode()) > MAX_TILE_KEY:
+        what = f"the key of a tile would have more than {MAX_TILE_KEY} bytes"
+        raise InputError(what, whole.file_name, "give the photo a shorter name", "key-invalid")
+    return replace(
+        whole,
+        key=key,
+        photo=encode_jpeg(rgb[window.place], jpeg_quality),
+        segment_map=np.ascontiguousarray(segment_map),
+        eds=np.ascontiguousarray(whole.eds[window.place]),
+        void=np.ascontiguousarray(whole.void[window.place]),
+        segments=measured(rows, geometry(segment_map, len(rows))),
+        tile=(top, left),
+    )

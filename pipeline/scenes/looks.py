@@ -37,6 +37,19 @@ class Look(IntEnum):
     UNKNOWN = 9
 
 
+CATEGORIES: list[dict[str, Any]] = [
+    {"id": 1, "name": "ball", "supercategory": "round", "isthing": 1, "color": [220, 60, 70]},
+    {"id": 3, "name": "crate", "supercategory": "angular", "isthing": 1, "color": [190, 120, 50]},
+    {"id": 4, "name": "tent", "supercategory": "angular", "isthing": 1, "color": [140, 70, 200]},
+    {"id": 8, "name": "ring", "supercategory": "round", "isthing": 1, "color": [250, 140, 40]},
+    {"id": 13, "name": "star", "supercategory": "angular", "isthing": 1, "color": [240, 210, 60]},
+    {"id": 21, "name": "sky", "supercategory": "open", "isthing": 0, "color": [130, 180, 230]},
+    {"id": 22, "name": "wall", "supercategory": "built", "isthing": 0, "color": [150, 90, 80]},
+    {"id": 40, "name": "grass", "supercategory": "ground", "isthing": 0, "color": [90, 160, 70]},
+    {"id": 57, "name": "water", "supercategory": "ground", "isthing": 0, "color": [40, 100, 150]},
+]
+"""The categories as COCO lists them, in the order of `Look`; the ids have gaps, like COCO's."""
+
 THINGS = (Look.BALL, Look.CRATE, Look.TENT, Look.RING, Look.STAR)
 
 
@@ -243,9 +256,47 @@ def _water(rng: np.random.Generator, height: int, width: int, unit: float) -> Pi
     return _mixed(_rgb(hue, 0.8, 0.42), _rgb(hue - 0.02, 0.35, 0.85), np.clip(waves, 0, 1))
 
 
-TEXTURES = {Look.SKY: _sky, Look.WALL: _wall, Look.GRASS: _grass, Look.WATER: _water}
+_TEXTURES = {Look.SKY: _sky, Look.WALL: _wall, Look.GRASS: _grass, Look.WATER: _water}
 """Textures of stuff, called with a generator, a height and width in pixels, and a unit.
 
 The unit is the pixels that the texture takes for one, so that it grows with the picture. The result
 is a `Picture`, in [0, 1] but for a little overshoot.
 """
+
+
+def paint_stuff(
+    rng: np.random.Generator, height: int, width: int, unit: float
+) -> tuple[Canvas, list[Look]]:
+    """Paints bands of stuff with wavy borders; returns them and the look of rows 1, 2, ..."""
+    looks = [Look.SKY if rng.random() < 0.7 else Look.WALL]
+    looks += [Look.GRASS, Look.WATER] if rng.random() < 0.5 else [Look.WATER, Look.GRASS]
+    cuts = [rng.uniform(0.28, 0.4), rng.uniform(0.6, 0.75)]
+    if rng.random() < 0.8:
+        looks, cuts = looks[:2], [rng.uniform(0.35, 0.6)]
+    across = np.linspace(0, 1, width, dtype=np.float32)
+    borders = [np.zeros(width, np.float32)]
+    for cut in cuts:
+        wave = np.sin(across * rng.uniform(3, 9) + rng.uniform(0, 6))
+        wave += 0.4 * np.sin(across * rng.uniform(12, 25) + rng.uniform(0, 6))
+        borders.append(height * (cut + rng.uniform(0.01, 0.045) * wave).astype(np.float32))
+    borders.append(np.full(width, height, np.float32))
+
+    photo: Picture = np.zeros((height, width, 3), np.float32)
+    rows = np.ones((height, width), np.uint8)
+    down = np.arange(height, dtype=np.float32)[:, None] + np.float32(0.5)
+    for row, (look, upper, lower) in enumerate(zip(looks, borders, borders[1:], strict=False), 1):
+        first, last = max(0, int(upper.min()) - 1), min(height, int(lower.max()) + 2)
+        stuff = _TEXTURES[look](rng, last - first, width, unit)
+        cover = np.clip(down[first:last] - upper + np.float32(0.5), 0, 1)
+        photo[first:last] += cover[..., None] * (stuff - photo[first:last])
+        rows[first:last][cover >= 0.5] = row
+    return Canvas(photo, rows, rng.standard_normal((height, width), dtype=np.float32)), looks
+
+
+def inside_patch(patch: Shape, height: int, width: int) -> npt.NDArray[np.bool_]:
+    """(H, W) bool: inside a circle with a wavy outline."""
+    x = np.arange(width, dtype=np.float32)[None, :] - np.float32(patch.x)
+    y = np.arange(height, dtype=np.float32)[:, None] - np.float32(patch.y)
+    turn = np.arctan2(y, x) + patch.angle
+    limit = 1 + 0.15 * np.sin(3 * turn) + 0.1 * np.sin(5 * turn + patch.angle)
+    return np.asarray(np.hypot(x, y) < patch.r * limit)

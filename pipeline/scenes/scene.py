@@ -12,32 +12,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
+from msgspec.structs import asdict
 
 from panoptic_cache.pipeline.annotations import SegmentInfo
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage, write_file
 from panoptic_cache.pipeline.png import ids_to_rgb
-from panoptic_cache.pipeline.scenes.layout import lay_out
-from panoptic_cache.pipeline.scenes.looks import TEXTURES, Canvas, Look, Picture, Shape, paint_thing
-
-CATEGORIES: list[dict[str, Any]] = [
-    {"id": 1, "name": "ball", "supercategory": "round", "isthing": 1, "color": [220, 60, 70]},
-    {"id": 3, "name": "crate", "supercategory": "angular", "isthing": 1, "color": [190, 120, 50]},
-    {"id": 4, "name": "tent", "supercategory": "angular", "isthing": 1, "color": [140, 70, 200]},
-    {"id": 8, "name": "ring", "supercategory": "round", "isthing": 1, "color": [250, 140, 40]},
-    {"id": 13, "name": "star", "supercategory": "angular", "isthing": 1, "color": [240, 210, 60]},
-    {"id": 21, "name": "sky", "supercategory": "open", "isthing": 0, "color": [130, 180, 230]},
-    {"id": 22, "name": "wall", "supercategory": "built", "isthing": 0, "color": [150, 90, 80]},
-    {"id": 40, "name": "grass", "supercategory": "ground", "isthing": 0, "color": [90, 160, 70]},
-    {"id": 57, "name": "water", "supercategory": "ground", "isthing": 0, "color": [40, 100, 150]},
-]
-"""The categories as COCO lists them, in the order of `Look`; the ids have gaps, like COCO's."""
+from panoptic_cache.pipeline.scenes.looks import (
+    CATEGORIES,
+    THINGS,
+    Look,
+    Shape,
+    inside_patch,
+    paint_stuff,
+    paint_thing,
+)
 
 SPECIALS = ("plain", "unlabelled", "crowd", "concentric", "plain", "tiny", "cut", "split")
 """What a scene contains, by `index % 8`. "unlabelled" alternates: an unknown object, a patch."""
@@ -48,6 +43,9 @@ FIRST_VAL_INDEX = 900_000_000
 MIN_SIZE = 32
 VERSION = 1
 """Increases whenever the same arguments give other bytes."""
+
+_COUNTS = {2: 0.2, 3: 0.28, 4: 0.24, 5: 0.14, 6: 0.08, 7: 0.06}
+"""Probability of each number of things in a scene."""
 
 # Short over long side, and whether the image is upright. Five formats, so that each of the eight
 # specials meets each format.
@@ -62,6 +60,14 @@ class Scene:
     ids: npt.NDArray[np.int32]  # (H, W) int32 segment ids, 0 = unlabelled
     # A row for every id in `ids` but 0, with area (pixels) and bbox; stuff first.
     segments: tuple[SegmentInfo, ...]
+
+
+class _Group(NamedTuple):
+    """The shapes of one segment: one, or several for a crowd."""
+
+    look: Look
+    shapes: tuple[Shape, ...]
+    iscrowd: bool = False
 
 
 def make_scene(seed: int, index: int, size: int = 160) -> Scene:
@@ -79,11 +85,11 @@ def make_scene(seed: int, index: int, size: int = 160) -> Scene:
     if special == "unlabelled":
         special = ("unknown", "patch")[index // len(SPECIALS) % 2]
 
-    canvas, looks = _paint_stuff(rng, height, width, unit=size / 160)
+    canvas, looks = paint_stuff(rng, height, width, unit=size / 160)
     table = [(look, False) for look in looks]
-    groups, patches = lay_out(rng, special, height, width)
+    groups, patches = _Layout(rng, height, width).scene(special)
     for patch in patches:
-        canvas.rows[_inside_patch(patch, height, width)] = 0
+        canvas.rows[inside_patch(patch, height, width)] = 0
     for group in groups:
         row = 0
         if group.look is not Look.UNKNOWN:
@@ -92,7 +98,159 @@ def make_scene(seed: int, index: int, size: int = 160) -> Scene:
         for shape in group.shapes:
             paint_thing(rng, canvas, group.look, shape, row=row)
     ids, segments = _label(rng, canvas.rows, table)
-    return Scene(_expose(rng, canvas), ids, segments)
+    photo = canvas.photo * np.float32(255 * rng.uniform(0.85, 1.08))  # exposure
+    photo += canvas.grain[..., None] * np.float32(rng.uniform(1.5, 4))  # sensor noise
+    return Scene(np.clip(photo, 0, 255, out=photo).astype(np.uint8), ids, segments)
+
+
+def _label(
+    rng: np.random.Generator, rows: npt.NDArray[np.uint8], table: list[tuple[Look, bool]]
+) -> tuple[npt.NDArray[np.int32], tuple[SegmentInfo, ...]]:
+    """The id map and the visible segments; ids are colours close to the category's, as in COCO."""
+    areas = np.bincount(rows.ravel(), minlength=len(table) + 1)
+    ids = [0]
+    segments = []
+    for row, (look, iscrowd) in enumerate(table, start=1):
+        category, identity = CATEGORIES[look], 0
+        while identity in ids:
+            red, green, blue = np.clip(category["color"] + rng.integers(-24, 25, 3), 0, 255)
+            identity = int(red + 256 * green + 65536 * blue)
+        ids.append(identity)
+        if areas[row]:  # COCO lists visible segments only
+            x, y, width, height = cv2.boundingRect((rows == row).view(np.uint8))
+            box = (x, y, width, height)
+            segments.append(
+                SegmentInfo(identity, category["id"], 1 if iscrowd else 0, int(areas[row]), box)
+            )
+    return np.array(ids, np.int32)[rows], tuple(segments)
+
+
+class _Layout:
+    """Where the things of a scene are, in pixels: decided before painting."""
+
+    def __init__(self, rng: np.random.Generator, height: int, width: int) -> None:
+        self.rng, self.height, self.width = rng, height, width
+        self.side = min(height, width)
+
+    def scene(self, special: str) -> tuple[list[_Group], list[Shape]]:
+        """The things back to front, and the patches of stuff to leave unlabelled.
+
+        Those of `special` come last, so that nothing hides them.
+        """
+        front: list[_Group] = getattr(self, f"_{special}", list)()
+        patches = []
+        if special == "patch":
+            radius = self.side * self.rng.uniform(0.16, 0.24)
+            patches = [Shape(*self._spot(radius), radius, self.rng.uniform(0, 2 * np.pi))]
+        taken = [shape for group in front for shape in group.shapes] + patches
+        count = int(self.rng.choice(list(_COUNTS), p=list(_COUNTS.values())))
+        things = []
+        for _ in range(max(2, count - len(front))):
+            look, radius = self._look(), self.side * (0.08 + 0.2 * self.rng.random() ** 1.2)
+            spot = self._free_spot(radius, taken)
+            if spot is None:
+                continue
+            shape = self._pose(look, spot, radius)
+            if look is Look.CRATE:
+                shape = Shape(shape.x, shape.y, shape.r, shape.angle, self.rng.uniform(1, 2))
+            taken.append(shape)
+            things.append(_Group(look, (shape,)))
+        things.sort(key=lambda group: group.shapes[0].y)  # lower in the image is nearer
+        return things + front, patches
+
+    def _spot(self, margin: float) -> tuple[float, float]:
+        """A point (x, y) at least `margin` pixels from the border."""
+        x = self.rng.uniform(margin, self.width - margin)
+        return x, self.rng.uniform(margin, self.height - margin)
+
+    def _look(self, looks: tuple[Look, ...] = THINGS) -> Look:
+        return looks[int(self.rng.integers(len(looks)))]
+
+    def _pose(self, look: Look, spot: tuple[float, float], radius: float) -> Shape:
+        """A shape in a typical pose: tents stand about upright, other things are turned freely."""
+        tent = look is Look.TENT
+        turn = self.rng.normal(0, 0.3) if tent else self.rng.uniform(0, 2 * np.pi)
+        return Shape(*spot, radius, float(turn))
+
+    def _free_spot(self, radius: float, taken: list[Shape]) -> tuple[float, float] | None:
+        """A centre (x, y) that leaves more than half of a smaller neighbour visible, or None."""
+        rng, margin = self.rng, 0.8 * radius
+        peers = [other for other in taken if other.r > radius / 3]
+        for _ in range(24):
+            if peers and rng.random() < 0.4:  # often next to another thing: segments overlap
+                other = peers[int(rng.integers(len(peers)))]
+                reach, turn = 0.85 * (other.r + radius), rng.uniform(0, 2 * np.pi)
+                x, y = other.x + reach * np.cos(turn), other.y + reach * np.sin(turn)
+            else:
+                x, y = self._spot(margin)
+            inside = margin <= x <= self.width - margin and margin <= y <= self.height - margin
+            if inside and all(
+                np.hypot(x - o.x, y - o.y) > 0.95 * max(radius, o.r) + 0.2 * min(radius, o.r)
+                for o in taken
+            ):
+                return float(x), float(y)
+        return None
+
+    def _unknown(self) -> list[_Group]:
+        """An object of no category."""
+        radius = self.side * self.rng.uniform(0.13, 0.2)
+        return [_Group(Look.UNKNOWN, (self._pose(Look.UNKNOWN, self._spot(radius), radius),))]
+
+    def _crowd(self) -> list[_Group]:
+        """Ten to twenty small things of one look, in lines, as one segment."""
+        rng, look, radius = self.rng, self._look(), max(2.0, 0.042 * self.side)
+        columns, lines = int(rng.integers(5, 8)), int(rng.integers(2, 4))
+        x, y = rng.uniform(0.35, 0.65) * self.width, rng.uniform(0.45, 0.75) * self.height
+        shapes = []
+        for i in range(columns * lines):
+            right = 2.5 * (i % columns - (columns - 1) / 2) + rng.uniform(-0.4, 0.4)
+            down = 2.5 * (i // columns - (lines - 1) / 2) + rng.uniform(-0.4, 0.4)
+            spot = x + radius * right, y + radius * down
+            shapes.append(self._pose(look, spot, radius * rng.uniform(0.85, 1.15)))
+        return [_Group(look, tuple(shapes), iscrowd=True)]
+
+    def _concentric(self) -> list[_Group]:
+        """Two things with the same centre: their centroids do not tell them apart."""
+        radius = self.side * self.rng.uniform(0.2, 0.28)
+        spot = self._spot(radius)
+        back, front, part = (
+            (Look.RING, Look.BALL, 0.4),
+            (Look.RING, Look.BALL, 0.4),
+            (Look.CRATE, Look.STAR, 0.55),
+            (Look.BALL, Look.CRATE, 0.5),
+        )[int(self.rng.integers(4))]
+        sizes = ((back, radius), (front, part * radius))
+        return [_Group(look, (self._pose(look, spot, reach),)) for look, reach in sizes]
+
+    def _tiny(self) -> list[_Group]:
+        """Two things a few pixels wide, centred on a pixel so that even the thinnest covers one."""
+        groups = []
+        for _ in range(2):
+            look, radius = self._look(), max(2.0, self.side * self.rng.uniform(0.017, 0.023))
+            x, y = self._spot(4 * radius)
+            shape = self._pose(look, (int(x) + 0.5, int(y) + 0.5), radius)
+            groups.append(_Group(look, (shape,)))
+        return groups
+
+    def _cut(self) -> list[_Group]:
+        """A large thing, about half of it outside the image."""
+        look, radius = self._look(), self.side * self.rng.uniform(0.2, 0.28)
+        x, y = self._spot(radius)
+        out, border = self.rng.uniform(-0.25, 0.25) * radius, int(self.rng.integers(4))
+        if border < 2:
+            x = border * self.width + out
+        else:
+            y = (border - 2) * self.height + out
+        return [_Group(look, (self._pose(look, (x, y), radius),))]
+
+    def _split(self) -> list[_Group]:
+        """A thing that a plank in front of it cuts in two."""
+        look = self._look((Look.BALL, Look.CRATE))
+        radius = self.side * self.rng.uniform(0.2, 0.26)
+        x, y = self._spot(1.3 * radius)
+        plank = Shape(x, y, 1.3 * radius, self.rng.uniform(0, np.pi), self.rng.uniform(4.5, 6))
+        thing = _Group(look, (self._pose(look, (x, y), radius),))
+        return [thing, _Group(Look.CRATE, (plank,))]
 
 
 def write_dataset(
@@ -113,127 +271,59 @@ def write_dataset(
     something else, or an argument is out of range.
     """
     if min(images, val_images, seed) < 0 or images > FIRST_VAL_INDEX or size < MIN_SIZE:
-        raise InputError(
-            f"cannot draw {images} + {val_images} scenes of {size} px with seed {seed}",
-            remedy=f"no number may be negative, and scenes need at least {MIN_SIZE} px",
-        )
-    arguments = {
-        "images": images,
-        "val_images": val_images,
-        "seed": seed,
-        "size": size,
-        "version": VERSION,
+        what = f"cannot draw {images} + {val_images} scenes of {size} px with seed {seed}"
+        remedy = f"no number may be negative, and scenes need at least {MIN_SIZE} px"
+        raise InputError(what, remedy=remedy)
+    arguments = {"images": images, "val_images": val_images, "seed": seed, "size": size}
+    arguments["version"] = VERSION
+    scenes = [("train", index) for index in range(images)]
+    scenes += [("val", FIRST_VAL_INDEX + index) for index in range(val_images)]
+    annotations = root / "annotations"
+    documents: dict[str, dict[str, Any]] = {
+        split: {
+            "info": {"description": "Made-up scenes", **arguments},
+            "licenses": [],
+            "categories": CATEGORIES,
+            "images": [],
+            "annotations": [],
+        }
+        for split in ("train", "val")
     }
-    indexes = {
-        "train": range(images),
-        "val": range(FIRST_VAL_INDEX, FIRST_VAL_INDEX + val_images),
-    }
-    annotations = {split: root / "annotations" / f"panoptic_{split}.json" for split in indexes}
-    scenes = [
-        (split, index, *_paths(root, split, index))
-        for split, numbers in indexes.items()
-        for index in numbers
-    ]
+
+    def paths(split: str, index: int) -> tuple[Path, Path]:
+        name = f"{index + 1:012d}"
+        return root / split / f"{name}.jpg", annotations / f"panoptic_{split}" / f"{name}.png"
+
     marker = root / "synthetic.json"
     if root.is_file() or any(root.glob("[!.]*")):
         if not marker.is_file() or marker.read_bytes() != _json_bytes(arguments):
-            raise InputError(
+            what, remedy = (
                 "holds something other than these scenes",
-                where=root,
-                remedy="choose another folder or remove this one",
-                code="folder-taken",
+                "choose another folder or remove",
             )
-        scenes_are_there = all(photo.is_file() and png.is_file() for *_, photo, png in scenes)
-        if scenes_are_there and all(file.is_file() for file in annotations.values()):
+            raise InputError(what, root, f"{remedy} this one", "folder-taken")
+        files = [path for scene in scenes for path in paths(*scene)]
+        files += [annotations / f"panoptic_{split}.json" for split in documents]
+        if all(path.is_file() for path in files):
             return False
     storage = Storage(str(root))
     storage.create()
     with storage.locked():
         _write(marker, _json_bytes(arguments))
-        for split, file in annotations.items():
+        for split in documents:
             (root / split).mkdir(exist_ok=True)
-            file.with_suffix("").mkdir(parents=True, exist_ok=True)
-        rows: dict[str, list[tuple[Any, Any]]] = {split: [] for split in indexes}
-        for done, (split, index, photo, png) in enumerate(scenes, start=1):
-            rows[split].append(_write_scene(photo, png, index, make_scene(seed, index, size)))
+            (annotations / f"panoptic_{split}").mkdir(parents=True, exist_ok=True)
+        for done, (split, index) in enumerate(scenes, start=1):
+            image, annotation = _write_scene(
+                *paths(split, index), index, make_scene(seed, index, size)
+            )
+            documents[split]["images"].append(image)
+            documents[split]["annotations"].append(annotation)
             if progress is not None:
                 progress(done)
-        for split, file in annotations.items():
-            document = {
-                "info": {"description": "Made-up scenes", **arguments},
-                "licenses": [],
-                "categories": CATEGORIES,
-                "images": [image for image, _ in rows[split]],
-                "annotations": [annotation for _, annotation in rows[split]],
-            }
-            _write(file, _json_bytes(document))
+        for split, document in documents.items():
+            _write(annotations / f"panoptic_{split}.json", _json_bytes(document))
     return True
-
-
-def _paint_stuff(
-    rng: np.random.Generator, height: int, width: int, unit: float
-) -> tuple[Canvas, list[Look]]:
-    """Paints bands of stuff with wavy borders; returns them and the look of rows 1, 2, ..."""
-    looks = [Look.SKY if rng.random() < 0.7 else Look.WALL]
-    looks += [Look.GRASS, Look.WATER] if rng.random() < 0.5 else [Look.WATER, Look.GRASS]
-    cuts = [rng.uniform(0.28, 0.4), rng.uniform(0.6, 0.75)]
-    if rng.random() < 0.8:
-        looks, cuts = looks[:2], [rng.uniform(0.35, 0.6)]
-    across = np.linspace(0, 1, width, dtype=np.float32)
-    borders = [np.zeros(width, np.float32)]
-    for cut in cuts:
-        wave = np.sin(across * rng.uniform(3, 9) + rng.uniform(0, 6))
-        wave += 0.4 * np.sin(across * rng.uniform(12, 25) + rng.uniform(0, 6))
-        borders.append(height * (cut + rng.uniform(0.01, 0.045) * wave).astype(np.float32))
-    borders.append(np.full(width, height, np.float32))
-
-    photo: Picture = np.zeros((height, width, 3), np.float32)
-    rows = np.ones((height, width), np.uint8)
-    down = np.arange(height, dtype=np.float32)[:, None] + np.float32(0.5)
-    for row, (look, upper, lower) in enumerate(zip(looks, borders, borders[1:], strict=False), 1):
-        first, last = max(0, int(upper.min()) - 1), min(height, int(lower.max()) + 2)
-        stuff = TEXTURES[look](rng, last - first, width, unit)
-        cover = np.clip(down[first:last] - upper + np.float32(0.5), 0, 1)
-        photo[first:last] += cover[..., None] * (stuff - photo[first:last])
-        rows[first:last][cover >= 0.5] = row
-    return Canvas(photo, rows, rng.standard_normal((height, width), dtype=np.float32)), looks
-
-
-def _inside_patch(patch: Shape, height: int, width: int) -> npt.NDArray[np.bool_]:
-    """(H, W) bool: inside a circle with a wavy outline."""
-    x = np.arange(width, dtype=np.float32)[None, :] - np.float32(patch.x)
-    y = np.arange(height, dtype=np.float32)[:, None] - np.float32(patch.y)
-    turn = np.arctan2(y, x) + patch.angle
-    limit = 1 + 0.15 * np.sin(3 * turn) + 0.1 * np.sin(5 * turn + patch.angle)
-    return np.asarray(np.hypot(x, y) < patch.r * limit)
-
-
-def _expose(rng: np.random.Generator, canvas: Canvas) -> npt.NDArray[np.uint8]:
-    """(H, W, 3) uint8: the photo with a random brightness and sensor noise."""
-    photo = canvas.photo * np.float32(255 * rng.uniform(0.85, 1.08))
-    photo += canvas.grain[..., None] * np.float32(rng.uniform(1.5, 4))
-    return np.clip(photo, 0, 255, out=photo).astype(np.uint8)
-
-
-def _label(
-    rng: np.random.Generator, rows: npt.NDArray[np.uint8], table: list[tuple[Look, bool]]
-) -> tuple[npt.NDArray[np.int32], tuple[SegmentInfo, ...]]:
-    """The id map and the visible segments; ids are colours close to the category's, as in COCO."""
-    areas = np.bincount(rows.ravel(), minlength=len(table) + 1)
-    ids = [0]
-    segments = []
-    for row, (look, iscrowd) in enumerate(table, start=1):
-        category, identity = CATEGORIES[look], 0
-        while identity in ids:
-            red, green, blue = np.clip(category["color"] + rng.integers(-24, 25, 3), 0, 255)
-            identity = int(red + 256 * green + 65536 * blue)
-        ids.append(identity)
-        if areas[row] == 0:
-            continue  # COCO lists visible segments only
-        x, y, width, height = cv2.boundingRect((rows == row).view(np.uint8))
-        bbox = (x, y, width, height)
-        segments.append(SegmentInfo(identity, category["id"], iscrowd, int(areas[row]), bbox))
-    return np.array(ids, np.int32)[rows], tuple(segments)
 
 
 def _write_scene(
@@ -244,21 +334,12 @@ def _write_scene(
     bgr = np.ascontiguousarray(ids_to_rgb(scene.ids)[..., ::-1])
     _write(png, cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 3])[1].tobytes())
     height, width = scene.ids.shape
-    names = ("id", "category_id", "area", "bbox")
     segments = [
-        {name: getattr(row, name) for name in names} | {"iscrowd": int(row.iscrowd)}
+        {key: value for key, value in asdict(row).items() if key != "score"}
         for row in scene.segments
     ]
-    return (
-        {"id": index + 1, "file_name": photo.name, "height": height, "width": width},
-        {"image_id": index + 1, "file_name": png.name, "segments_info": segments},
-    )
-
-
-def _paths(root: Path, split: str, index: int) -> tuple[Path, Path]:
-    """Photo and panoptic PNG of a scene."""
-    name, pngs = f"{index + 1:012d}", root / "annotations" / f"panoptic_{split}"
-    return root / split / f"{name}.jpg", pngs / f"{name}.png"
+    image = {"id": index + 1, "file_name": photo.name, "height": height, "width": width}
+    return image, {"image_id": index + 1, "file_name": png.name, "segments_info": segments}
 
 
 def _json_bytes(document: object) -> bytes:
