@@ -26,7 +26,7 @@ from panoptic_cache.evaluate.metric.pq import (
 )
 from panoptic_cache.evaluate.metric.score import score_pairs
 from panoptic_cache.pipeline.annotations import SegmentInfo
-from panoptic_cache.pipeline.base import workers as processes
+from panoptic_cache.pipeline.base import process as processes
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.pipeline.png import ids_to_rgb

@@ -20,7 +20,7 @@ from conftest import Run
 from panoptic_cache.evaluate.metric import workers as workers_module
 from panoptic_cache.evaluate.metric.pairs import read_pairs
 from panoptic_cache.evaluate.metric.workers import map_pairs, useful_workers
-from panoptic_cache.pipeline.base import workers as processes
+from panoptic_cache.pipeline.base import process as processes
 from panoptic_cache.pipeline.base.terminal import progress, table
 
 ROOT = Path(__file__).parents[1]
@@ -82,8 +82,8 @@ def test_workers_score_the_same_however_they_start(
     script.write_text(
         "import multiprocessing, sys\n"
         "from panoptic_cache import cli\n"
-        "from panoptic_cache.pipeline.base import workers\n"
-        f"workers._context = lambda: multiprocessing.get_context({method!r})\n"
+        "from panoptic_cache.pipeline.base import process\n"
+        f"process._context = lambda: multiprocessing.get_context({method!r})\n"
         "if __name__ == '__main__':\n"
         "    cli.main()\n"
     )
@@ -103,7 +103,7 @@ def test_workers_score_the_same_however_they_start(
 def test_it_forks_only_where_no_other_thread_runs() -> None:
     script = (
         "import threading\n"
-        "from panoptic_cache.pipeline.base.workers import _context\n"
+        "from panoptic_cache.pipeline.base.process import _context\n"
         "print(_context().get_start_method())\n"
         "wait = threading.Event()\n"
         "threading.Thread(target=wait.wait).start()\n"

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from panoptic_cache.evaluate.metric.pairs import ImagePair
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.process import keep_heap
-from panoptic_cache.pipeline.base.workers import map_in_order
+from panoptic_cache.pipeline.base.process import keep_heap, map_in_order
 from panoptic_cache.pipeline.png import read_ids
 
 Ids = NDArray[np.int32]

@@ -1,4 +1,7 @@
-"""The process: ended by Ctrl-C or `kill` in one line, and quick with large blocks of memory."""
+"""Processes: ended by Ctrl-C or `kill` in one line, quick with large blocks of memory, shared work.
+
+What only some commands need is imported where it is used: they start sooner by it.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,25 @@ import ctypes
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, TypeVar
 
+from panoptic_cache.pipeline.base.errors import InputError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+    from multiprocessing.context import BaseContext
+
+T = TypeVar("T")
+Result = TypeVar("Result")
+
+WINDOW = 8
+"""Tasks a worker that may be waiting, under way or finished but not yet asked for."""
 ARENA_MAX, MMAP_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD = -8, -4, -3, -1
 """Of mallopt(3)."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -132,3 +149,70 @@ def keep_heap(*, large: bool = False) -> None:
     if large:
         mallopt(MMAP_MAX, 0)
         mallopt(TRIM_THRESHOLD, 1 << 30)
+
+
+def map_in_order(
+    work: Callable[[T], Result], items: Iterable[T], workers: int
+) -> Generator[Result]:
+    """Yields `work(item)` of each item, in their order, from that many processes; 0 or 1: this one.
+
+    Work and items must pickle. Raises the first error of `work`, and InputError where a process
+    died.
+    """
+    if workers <= 1:
+        yield from map(work, items)
+        return
+    from concurrent.futures import ProcessPoolExecutor  # noqa: PLC0415
+    from concurrent.futures.process import BrokenProcessPool  # noqa: PLC0415
+
+    with ProcessPoolExecutor(workers, _context(), _start_worker) as pool:
+        # A bounded window: results of a slow consumer do not pile up, and an error stops soon.
+        window: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                with held_back():  # Ctrl-C is for this process alone
+                    window.append(pool.submit(work, item))
+                if len(window) > WINDOW * workers:
+                    yield window.popleft().result()
+            while window:
+                yield window.popleft().result()
+        except BrokenProcessPool as error:
+            remedy = "use fewer workers if memory ran out; a script needs a __main__ guard"
+            raise InputError("a worker process died", "", remedy, "worker-died") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _context() -> BaseContext:
+    """Fork where this thread is the only one, else spawn.
+
+    A spawned process imports everything again: 100 images took two processes 0.91 s with spawn and
+    0.64 s with fork. But a forked process never sees the locks of other threads released.
+    """
+    from multiprocessing import get_context  # noqa: PLC0415
+
+    threads = Path("/proc/self/task")  # Linux alone lists them, and forks well
+    alone = threads.is_dir() and len(list(threads.iterdir())) == 1
+    return get_context("fork" if alone else "spawn")
+
+
+def _start_worker() -> None:
+    import cv2  # noqa: PLC0415
+
+    end_with_parent()
+    cv2.setNumThreads(1)
+    keep_heap()
+
+
+def end_with_parent() -> None:
+    """Ends this process when its parent is gone: workers of one that was killed would wait on."""
+    from multiprocessing import parent_process  # noqa: PLC0415
+
+    parent = parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

@@ -23,9 +23,8 @@ import msgspec
 from panoptic_cache.pipeline.base.config import decode_json, fingerprint
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage, no_links, write_file
-from panoptic_cache.pipeline.base.process import Interrupted
+from panoptic_cache.pipeline.base.process import Interrupted, map_in_order
 from panoptic_cache.pipeline.base.terminal import progress
-from panoptic_cache.pipeline.base.workers import map_in_order
 from panoptic_cache.pipeline.coco import CocoLayout, Rejection, sort_rejections
 from panoptic_cache.pipeline.convert.files import without_suffix
 from panoptic_cache.pipeline.convert.image import Job, Outcome, convert_image, make_folder

@@ -6,7 +6,6 @@ import errno
 import itertools
 import logging
 import os
-import threading
 import time
 import uuid
 from asyncio import CancelledError
@@ -15,15 +14,14 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import active_children, get_context, parent_process, resource_tracker
-from multiprocessing.connection import wait
+from multiprocessing import active_children, get_context, resource_tracker
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from dask.callbacks import Callback
 from dask.multiprocessing import get
 
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.process import held_back
+from panoptic_cache.pipeline.base.process import end_with_parent, held_back
 from panoptic_cache.pipeline.render.plan import ShardPlan
 
 if TYPE_CHECKING:
@@ -114,7 +112,7 @@ def _pool(size: int) -> Iterator[_Pool]:
         try:
             # Otherwise the first process to be spawned starts it, and so lets signals through.
             resource_tracker.ensure_running()
-            pool = _Pool(size, get_context("spawn"), _end_with_parent)
+            pool = _Pool(size, get_context("spawn"), end_with_parent)
             pool.submit(os.getpid).result(START_SECONDS)
         except (OSError, BrokenProcessPool, TimeoutError) as error:
             _raise_not_started(error)
@@ -124,18 +122,6 @@ def _pool(size: int) -> Iterator[_Pool]:
             process.kill()  # the next run renders what was under way
         if pool is not None:
             pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """Ends this process when its parent is gone: a pool's processes would wait for ever."""
-    parent = parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _raise_not_started(error: Exception) -> NoReturn:
