@@ -27,7 +27,7 @@ from panoptic_cache.evaluate.tiles import paste, stitch
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.pipeline.photo import Fit, fitted_size, read_photo, resize_photo
-from panoptic_cache.pipeline.pictures.colours import Picture, centroid_colours, semantic_colours
+from panoptic_cache.pipeline.pictures import Picture, centroid_colours, semantic_colours
 from panoptic_cache.pipeline.sources import as_pixels
 from panoptic_cache.pipeline.tiles import Window, check_tile, windows
 from panoptic_cache.train.config import Precision

@@ -27,7 +27,7 @@ from panoptic_cache.pipeline.base.config import decode_json
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage, cannot_write, no_links, stamp
 from panoptic_cache.pipeline.coco import Category
-from panoptic_cache.pipeline.pictures.colours import encode_picture
+from panoptic_cache.pipeline.pictures import encode_picture
 from panoptic_cache.pipeline.png import ids_to_rgb, read_ids
 
 PNG_FOLDER, JSON_NAME, OVERLAYS = "panoptic", "panoptic.json", "overlays"

@@ -174,8 +174,7 @@ def inspect(
 ) -> None:
     """Show a cache or a shard as a table, a sample as one picture."""
     from panoptic_cache.pipeline.cache.inspect import describe, find_sample, summary_table
-    from panoptic_cache.pipeline.pictures.colours import save_picture
-    from panoptic_cache.pipeline.pictures.sheets import sample_sheet
+    from panoptic_cache.pipeline.pictures import sample_sheet, save_picture
 
     if sample is not None or out is not None:
         found, categories = find_sample(place, sample)

@@ -53,6 +53,8 @@ COMMAND_LINE = {"commands", "console", "__main__"}
 def package(path: Path) -> str:
     """The row of the table that a file belongs to; the command line has rows of its own."""
     parts = path.relative_to(ROOT).with_suffix("").parts
+    if ".".join(parts) in ARROWS:
+        return ".".join(parts)
     if parts[-1] in COMMAND_LINE:
         return ".".join((*parts[:-1], parts[-1].replace("__main__", "commands")))
     return ".".join(parts if len(parts) == 1 else parts[:-1])

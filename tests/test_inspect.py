@@ -18,12 +18,7 @@ from panoptic_cache.pipeline.cache.inspect import describe, find_sample, readabl
 from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
 from panoptic_cache.pipeline.photo import decode_photo, fitted_size
-from panoptic_cache.pipeline.pictures.colours import resized
-from panoptic_cache.pipeline.pictures.sheets import (
-    TILE,
-    labelled_map,
-    sample_sheet,
-)
+from panoptic_cache.pipeline.pictures import TILE, resized, sample_sheet, segment_colours
 from panoptic_cache.pipeline.render.driver import render
 from panoptic_cache.pipeline.render.plan import RenderConfig
 
@@ -191,10 +186,13 @@ def test_crowd_is_drawn_as_stuff(tiny_cache: Path) -> None:
     reader = ShardReader(tiny_cache)
     samples = [reader.sample(position) for position in range(len(reader))]
     crowded = next(s for s in samples if any(segment.iscrowd for segment in s.segments))
-    drawn = labelled_map(crowded)
-    rows = [row for row, segment in enumerate(crowded.segments) if segment.iscrowd]
-    assert drawn.crowd == frozenset(rows)
-    assert not any(drawn.isthing[row] for row in rows)
+    crowd = next(segment for segment in crowded.segments if segment.iscrowd)
+    assert crowd.isthing
+    alone = replace(crowded, segments=(crowd,), segment_map=np.ones_like(crowded.segment_map))
+    page = sample_sheet(alone)
+    pale, thing = (segment_colours([crowd.label], [isthing])[1] for isthing in (False, True))
+    assert (page == pale).all(-1).any()
+    assert not (page == thing).all(-1).any()
 
 
 def test_damaged_photo_is_told(tiny_cache: Path) -> None:

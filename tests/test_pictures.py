@@ -10,22 +10,20 @@ import numpy as np
 import pytest
 
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.pictures.colours import (
+from panoptic_cache.pipeline.pictures import (
     centroid_colours,
+    font,
     heat,
     instance_numbers,
+    label_segments,
+    legend,
     overlay,
     save_picture,
     segment_colours,
     semantic_colours,
-    stained,
-)
-from panoptic_cache.pipeline.pictures.sheets import (
-    label_segments,
-    legend,
     sheet,
     shortened,
-    text_width,
+    stained,
 )
 from panoptic_cache.pipeline.targets import boundary
 
@@ -146,7 +144,7 @@ def test_long_text_is_cut() -> None:
     assert shortened("short", 200, 15) == "short"
     text = shortened("a very long name of a category", 100, 15)
     assert text.endswith("...")
-    assert text_width(text, 15) <= 100
+    assert font(15).getlength(text) <= 100
 
 
 def test_legend_counts_what_does_not_fit() -> None:

@@ -23,6 +23,7 @@ from panoptic_cache.evaluate.report.pictures import (
     FALSE,
     MISSED,
     ImageView,
+    LabelledMap,
     compare,
     comparison_sheet,
     draw_pictures,
@@ -38,7 +39,7 @@ from panoptic_cache.evaluate.report.pictures import (
 from panoptic_cache.evaluate.report.tables import score_text
 from panoptic_cache.pipeline.annotations import SegmentInfo
 from panoptic_cache.pipeline.coco import Category
-from panoptic_cache.pipeline.pictures.colours import LabelledMap, segment_colours
+from panoptic_cache.pipeline.pictures import segment_colours
 
 CATEGORIES = (
     Category(1, "disc", True, 0),

@@ -20,8 +20,7 @@ from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.cache.sample import Sample
 from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.pipeline.coco import CocoLayout, read_dataset
-from panoptic_cache.pipeline.pictures.colours import Picture
-from panoptic_cache.pipeline.pictures.sheets import Tile, sheet, shortened
+from panoptic_cache.pipeline.pictures import Picture, Tile, sheet, shortened
 from panoptic_cache.pipeline.render.driver import render
 from panoptic_cache.pipeline.render.plan import RenderConfig
 from panoptic_cache.train.augment import Augmentation, make_item

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from panoptic_cache.pipeline.base.config import decode_json
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import no_links, write_file
-from panoptic_cache.pipeline.pictures.colours import Picture, save_picture
+from panoptic_cache.pipeline.pictures import Picture, save_picture
 
 log = logging.getLogger(__name__)
 

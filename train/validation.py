@@ -18,8 +18,13 @@ from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.cache.sample import Sample
 from panoptic_cache.pipeline.cache.shards import ShardReader
 from panoptic_cache.pipeline.coco import Category
-from panoptic_cache.pipeline.pictures.colours import Picture, centroid_colours, semantic_colours
-from panoptic_cache.pipeline.pictures.sheets import Tile, sheet
+from panoptic_cache.pipeline.pictures import (
+    Picture,
+    Tile,
+    centroid_colours,
+    semantic_colours,
+    sheet,
+)
 from panoptic_cache.train.augment import Augmentation, make_item
 from panoptic_cache.train.caches import check_rendered_size
 from panoptic_cache.train.config import LossConfig, TrainConfig

@@ -18,7 +18,7 @@ from panoptic_cache.evaluate.report.pictures import BOTH, FALSE, MISSED, Figure
 from panoptic_cache.evaluate.report.tables import measures, percent, size_name
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import Category
-from panoptic_cache.pipeline.pictures.colours import segment_colours
+from panoptic_cache.pipeline.pictures import segment_colours
 
 PAGE_NAME = "report.html"
 CONFUSIONS = 12

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +16,20 @@ from panoptic_cache.pipeline.annotations import SegmentInfo
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.pipeline.photo import fitted_size
-from panoptic_cache.pipeline.pictures.colours import (
-    LabelledMap,
+from panoptic_cache.pipeline.pictures import (
     Picture,
+    Tile,
     encode_picture,
     instance_numbers,
+    label_segments,
     overlay,
     resized,
     save_picture,
     segment_colours,
+    sheet,
     stained,
 )
-from panoptic_cache.pipeline.pictures.sheets import Tile, label_segments, sheet
-from panoptic_cache.pipeline.targets import make_segment_map
+from panoptic_cache.pipeline.targets import SegmentMap, make_segment_map, resize_segment_map
 
 COMPARED = 6
 """Images on the sheet of truth beside prediction."""
@@ -45,6 +46,20 @@ MISSED, FALSE, BOTH = (213, 94, 0), (0, 114, 178), (196, 105, 160)
 
 
 @dataclass(frozen=True, slots=True)
+class LabelledMap:
+    """What a picture needs of the segments of one image, true or predicted."""
+
+    segment_map: SegmentMap  # (H, W) segment map, 0 = unlabelled or void, i = segment i - 1 below
+    labels: tuple[int, ...]  # Contiguous category of each segment
+    isthing: tuple[bool, ...]  # Whether its category has instances; false for a crowd
+    crowd: frozenset[int] = frozenset()  # Positions of the crowds among the segments
+
+    def resized(self, size: tuple[int, int]) -> LabelledMap:
+        """The same segments at (height, width), nearest neighbour."""
+        return replace(self, segment_map=resize_segment_map(self.segment_map, size))
+
+
+@dataclass(frozen=True, slots=True)
 class ImageView:
     """One image and its prediction; maps have the photo's size, heads any size."""
 
@@ -52,8 +67,8 @@ class ImageView:
     photo: NDArray[np.uint8]  # (H, W, 3) uint8 RGB
     truth: LabelledMap  # See `true_map`
     prediction: LabelledMap  # See `predicted_map`
-    instance: Picture | None = None  # Instance head; see `colours.centroid_colours`
-    semantic: Picture | None = None  # Semantic head; see `colours.semantic_colours`
+    instance: Picture | None = None  # Instance head; see `centroid_colours`
+    semantic: Picture | None = None  # Semantic head; see `semantic_colours`
     pq: float | None = None  # PQ of this image, see `PQStat.mean_pq`
 
 

@@ -19,7 +19,7 @@ from panoptic_cache.evaluate.runs.study import Run, Study
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import CocoLayout, read_dataset
 from panoptic_cache.pipeline.photo import fitted_size, read_annotated
-from panoptic_cache.pipeline.pictures.colours import Picture, encode_picture, resized
+from panoptic_cache.pipeline.pictures import Picture, encode_picture, resized
 from panoptic_cache.pipeline.png import read_ids
 
 PAGE_NAME = "study.html"
