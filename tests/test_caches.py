@@ -121,6 +121,18 @@ def test_batches_hold_the_parts_on_any_number_of_readers(
     assert seen == {**dict.fromkeys(first, 1), **dict.fromkeys(second, 9)}
 
 
+def test_readers_share_the_files_that_a_process_may_open(
+    tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three shards each; four readers of eight files keep two of them open."""
+    monkeypatch.setattr("panoptic_cache.pipeline.cache.shards.open_files", lambda: 8)
+    reader = ShardReader(tiny_cache, 4)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for position in range(len(reader)):
+        reader.members(position)
+    assert len(list(Path("/proc/self/fd").iterdir())) - before == 2
+
+
 def test_streams_are_mixed_by_their_parts(tiny_cache: Path, other_cache: Path) -> None:
     config = mixed((tiny_cache, 1), (other_cache, 3), reader="stream")
     config = replace(config, augment=False)

@@ -61,7 +61,7 @@ def make_loader(
                 where=path,
                 remedy="--set data.reader=stream, or copy it to a local disk",
             )
-        readers.append(reader := ShardReader(local))
+        readers.append(reader := ShardReader(local, len(config.paths)))
         if len(reader) != index.samples:
             raise InputError(
                 f"the index counts {index.samples} samples, its shards have {len(reader)}",

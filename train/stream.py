@@ -23,11 +23,14 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.cache.index import ShardEntry, ShardIndex
-from panoptic_cache.pipeline.cache.sample import Sample, decode_sample
+from panoptic_cache.pipeline.cache.sample import decode_sample
 from panoptic_cache.train.augment import Item, draw_augmentation, make_item
 from panoptic_cache.train.caches import Caches
 from panoptic_cache.train.config import DataConfig
 from panoptic_cache.train.data import Batch, Share, collate, micro_batch_sizes
+
+Members = dict[str, Any]
+"""A sample: its key as `__key__`, and what its members hold, by suffix."""
 
 BUFFER = 256
 """Samples that a loader process mixes; about 40 MB of JPEGs and PNGs."""
@@ -54,27 +57,27 @@ def stream_batches(config: DataConfig, caches: Caches, share: Share) -> Iterable
             where="RANK and WORLD_SIZE",
             remedy="start the ranks with accelerate launch or torchrun",
         )
-    sizes = micro_batch_sizes(config, world)
+    sizes, classes = micro_batch_sizes(config, world), len(caches.categories)
     return cast(
         "IterableDataset[Batch]",
         wds.DataPipeline(
-            MixedSamples(streams, caches.mix.parts, order),  # Sample
-            partial(make_items, config=config, seed=seed, first=first),  # Item
+            MixedSamples(streams, caches.mix.parts, order),  # Members
+            partial(make_items, config=config, classes=classes, seed=seed, first=first),  # Item
             partial(make_batches, sizes=sizes, total=len(share.steps) * len(sizes)),  # Batch
         ),
     )
 
 
-class MixedSamples(IterableDataset[Sample]):
+class MixedSamples(IterableDataset[Members]):
     """Samples of several endless streams; each of them comes from one that is drawn by its part."""
 
     def __init__(
-        self, streams: Sequence[Iterable[Sample]], parts: Sequence[int], order: int
+        self, streams: Sequence[Iterable[Members]], parts: Sequence[int], order: int
     ) -> None:
         self.streams, self.order = streams, order
         self.chances = np.array(parts) / sum(parts)
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[Members]:
         rank, _, worker, workers = wds.utils.pytorch_worker_info()
         random = np.random.default_rng([self.order, rank * workers + worker])
         streams = [iter(stream) for stream in self.streams]
@@ -84,7 +87,7 @@ class MixedSamples(IterableDataset[Sample]):
 
 def stream_samples(
     storage: Storage, index: ShardIndex, world: int, workers: int, order: int
-) -> Iterable[Sample]:
+) -> Iterable[Members]:
     """The samples of one cache for this rank and loader process, in rounds without end."""
     shards = {storage.path(f"{shard.name}.tar"): shard for shard in index.shards if shard.samples}
     workers = max(1, workers)
@@ -109,11 +112,8 @@ def stream_samples(
         # {"__key__": ..., "jpg": ..., "json": ..., ...} of every sample, mixed.
         wds.pipelinefilter(group_by_keys)(handler=wds.reraise_exception),
         wds.detshuffle(bufsize=BUFFER, initial=BUFFER, seed=order),
-        wds.map(
-            partial(decode_members, classes=len(index.categories)), handler=wds.reraise_exception
-        ),  # Sample
     )
-    return cast("Iterable[Sample]", samples.repeat())
+    return cast("Iterable[Members]", samples.repeat())
 
 
 def open_shard(
@@ -143,20 +143,18 @@ def open_shard(
     return {**source, "stream": io.BytesIO(data)}
 
 
-def decode_members(members: dict[str, Any], classes: int) -> Sample:
-    """The sample of its members by suffix; InputError where one is damaged."""
-    return decode_sample(members["__key__"], members, classes)
-
-
 def make_items(
-    samples: Iterable[Sample], config: DataConfig, seed: int, first: int
+    samples: Iterable[Members], config: DataConfig, classes: int, seed: int, first: int
 ) -> Iterator[Item]:
-    """Augments each sample; the draw depends on its number among the samples of all readers."""
+    """Augments each sample; the draw depends on its number among the samples of all readers.
+
+    Raises InputError where a sample is damaged.
+    """
     rank, world, worker, workers = wds.utils.pytorch_worker_info()
     numbers = count(rank * workers + worker, world * workers)
-    for number, sample in zip(numbers, samples, strict=False):
-        augmentation = draw_augmentation(config, seed, (first, number))
-        yield make_item(sample, config, augmentation)
+    for number, members in zip(numbers, samples, strict=False):
+        sample = decode_sample(members["__key__"], members, classes)
+        yield make_item(sample, config, draw_augmentation(config, seed, (first, number)))
 
 
 def make_batches(items: Iterator[Item], sizes: tuple[int, ...], total: int) -> Iterator[Batch]:

@@ -146,15 +146,16 @@ class ShardReader:
     """Reads samples of a local cache by position, without scanning tars.
 
     The size of every shard is checked first. Files are opened when needed, and a reader is pickled
-    without them, so each worker process opens its own. Threads must not share a reader.
+    without them, so each worker process opens its own. Threads must not share a reader. So many
+    `readers` of a process share the files that it may open.
 
     Attributes:
         index: The cache's index.
         keys: Key of each sample, in the order of positions 0..N-1.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, readers: int = 1) -> None:
+        self._folder, self._readers = folder, readers
         storage = Storage(str(folder))
         self.index = read_index(storage)
         sizes = storage.sizes()
@@ -206,7 +207,7 @@ class ShardReader:
 
     def _file(self, number: int) -> int:
         if number not in self._files:
-            while len(self._files) >= open_files():
+            while len(self._files) >= max(1, open_files() // self._readers):
                 os.close(self._files.pop(next(iter(self._files))))
             path = self._folder / f"{self.index.shards[number].name}.tar"
             self._files[number] = os.open(path, os.O_RDONLY)
