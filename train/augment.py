@@ -74,8 +74,7 @@ def draw_augmentation(config: DataConfig, seed: int, place: Place) -> Augmentati
 def make_item(sample: Sample, config: DataConfig, augmentation: Augmentation) -> Item:
     """Fits a cached sample to the network's input, with targets that stay exact.
 
-    Raises:
-        InputError: The photo is damaged.
+    Raises InputError where the photo is damaged.
     """
     side = config.size
     height, width = sample.segment_map.shape
@@ -141,18 +140,11 @@ def cut_square(
 
 
 def jitter_colour(photo: Tensor, factors: Tensor, void: Tensor) -> Tensor:
-    """Brightness, contrast and saturation, on the device.
+    """Brightness, contrast and saturation by (B, 3) factors, on the device: (B, 3, S, S) in [0, 1].
 
-    Contrast is taken about the mean of the image without its padding: else an image that fills less
-    of the input would fade to black. Padding stays black, as it is at prediction.
-
-    Args:
-        photo: (B, 3, S, S) uint8 RGB, 0 in the padding.
-        factors: (B, 3) float32, 1 = unchanged.
-        void: (B, S, S) uint8, the void mask.
-
-    Returns:
-        (B, 3, S, S) float32 in [0, 1].
+    Of (B, 3, S, S) uint8 RGB with its (B, S, S) void mask. Contrast is taken about the mean of the
+    image without its padding: else an image that fills less of the input would fade to black.
+    Padding stays black, as it is at prediction.
     """
     brightness, contrast, saturation = factors.T[..., None, None, None]  # (B, 1, 1, 1) each
     inside = void != PADDING

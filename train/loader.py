@@ -50,9 +50,19 @@ def make_loader(
 
     Not for `Accelerator.prepare`, which would split them again.
     """
+    options: dict[str, Any] = {
+        "num_workers": config.workers,
+        "pin_memory": pin,
+        # Else starting draws from the global generator, and a resumed run differs.
+        "generator": torch.Generator().manual_seed(share.seed),
+    }
+    if config.workers:
+        options |= {"prefetch_factor": prefetch(config), "worker_init_fn": prepare_worker}
+        # A fork server, Python 3.14's default, dies of a signal to the whole job, and its
+        # processes with it, before the last step is finished.
+        options["multiprocessing_context"] = "fork" if sys.platform == "linux" else None
     if config.reader == "stream":
-        batches = stream_batches(config, caches, share)
-        return DataLoader(batches, batch_size=None, **loader_options(config, share, pin=pin))
+        return DataLoader(stream_batches(config, caches, share), batch_size=None, **options)
     readers = []
     for path, index in zip(config.paths, caches.indexes, strict=True):
         if (local := Storage(path).local) is None:
@@ -68,29 +78,12 @@ def make_loader(
                 where=path,
                 remedy="run panoptic preprocess again: it rewrites the index",
             )
-    items = CachedItems(tuple(readers), config, share.seed)
     return DataLoader(
-        cast("Dataset[Batch]", items),  # collated into batches
+        cast("Dataset[Batch]", CachedItems(tuple(readers), config, share.seed)),  # collated
         batch_sampler=MicroBatches(config, caches.mix, share),
         collate_fn=collate,
-        **loader_options(config, share, pin=pin),
+        **options,
     )
-
-
-def loader_options(config: DataConfig, share: Share, *, pin: bool) -> dict[str, Any]:
-    """What both readers ask of a `DataLoader`."""
-    options: dict[str, Any] = {
-        "num_workers": config.workers,
-        "pin_memory": pin,
-        # Else starting draws from the global generator, and a resumed run differs.
-        "generator": torch.Generator().manual_seed(share.seed),
-    }
-    if config.workers:
-        options |= {"prefetch_factor": prefetch(config), "worker_init_fn": prepare_worker}
-        # A fork server, Python 3.14's default, dies of a signal to the whole job, and its
-        # processes with it, before the last step is finished.
-        options["multiprocessing_context"] = "fork" if sys.platform == "linux" else None
-    return options
 
 
 def prefetch(config: DataConfig) -> int:
@@ -138,12 +131,10 @@ def prepare_worker(_: int) -> None:
 def iterate(
     loader: DataLoader[Batch], request: StopRequest | None = None
 ) -> Generator[Batch, None, None]:
-    """The loader's batches; InputError where a loader process raised one, died, or makes none.
+    """The loader's batches; close the generator, so that the loader's processes end.
 
-    Close the generator, so that the loader's processes end.
-
-    Raises:
-        Interrupted: A stop was asked for, and the batch does not come.
+    Raises InputError where a loader process raised one, died, or makes no batch, and Interrupted
+    where a stop was asked for and the batch does not come.
     """
     wait = Wait(request or StopRequest())
     try:

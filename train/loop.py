@@ -65,12 +65,9 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
 
     Returns the last checkpoint's folder. `resume` goes on from the newest checkpoint, if there is
     one, or from that of a step; `trust_config` imports the `validation.metric` that the
-    configuration names, whatever it is.
-
-    Raises:
-        InputError: Cache, sizes or an earlier run's folder do not fit the configuration, ranks
-            disagree, or loss or gradient are no longer finite.
-        Interrupted: SIGTERM or SIGINT came; the step was finished and a checkpoint written.
+    configuration names, whatever it is. Raises InputError where something does not fit the
+    configuration, ranks disagree, or loss or gradient are no longer finite; and Interrupted after
+    SIGTERM or SIGINT, when the step is finished and a checkpoint written.
     """
     # The ranks.
     check_launcher(config.precision)

@@ -26,8 +26,7 @@ log = logging.getLogger(__name__)
 def load_stages(path: Path, settings: Sequence[str] = ()) -> list[TrainConfig]:
     """The configurations of a file's stages, in order; one where it has none.
 
-    Raises:
-        InputError: The file is no TOML, or a value of it is wrong; the message names the stage.
+    InputError where the file is no TOML, or a value of it is wrong, with the stage.
     """
     values = read_toml(path)
     tables = values.pop("stages", [])
