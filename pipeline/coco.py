@@ -312,15 +312,23 @@ def sample_key(image_id: ImageId, file_name: str) -> str:
     return Path(file_name).stem.replace(".", "_")
 
 
+def longer_keys(image_id: ImageId, file_name: str) -> tuple[str, str]:
+    """What stands for `sample_key` where photos of several folders have one stem."""
+    whole = file_name.rpartition(".")[0]
+    return re.sub(r"[./\\]", "_", str(image_id)), re.sub(r"[./\\]", "_", whole)
+
+
 def sample_keys(records: list[PanopticRecord], rejections: list[Rejection]) -> list[PanopticRecord]:
     """The records with a key that none shares; adds those that get none to the rejections.
 
     Where photos of several folders have one stem, the key is the image id, else the whole path.
     """
-    for whole in (lambda one: str(one.image_id), lambda one: one.file_name.rpartition(".")[0]):
+    for place in range(2):
         times = Counter(record.key for record in records)
         records = [
-            replace(one, key=re.sub(r"[./\\]", "_", whole(one))) if times[one.key] > 1 else one
+            replace(one, key=longer_keys(one.image_id, one.file_name)[place])
+            if times[one.key] > 1
+            else one
             for one in records
         ]
     kept = []

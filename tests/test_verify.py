@@ -39,8 +39,10 @@ from panoptic_cache.pipeline.cache.shards import (
     write_shard,
 )
 from panoptic_cache.pipeline.cache.verify import VerifyReport, verify
-from panoptic_cache.pipeline.coco import Category
+from panoptic_cache.pipeline.coco import Category, CocoLayout, read_dataset
 from panoptic_cache.pipeline.photo import encode_jpeg
+from panoptic_cache.pipeline.render.driver import render
+from panoptic_cache.pipeline.render.plan import RenderConfig
 
 NAME = "train-00001"
 
@@ -70,6 +72,23 @@ def swap(one: Path, other: Path) -> None:
 def test_a_finished_cache_is_fine(tiny_cache: Path, deep: bool) -> None:
     report = check(tiny_cache, deep=deep)
     assert to_builtins(report) == {"ok": True, "shards": 3, "samples": 12, "problems": []}
+
+
+def test_photos_of_several_folders_may_have_one_stem(root: Path, tmp_path: Path) -> None:
+    layout = CocoLayout.of(root, "val")
+    content = json.loads(layout.panoptic_json.read_bytes())
+    annotations = {row["image_id"]: row for row in content["annotations"]}
+    for number, image in enumerate(content["images"]):
+        name = f"{'abcd'[number]}/one.jpg"
+        (layout.images / name).parent.mkdir()
+        (layout.images / image["file_name"]).rename(layout.images / name)
+        annotations[image["id"]]["image_id"] = image["id"] = f"text/{number}"
+        image["file_name"] = name
+    layout.panoptic_json.write_text(json.dumps(content))
+    for config in (RenderConfig(), RenderConfig(tile=40)):
+        storage = Storage(str(tmp_path / f"cache{config.tile}"))
+        render(read_dataset(layout), "val", storage, config, workers=0)
+        assert verify(storage, deep=True).problems == []
 
 
 def test_a_report_is_what_json_prints(cache: Path) -> None:

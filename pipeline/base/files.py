@@ -71,10 +71,10 @@ class Storage:
     def create(self) -> None:
         """Makes the folder; InputError where that is not possible."""
         with _writing(self.url, "cannot make the folder"):
-            if self.local is None:
-                self._remote().make_folder()
-            else:
+            if self.local is not None:
                 self.local.mkdir(parents=True, exist_ok=True)
+            else:
+                self._remote().make_folder()
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a file whole; see `write_file`."""
@@ -147,21 +147,17 @@ class Storage:
             try:
                 lock.acquire()
             except Timeout:
-                raise InputError(
+                what, remedy = (
                     "another run is writing here",
-                    where=folder,
-                    remedy="wait for it, or choose another folder",
-                    code="locked",
-                ) from None
+                    "wait for it, or choose another folder",
+                )
+                raise InputError(what, folder, remedy, "locked") from None
             except OSError as error:
                 if error.errno not in {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL}:
                     raise
-                raise InputError(
-                    f"this file system does not lock: {error.strerror}",
-                    where=folder,
-                    remedy="mount it with locks (Lustre: -o flock), or write to another disk",
-                    code="no-lock",
-                ) from None
+                what = f"this file system does not lock: {error.strerror}"
+                remedy = "mount it with locks (Lustre: -o flock), or write to another disk"
+                raise InputError(what, folder, remedy, "no-lock") from None
         try:
             sweep(folder)
             yield
@@ -204,12 +200,8 @@ def cannot_write(error: OSError, where: Path | str, what: str = "cannot write") 
     """The error for a file that cannot be written."""
     if error.errno == errno.ELOOP:
         return InputError(f"{what}: it is a link", where, "remove it", "write")
-    return InputError(
-        f"{what}: {error.strerror or error}",
-        where=where,
-        remedy="make room or rights, then run the same command to go on",
-        code="write",
-    )
+    remedy = "make room or rights, then run the same command to go on"
+    return InputError(f"{what}: {error.strerror or error}", where, remedy, "write")
 
 
 def open_file(path: Path) -> BinaryIO:

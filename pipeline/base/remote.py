@@ -6,7 +6,6 @@ import errno
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import fsspec
@@ -24,52 +23,46 @@ BUSY = {408, 425, 429, 500, 502, 503, 504}
 """Answers of HTTP that may be others a moment later."""
 
 
-@dataclass(frozen=True, slots=True)
 class RemoteFile:
     """A file or folder behind a URL; whatever fails is an OSError that names it."""
 
-    url: str
-
-    def _find(self) -> tuple[Any, str]:
-        """The file system, and what it calls the place."""
+    def __init__(self, url: str) -> None:
+        self.url = url
         options: dict[str, Any] = {}
         try:
-            if is_http(self.url):
+            if is_http(url):
                 import aiohttp  # noqa: PLC0415 - optional
 
                 wait = aiohttp.ClientTimeout(total=None, connect=TIMEOUT, sock_read=TIMEOUT)
                 # A signature in the query holds for the very bytes of it.
-                options = {"client_kwargs": {"timeout": wait}, "encoded": "?" in self.url}
-            filesystem, path = fsspec.core.url_to_fs(self.url, **options)
+                options = {"client_kwargs": {"timeout": wait}, "encoded": "?" in url}
+            self._filesystem, path = fsspec.core.url_to_fs(url, **options)
         except ImportError as error:
-            raise InputError(f"a package is missing: {error}", where=self.url) from None
+            raise InputError(f"a package is missing: {error}", where=url) from None
         except ValueError as error:
-            raise InputError(f"no such kind of URL: {error}", where=self.url) from None
-        return filesystem, path.rstrip("/")
+            raise InputError(f"no such kind of URL: {error}", where=url) from None
+        self._path = path.rstrip("/")
 
     def make_folder(self) -> None:
         """Makes the folder, where the place has such things."""
-        filesystem, path = self._find()
-        _tried(self.url, lambda: filesystem.makedirs(path, exist_ok=True))
+        _tried(self.url, lambda: self._filesystem.makedirs(self._path, exist_ok=True))
 
     def write(self, data: bytes) -> None:
         """Puts the file in one call."""
-        filesystem, path = self._find()
 
         def put() -> int:
-            filesystem.pipe_file(path, data)
-            filesystem.invalidate_cache()
-            return int(filesystem.size(path))
+            self._filesystem.pipe_file(self._path, data)
+            self._filesystem.invalidate_cache()
+            return int(self._filesystem.size(self._path))
 
         if _tried(self.url, put) != len(data):
             raise InputError("stored with another size", self.url, code="write")
 
     def read(self, size: int | None = None) -> bytes:
         """The bytes; over HTTP again where less than `size` came, as an answer may be cut short."""
-        filesystem, path = self._find()
 
         def get() -> bytes:
-            data = bytes(filesystem.cat_file(path))
+            data = bytes(self._filesystem.cat_file(self._path))
             if size is not None and len(data) < size and is_http(self.url):
                 raise ConnectionError(f"{len(data)} bytes came instead of {size}")
             return data
@@ -78,29 +71,29 @@ class RemoteFile:
 
     def size(self) -> int | None:
         """In bytes; None where there is no such file."""
-        filesystem, path = self._find()
         try:
-            size: int | None = _tried(self.url, lambda: filesystem.size(path))
+            size: int | None = _tried(self.url, lambda: self._filesystem.size(self._path))
             return len(self.read()) if size is None else size
         except FileNotFoundError:
             return None
 
     def list(self) -> dict[str, int | None]:
         """Names and sizes of the files in the folder, as far as the place tells them."""
-        filesystem, path = self._find()
 
         def listing() -> list[dict[str, Any]]:
-            filesystem.invalidate_cache()
-            there = "?" not in path and filesystem.exists(path)
-            return list(filesystem.ls(path, detail=True)) if there else []
+            self._filesystem.invalidate_cache()
+            there = "?" not in self._path and self._filesystem.exists(self._path)
+            return list(self._filesystem.ls(self._path, detail=True)) if there else []
 
         rows = [row for row in _tried(self.url, listing) if row["type"] == "file"]
         return {row["name"].rsplit("/", 1)[-1]: row["size"] for row in rows}
 
     def remove(self) -> None:
         """Removes the file if it is there."""
-        filesystem, path = self._find()
-        _tried(self.url, lambda: filesystem.exists(path) and filesystem.rm_file(path))
+        _tried(
+            self.url,
+            lambda: self._filesystem.exists(self._path) and self._filesystem.rm_file(self._path),
+        )
 
 
 def remote_sizes(urls: Mapping[str, str]) -> dict[str, int | None]:

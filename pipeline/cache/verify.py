@@ -13,6 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from msgspec import Struct, structs
 
@@ -41,7 +42,7 @@ from panoptic_cache.pipeline.cache.shards import (
     member_header,
     members_of,
 )
-from panoptic_cache.pipeline.coco import sample_key
+from panoptic_cache.pipeline.coco import longer_keys, sample_key
 from panoptic_cache.pipeline.photo import decode_photo
 from panoptic_cache.pipeline.tiles import tile_key
 
@@ -76,12 +77,18 @@ def verify(storage: Storage, *, deep: bool = False) -> VerifyReport:
     if storage.local is not None and not storage.local.is_dir():
         raise InputError("no such folder", where=storage.url, remedy="give a cache's folder")
     index: ShardIndex | None = None
-    sizes: dict[str, int] = {}
     try:
         index = read_index(storage)
-        sizes = storage.sizes(_files(index))
-        problems = [*_check_folder(storage, index, sizes)]
         shards = index.shards
+        files = {f"{shard.name}.{suffix}" for shard in shards for suffix in ("tar", "json")}
+        files |= {INDEX_NAME, PLAN_NAME, QUARANTINE_NAME}
+        sizes = storage.sizes(files)
+        problems = [Problem(name, what) for name, what in _check_folder(storage, index, sizes)]
+        # A README does no harm, but a stray tar would be read with `*.tar`.
+        strays = [
+            name for name in sizes.keys() - files if name.endswith((".tar", ".json", ".jsonl"))
+        ]
+        problems += [Problem(name, "the index knows no such file") for name in sorted(strays)]
     except InputError as error:
         problems, sizes = [Problem(INDEX_NAME, error.what)], storage.sizes()
         # Without an index, check the tars against their sidecars.
@@ -89,7 +96,13 @@ def verify(storage: Storage, *, deep: bool = False) -> VerifyReport:
     names_by_sha256 = {shard.sha256: shard.name for shard in shards}
 
     def check(shard: ShardEntry) -> tuple[list[Problem], list[str]]:
-        sidecar, found = _check_sidecar(storage, shard, index)
+        found: list[Problem] = []
+        sidecar: Sidecar | None = None
+        try:
+            sidecar = read_sidecar(storage, shard)
+            found += _check_sidecar(sidecar, shard, index)
+        except InputError as error:
+            found.append(Problem(shard.name, error.what))
         if problem := size_problem(shard, sizes):
             found.append(Problem(shard.name, problem))
         if deep and f"{shard.name}.tar" in sizes:
@@ -117,80 +130,57 @@ def verify(storage: Storage, *, deep: bool = False) -> VerifyReport:
 
 def _check_folder(
     storage: Storage, index: ShardIndex, sizes: Mapping[str, int]
-) -> Iterator[Problem]:
-    """The files that belong to no shard, and those that belong to nothing."""
-    if storage.read(INDEX_NAME) != encode_index(index):
-        yield Problem(INDEX_NAME, "index was edited: its contents are the same, not its form")
+) -> Iterator[tuple[str, str]]:
+    """The files that belong to no shard, and what is wrong with them."""
+    read: dict[str, bytes] = {}
+    for name in (INDEX_NAME, PLAN_NAME, QUARANTINE_NAME):
+        with suppress(OSError):  # what cannot be read fails its check
+            read[name] = storage.read(name)
+    if read.get(INDEX_NAME) != encode_index(index):
+        yield INDEX_NAME, "index was edited: its contents are the same, not its form"
     if sum(shard.samples for shard in index.shards) != index.samples:
-        yield Problem(INDEX_NAME, "the shards' samples do not add up to the total")
+        yield INDEX_NAME, "the shards' samples do not add up to the total"
+    plan = encode_plan(index.fingerprint, {"split": index.split, **index.settings})
     if PLAN_NAME not in sizes:
-        yield Problem(PLAN_NAME, "plan missing")
-    elif _bytes(storage, PLAN_NAME) != encode_plan(
-        index.fingerprint, {"split": index.split, **index.settings}
-    ):
-        yield Problem(PLAN_NAME, "plan is not the one of the index")
-    quarantine = _bytes(storage, QUARANTINE_NAME)
+        yield PLAN_NAME, "plan missing"
+    elif read.get(PLAN_NAME) != plan:
+        yield PLAN_NAME, "plan is not the one of the index"
+    quarantine = read.get(QUARANTINE_NAME, b"")
     if QUARANTINE_NAME not in sizes:
-        yield Problem(QUARANTINE_NAME, "list of images left out is missing")
+        yield QUARANTINE_NAME, "list of images left out is missing"
     elif hashlib.sha256(quarantine).hexdigest() != index.quarantine_sha256:
-        yield Problem(QUARANTINE_NAME, "list of images left out was edited or damaged")
+        yield QUARANTINE_NAME, "list of images left out was edited or damaged"
     elif quarantine.count(b"\n") != index.quarantined:
-        yield Problem(QUARANTINE_NAME, f"the index counts {index.quarantined} images")
-    for name in sorted(sizes.keys() - _files(index)):
-        # A README does no harm, but a stray tar would be read with `*.tar`.
-        if name.endswith((".tar", ".json", ".jsonl")):
-            yield Problem(name, "the index knows no such file")
-
-
-def _files(index: ShardIndex) -> set[str]:
-    """The names of all files of a cache."""
-    files = {f"{shard.name}.{suffix}" for shard in index.shards for suffix in ("tar", "json")}
-    return files | {INDEX_NAME, PLAN_NAME, QUARANTINE_NAME}
-
-
-def _bytes(storage: Storage, name: str) -> bytes:
-    """The bytes of a file; none if it cannot be read, which fails the check all the same."""
-    try:
-        return storage.read(name)
-    except OSError:
-        return b""
+        yield QUARANTINE_NAME, f"the index counts {index.quarantined} images"
 
 
 def _self_described(storage: Storage, sizes: Mapping[str, int]) -> Iterator[ShardEntry]:
     """Entries for an index that is missing, from the sidecars."""
-    for file in sorted(sizes):
+    for file in sorted(sizes.keys() - {INDEX_NAME, PLAN_NAME}):
         name, _, suffix = file.rpartition(".")
-        if suffix != "json" or file in {INDEX_NAME, PLAN_NAME}:
-            continue
-        try:
-            sidecar = decode_sidecar(storage.read(file), file)
-            yield structs.replace(sidecar.entry(), name=name)
-        except (InputError, OSError):
-            yield ShardEntry(name, 0, sizes.get(f"{name}.tar", 0), "", "")
+        if suffix == "json":
+            try:
+                sidecar = decode_sidecar(storage.read(file), file)
+                yield structs.replace(sidecar.entry(), name=name)
+            except (InputError, OSError):
+                yield ShardEntry(name, 0, sizes.get(f"{name}.tar", 0), "", "")
 
 
 def _check_sidecar(
-    storage: Storage, shard: ShardEntry, index: ShardIndex | None
-) -> tuple[Sidecar | None, list[Problem]]:
-    """The sidecar, if it can be trusted, and what is wrong with it."""
-    try:
-        sidecar = read_sidecar(storage, shard)
-    except InputError as error:
-        return None, [Problem(shard.name, error.what)]
-    found = []
+    sidecar: Sidecar, shard: ShardEntry, index: ShardIndex | None
+) -> Iterator[Problem]:
     said = (sidecar.name, len(sidecar.samples), sidecar.size, sidecar.sha256)
     other_plan = index is not None and sidecar.fingerprint != index.fingerprint
     if said != (shard.name, shard.samples, shard.size, shard.sha256) or other_plan:
-        found.append(Problem(shard.name, "sidecar and index disagree"))
+        yield Problem(shard.name, "sidecar and index disagree")
     end = 0
     for entry in sidecar.samples:
         wanted = lay_out(end, (size for _, size in entry.members))
         if entry.offset != end or wanted != (entry.members, entry.offset + entry.size):
-            found.append(Problem(shard.name, "its place in the sidecar is impossible", entry.key))
+            yield Problem(shard.name, "its place in the sidecar is impossible", entry.key)
         end = entry.offset + entry.size
     if end + END_MARKER > sidecar.size:
-        found.append(Problem(shard.name, "the sidecar leaves no room for the tar's end marker"))
-    return sidecar, found
+        yield Problem(shard.name, "the sidecar leaves no room for the tar's end marker")
 
 
 def _check_tar(
@@ -202,13 +192,11 @@ def _check_tar(
 ) -> Iterator[Problem]:
     """Checks every byte of a tar against its hash, and every sample against itself."""
     digest = hashlib.sha256(data).hexdigest()
+    owner = names_by_sha256.get(digest)
     if digest != shard.sha256:
-        owner = names_by_sha256.get(digest)
         held = f"holds the bytes of {owner}" if owner else "has other bytes than were written"
         yield Problem(shard.name, f"shard {held} (SHA-256 differs)")
-        if owner:
-            return
-    if sidecar is None:
+    if sidecar is None or (owner and digest != shard.sha256):
         return
     for entry in sidecar.samples:
         span = memoryview(data)[entry.offset : entry.offset + entry.size]
@@ -224,37 +212,34 @@ def _check_tar(
     end = max((entry.offset + entry.size for entry in sidecar.samples), default=0)
     if len(data) != sidecar.size or any(data[end:]):
         yield Problem(shard.name, "the tar's end marker is damaged")
-    if digest == shard.sha256 and not _has_headers(data, sidecar):
-        yield Problem(shard.name, "tar headers and sidecar disagree")
-
-
-def _has_headers(data: bytes, sidecar: Sidecar) -> bool:
-    """Whether each member has its tar header where the sidecar says."""
     try:
-        return all(
+        same = all(
             data[offset - BLOCK : offset] == member_header(f"{entry.key}.{suffix}", size)
             for entry in sidecar.samples
             for suffix, (offset, size) in zip(MEMBERS, entry.members, strict=True)
         )
     except ValueError:  # no header holds such a key
-        return False
+        same = False
+    if digest == shard.sha256 and not same:
+        yield Problem(shard.name, "tar headers and sidecar disagree")
 
 
 def _check_content(sample: Sample, index: ShardIndex | None) -> None:
     """Raises InputError unless photo, table and maps agree with one another and the categories."""
     check_sample(sample)
-    key = sample_key(sample.image_id, sample.file_name)
+    image = sample.image_id, sample.file_name
+    # With an id that is a number, the name of the file is no part of the key.
+    keys = {sample_key(*image), *longer_keys(*image)[: 1 + isinstance(sample.image_id, str)]}
     if sample.tile is not None:
-        key = tile_key(key, *sample.tile)
-    if key != sample.key:
+        keys = {tile_key(key, *sample.tile) for key in keys}
+    if sample.key not in keys:
         raise InputError("key and image id disagree", where=sample.key)
     photo, maps = decode_photo(sample.photo, sample.key).shape[:2], sample.segment_map.shape
     if photo != maps:
         raise InputError(f"photo is {photo}, the maps are {maps}", where=sample.key)
-    if index is None:
-        return
-    known = {(category.id, category.label, category.isthing) for category in index.categories}
-    for segment in sample.segments:
+    categories = index.categories if index is not None else ()
+    known = {(category.id, category.label, category.isthing) for category in categories}
+    for segment in sample.segments if known else ():
         if (segment.category_id, segment.label, segment.isthing) not in known:
             what = f"segment {segment.id} does not match the index's categories"
             raise InputError(what, where=sample.key)
