@@ -48,7 +48,27 @@ def describe(place: str) -> dict[str, Any]:
     The `problem` of a tar says whether its sidecar is missing or disagrees. InputError where a tar
     is not readable or a cache not finished.
     """
-    return _describe_shard(Path(place)) if is_tar(place) else _describe_cache(place)
+    if is_tar(place):
+        return _describe_shard(Path(place))
+    storage = Storage(place)
+    if storage.local is not None and not storage.local.is_dir():
+        raise InputError("neither a cache nor a shard", storage.local, REMEDY, "place-missing")
+    index = read_index(storage)
+    things = sum(category.isthing for category in index.categories)
+    return {
+        "place": place,
+        "split": index.split,
+        "format_version": index.format_version,
+        "fingerprint": index.fingerprint,
+        "settings": dict(index.settings),
+        "shards": len(index.shards),
+        "samples": index.samples,
+        "quarantined": index.quarantined,
+        "bytes": sum(shard.size for shard in index.shards),
+        "categories": len(index.categories),
+        "things": things,
+        "stuff": len(index.categories) - things,
+    }
 
 
 def summary_table(summary: Mapping[str, Any]) -> str:
@@ -69,28 +89,6 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     return table(("", summary["place"]), rows, left=2)
 
 
-def _describe_cache(place: str) -> dict[str, Any]:
-    folder = Storage(place).local
-    if folder is not None and not folder.is_dir():
-        raise InputError("neither a cache nor a shard", folder, REMEDY, "place-missing")
-    index = read_index(Storage(place))
-    things = sum(category.isthing for category in index.categories)
-    return {
-        "place": place,
-        "split": index.split,
-        "format_version": index.format_version,
-        "fingerprint": index.fingerprint,
-        "settings": dict(index.settings),
-        "shards": len(index.shards),
-        "samples": index.samples,
-        "quarantined": index.quarantined,
-        "bytes": sum(shard.size for shard in index.shards),
-        "categories": len(index.categories),
-        "things": things,
-        "stuff": len(index.categories) - things,
-    }
-
-
 def _describe_shard(path: Path) -> dict[str, Any]:
     samples = [_describe_sample(key, members) for key, members in _read_tar(path)]
     size, problem, rejections = path.stat().st_size, "no sidecar", 0
@@ -99,34 +97,28 @@ def _describe_shard(path: Path) -> dict[str, Any]:
         try:
             sidecar = decode_sidecar(read_file(beside), str(beside))
             rejections = len(sidecar.rejections)
-            same_keys = [entry.key for entry in sidecar.samples] == [row["key"] for row in samples]
-            same = same_keys and sidecar.size == size
+            same = [entry.key for entry in sidecar.samples] == [row["key"] for row in samples]
+            same = same and sidecar.size == size
             problem = "" if same else "the sidecar describes another tar"
         except InputError as error:
             problem = error.what
         except OSError as error:
             problem = f"sidecar unreadable: {error.strerror}"
-    return {
-        "place": str(path),
-        "bytes": size,
-        "samples": samples,
-        "problem": problem,
-        "rejections": rejections,
-    }
+    found = {"place": str(path), "bytes": size, "samples": samples}
+    return {**found, "problem": problem, "rejections": rejections}
 
 
 def _describe_sample(key: str, members: Members) -> dict[str, Any]:
     if "json" not in members:
         raise InputError("sample lacks json", where=key, code="member-missing")
     table = decode_table(members["json"], key)
-    height, width = table.size
     crowd = sum(segment.iscrowd for segment in table.segments)
     things = sum(segment.isthing and not segment.iscrowd for segment in table.segments)
     return {
         "key": key,
         "image_id": table.image_id,
-        "height": height,
-        "width": width,
+        "height": table.size[0],
+        "width": table.size[1],
         "bytes": sum(map(len, members.values())),
         "segments": len(table.segments),
         "things": things,
@@ -142,21 +134,17 @@ def find_sample(place: str, key: str | None = None) -> tuple[Sample, tuple[Categ
     sample is damaged.
     """
     wanted = None if key is None else {key, key.zfill(12), sample_key(key, key)}
-    folder = str(Path(place).parent) if is_tar(place) else place
-    samples = _read_tar(Path(place)) if is_tar(place) else _read_cache(Storage(place), wanted)
+    tar = Path(place) if is_tar(place) else None
+    folder = Storage(place if tar is None else str(tar.parent))
     others: list[str] = []
-    for found, members in samples:
+    for found, members in _read_cache(folder, wanted) if tar is None else _read_tar(tar):
         if wanted is None or found in wanted:
-            alone = is_tar(place) and not (Path(folder) / INDEX_NAME).is_file()
-            categories = () if alone else read_index(Storage(folder)).categories
-            return decode_sample(found, members), categories
+            alone = tar is not None and not tar.with_name(INDEX_NAME).is_file()
+            return decode_sample(found, members), () if alone else read_index(folder).categories
         others.append(found)
-    raise InputError(
-        "no samples here" if key is None else f"no sample {key}",
-        where=place,
-        remedy=f"{len(others)} samples here, such as {', '.join(others[:3])}" if others else "",
-        code="sample-missing",
-    )
+    what = "no samples here" if key is None else f"no sample {key}"
+    remedy = f"{len(others)} samples here, such as {', '.join(others[:3])}" if others else ""
+    raise InputError(what, place, remedy, "sample-missing")
 
 
 def _read_cache(storage: Storage, wanted: set[str] | None) -> Iterator[tuple[str, Members]]:

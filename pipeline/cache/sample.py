@@ -123,15 +123,8 @@ def eds_distances() -> NDArray[np.float32]:
 
 def encode_sample(sample: Sample) -> dict[str, bytes]:
     """The members of a sample, by suffix, in the order of `MEMBERS`."""
-    height, width = sample.segment_map.shape
-    table = SampleTable(
-        image_id=sample.image_id,
-        file_name=sample.file_name,
-        original_size=sample.original_size,
-        size=(height, width),
-        segments=sample.segments,
-        tile=sample.tile,
-    )
+    named = (sample.image_id, sample.file_name, sample.original_size)
+    table = SampleTable(*named, sample.segment_map.shape, sample.segments, sample.tile)
     values = msgspec.to_builtins(table)
     if sample.tile is None:
         del values["tile"]
@@ -219,18 +212,12 @@ def _decode_png(data: bytes, where: str) -> NDArray[np.unsignedinteger[Any]]:
 
 def measured(segments: Sequence[Segment], found: Geometry) -> tuple[Segment, ...]:
     """Rows of a segment table with area, box and centroid as they are on a map."""
-    rows = zip(
-        segments, found.area.tolist(), found.bbox.tolist(), found.centroid.tolist(), strict=True
-    )
-    return tuple(
-        replace(
-            segment,
-            area=area,
-            bbox=tuple(box),
-            centroid=tuple(centroid) if segment.isthing and not segment.iscrowd else None,
-        )
-        for segment, area, box, centroid in rows
-    )
+    rows = []
+    columns = found.area.tolist(), found.bbox.tolist(), found.centroid.tolist()
+    for segment, area, box, uv in zip(segments, *columns, strict=True):
+        centroid = tuple(uv) if segment.isthing and not segment.iscrowd else None
+        rows.append(replace(segment, area=area, bbox=tuple(box), centroid=centroid))
+    return tuple(rows)
 
 
 def check_sample(sample: Sample) -> None:

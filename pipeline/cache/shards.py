@@ -159,19 +159,18 @@ class ShardReader:
         storage = Storage(str(folder))
         self.index = read_index(storage)
         sizes = storage.sizes()
-        shards: list[int] = []
-        places: list[tuple[tuple[int, int], ...]] = []
-        keys: list[str] = []
-        for number, shard in enumerate(self.index.shards):
+        entries: list[SampleEntry] = []
+        counts = []
+        for shard in self.index.shards:
             if problem := size_problem(shard, sizes):
                 remedy = "run panoptic verify --deep; remove the shard and preprocess again"
                 raise InputError(problem, folder / f"{shard.name}.tar", remedy, "shard-size")
-            sidecar = read_sidecar(storage, shard)
-            shards.extend([number] * len(sidecar.samples))
-            places.extend(entry.members for entry in sidecar.samples)
-            keys.extend(entry.key for entry in sidecar.samples)
-        self.keys = tuple(keys)
-        self._shards = np.array(shards, np.int32)
+            samples = read_sidecar(storage, shard).samples
+            entries += samples
+            counts.append(len(samples))
+        self.keys = tuple(entry.key for entry in entries)
+        self._shards = np.repeat(np.arange(len(counts)), counts)  # (N,)
+        places = [entry.members for entry in entries]
         self._places = np.array(places, np.int64).reshape(-1, len(MEMBERS), 2)
         ends = self._places.sum(2).max(1, initial=0)  # (N,)
         limits = np.array([shard.size for shard in self.index.shards], np.int64)[self._shards]
