@@ -169,7 +169,7 @@ class ShardReader:
             entries += samples
             counts.append(len(samples))
         self.keys = tuple(entry.key for entry in entries)
-        self._shards = np.repeat(np.arange(len(counts)), counts)  # (N,)
+        self._shards = np.repeat(np.arange(len(counts)), np.array(counts, np.int64))  # (N,)
         places = [entry.members for entry in entries]
         self._places = np.array(places, np.int64).reshape(-1, len(MEMBERS), 2)
         ends = self._places.sum(2).max(1, initial=0)  # (N,)

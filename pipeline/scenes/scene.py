@@ -92,7 +92,7 @@ def make_scene(seed: int, index: int, size: int = 160) -> Scene:
         canvas.rows[inside_patch(patch, height, width)] = 0
     for group in groups:
         row = 0
-        if group.look is not Look.UNKNOWN:
+        if group.look != "unknown":
             table.append((group.look, group.iscrowd))
             row = len(table)
         for shape in group.shapes:
@@ -107,11 +107,12 @@ def _label(
     rng: np.random.Generator, rows: npt.NDArray[np.uint8], table: list[tuple[Look, bool]]
 ) -> tuple[npt.NDArray[np.int32], tuple[SegmentInfo, ...]]:
     """The id map and the visible segments; ids are colours close to the category's, as in COCO."""
+    category_of = {category["name"]: category for category in CATEGORIES}
     areas = np.bincount(rows.ravel(), minlength=len(table) + 1)
     ids = [0]
     segments = []
     for row, (look, iscrowd) in enumerate(table, start=1):
-        category, identity = CATEGORIES[look], 0
+        category, identity = category_of[look], 0
         while identity in ids:
             red, green, blue = np.clip(category["color"] + rng.integers(-24, 25, 3), 0, 255)
             identity = int(red + 256 * green + 65536 * blue)
@@ -151,7 +152,7 @@ class _Layout:
             if spot is None:
                 continue
             shape = self._pose(look, spot, radius)
-            if look is Look.CRATE:
+            if look == "crate":
                 shape = Shape(shape.x, shape.y, shape.r, shape.angle, self.rng.uniform(1, 2))
             taken.append(shape)
             things.append(_Group(look, (shape,)))
@@ -168,7 +169,7 @@ class _Layout:
 
     def _pose(self, look: Look, spot: tuple[float, float], radius: float) -> Shape:
         """A shape in a typical pose: tents stand about upright, other things are turned freely."""
-        tent = look is Look.TENT
+        tent = look == "tent"
         turn = self.rng.normal(0, 0.3) if tent else self.rng.uniform(0, 2 * np.pi)
         return Shape(*spot, radius, float(turn))
 
@@ -194,7 +195,7 @@ class _Layout:
     def _unknown(self) -> list[_Group]:
         """An object of no category."""
         radius = self.side * self.rng.uniform(0.13, 0.2)
-        return [_Group(Look.UNKNOWN, (self._pose(Look.UNKNOWN, self._spot(radius), radius),))]
+        return [_Group("unknown", (self._pose("unknown", self._spot(radius), radius),))]
 
     def _crowd(self) -> list[_Group]:
         """Ten to twenty small things of one look, in lines, as one segment."""
@@ -214,10 +215,10 @@ class _Layout:
         radius = self.side * self.rng.uniform(0.2, 0.28)
         spot = self._spot(radius)
         back, front, part = (
-            (Look.RING, Look.BALL, 0.4),
-            (Look.RING, Look.BALL, 0.4),
-            (Look.CRATE, Look.STAR, 0.55),
-            (Look.BALL, Look.CRATE, 0.5),
+            ("ring", "ball", 0.4),
+            ("ring", "ball", 0.4),
+            ("crate", "star", 0.55),
+            ("ball", "crate", 0.5),
         )[int(self.rng.integers(4))]
         sizes = ((back, radius), (front, part * radius))
         return [_Group(look, (self._pose(look, spot, reach),)) for look, reach in sizes]
@@ -245,12 +246,12 @@ class _Layout:
 
     def _split(self) -> list[_Group]:
         """A thing that a plank in front of it cuts in two."""
-        look = self._look((Look.BALL, Look.CRATE))
+        look = self._look(("ball", "crate"))
         radius = self.side * self.rng.uniform(0.2, 0.26)
         x, y = self._spot(1.3 * radius)
         plank = Shape(x, y, 1.3 * radius, self.rng.uniform(0, np.pi), self.rng.uniform(4.5, 6))
         thing = _Group(look, (self._pose(look, (x, y), radius),))
-        return [thing, _Group(Look.CRATE, (plank,))]
+        return [thing, _Group("crate", (plank,))]
 
 
 def write_dataset(
