@@ -104,20 +104,19 @@ def _compare(
     title: str,
 ) -> Comparison:
     """All decoders on the same images; a rival once for each setting, as `NAME|SETTING`."""
-    decoders = {OURS: our_decoder(categories, encoding)}
+    decoders = {OURS: our_decoder(categories)}
     for name, settings in rivals(size).items():
         for setting, rival in settings.items():
-            decoders[f"{name}|{setting}"] = partial(_each, rival, categories, encoding)
-    decoders[OURS]([*islice(images(), 1)])  # warms up
-    return compare_decoders(
-        images(), count, decoders, categories=categories, encoding=encoding, title=title
-    )
+            decoders[f"{name}|{setting}"] = partial(_each, rival, categories)
+    decoders[OURS]([image.positional(encoding) for image in islice(images(), 1)])  # warms up
+    positional = (image.positional(encoding) for image in images())
+    return compare_decoders(positional, count, decoders, categories=categories, title=title)
 
 
 def _each(
-    rival: Rival, categories: tuple[Category, ...], encoding: Encoding, some: Sequence[ImageHeads]
+    rival: Rival, categories: tuple[Category, ...], images: Sequence[ImageHeads]
 ) -> list[PanopticMap]:
-    return [rival(image.positional(encoding), categories) for image in some]
+    return [rival(image, categories) for image in images]
 
 
 def _table(title: str, found: Mapping[str, Comparison]) -> BenchTable:

@@ -70,16 +70,12 @@ class Comparison:
         return Quality(median(noises), median(drifts))
 
     def interval(self, name: str, other: str) -> tuple[float, float]:
-        """95 % interval of the difference of two decoders' PQ, fractions.
-
-        A bootstrap: images are drawn with replacement, the same ones for both decoders.
-        """
+        """95 % interval of the difference of PQ, a fraction: a bootstrap over the same images."""
         count = len(self.trials[name].images)
         draws = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
         weights = np.stack([np.bincount(draw, minlength=count) for draw in draws]).astype(float)
-        first, second = (
-            _mean_pq(weights, self.trials[which].images, self.categories) for which in (name, other)
-        )
+        both = (self.trials[which].images for which in (name, other))
+        first, second = (_mean_pq(weights, images, self.categories) for images in both)
         low, high = np.quantile(first - second, (0.025, 0.975))
         return float(low), float(high)
 
@@ -103,10 +99,9 @@ def compare_decoders(
     decoders: Mapping[str, Decoder],
     *,
     categories: tuple[Category, ...],
-    encoding: Encoding,
-    title: str = "decode",
+    title: str,
 ) -> Comparison:
-    """Decodes and scores the same `count` images by several decoders; `title` is the bar's."""
+    """Decodes and scores `count` images of positional codes by several decoders."""
     found = Comparison(categories, {name: Trial() for name in decoders})
     things = thing_ids(categories)
     with progress(title, count, "images") as advance:
@@ -117,20 +112,14 @@ def compare_decoders(
                 decoded = time.perf_counter()
                 trial = found.trials[name]
                 trial.seconds += decoded - start
-                trial.images += [
-                    score_image(
-                        image.name,
-                        image.ids,
-                        image.segments,
-                        result.ids,
-                        {s.id: categories[s.label].id for s in result.segments},
-                        scores={s.id: s.score for s in result.segments},
-                        things=things,
-                    )
-                    for image, result in zip(batch, maps, strict=True)
-                ]
+                for image, map_ in zip(batch, maps, strict=True):
+                    truth = image.name, image.ids, image.segments
+                    kinds = {s.id: categories[s.label].id for s in map_.segments}
+                    scores = {s.id: s.score for s in map_.segments}
+                    scored = score_image(*truth, map_.ids, kinds, scores=scores, things=things)
+                    trial.images.append(scored)
                 found.score += time.perf_counter() - decoded
-            measured = (measure_quality(image.positional(encoding), categories) for image in batch)
+            measured = (measure_quality(image, categories) for image in batch)
             found.qualities += [quality for quality in measured if quality]
             advance(len(batch))
     return found
@@ -145,15 +134,13 @@ def _next_batch(images: Iterator[ImageHeads], found: Comparison) -> list[ImageHe
     return batch
 
 
-def our_decoder(
-    categories: Sequence[Category], encoding: Encoding, config: DecodeConfig | None = None
-) -> Decoder:
-    """The decoder of `evaluate/decoder/decode.py`."""
+def our_decoder(categories: Sequence[Category], config: DecodeConfig | None = None) -> Decoder:
+    """The decoder of `evaluate/decoder/decode.py`, of positional codes."""
     isthing = torch.tensor([category.isthing for category in categories])
     return lambda images: decode(
         [image.instance for image in images],
         [image.semantic for image in images],
-        encoding=encoding,
+        encoding=PositionalCode(),  # of any number of harmonics
         isthing=isthing,
         sizes=[image.size for image in images],
         config=config,
@@ -169,19 +156,16 @@ def ceiling(
 ) -> tuple[Scores, Quality | None]:
     """Scores the ground truth of a split after encoding, corruption and decoding.
 
-    What is missing to 100 is the code's, the resize's and the decoder's, not the network's. The
-    seconds of `encode` include reading and corrupting. `encoding` is the paper's by default.
-
-    Raises:
-        InputError: The split is empty, or one of its images cannot be used.
+    What is missing to 100 is the code's, the resize's and the decoder's, not the network's.
+    `encoding` is the paper's by default. Raises InputError where the split is empty, or one of its
+    images cannot be used.
     """
     code = encoding or PositionalCode()
     found = compare_decoders(
-        corrupted_heads(dataset, corruption, code),
+        (image.positional(code) for image in corrupted_heads(dataset, corruption, code)),
         len(dataset.records),
-        {"ours": our_decoder(dataset.categories, code, config)},
+        {"ours": our_decoder(dataset.categories, config)},
         categories=dataset.categories,
-        encoding=code,
         title="ceiling",
     )
     return found.outcome("ours"), found.quality()

@@ -86,16 +86,16 @@ class Meta(msgspec.Struct, kw_only=True):
 
 def save_heads(folder: Path, image: ImageHeads) -> None:
     """Writes `NAME.npz` into a folder that exists; the heads may be on any device."""
-    data = io.BytesIO()
+    data, segments = io.BytesIO(), image.segments
     np.savez_compressed(
         data,
         instance=image.instance.detach().half().cpu().numpy(),
         semantic=image.semantic.detach().half().cpu().numpy(),
         size=np.array(image.size),
         ids=image.ids,
-        seg_id=np.array([segment.id for segment in image.segments], np.int64),
-        seg_category=np.array([segment.category_id for segment in image.segments], np.int64),
-        seg_iscrowd=np.array([segment.iscrowd for segment in image.segments], np.bool_),
+        seg_id=np.array([segment.id for segment in segments], np.int64),
+        seg_category=np.array([segment.category_id for segment in segments], np.int64),
+        seg_iscrowd=np.array([segment.iscrowd for segment in segments], np.bool_),
     )
     Storage(str(folder)).write(f"{image.name}.npz", data.getvalue())
 
@@ -154,15 +154,13 @@ def read_heads(paths: Sequence[Path], meta: Meta) -> Iterator[ImageHeads]:
 def _checked(path: Path, file: dict[str, NDArray[Any]], meta: Meta) -> ImageHeads:
     instance, semantic, ids = file["instance"], file["semantic"], file["ids"]
     table = file["seg_id"], file["seg_category"], file["seg_iscrowd"]
-    size = instance.shape[1:]
+    size, rows = instance.shape[1:], (len(table[0]),)
+    heads = [(meta.code().channels, *size), (len(meta.categories), *size)]
     if (
-        instance.shape != (meta.code().channels, *size)
-        or semantic.shape != (len(meta.categories), *size)
-        or len(size) != 2
-        or 0 in size
-        or ids.ndim != 2
-        or ids.size == 0
-        or {column.shape for column in table} != {(len(table[0]),)}
+        [instance.shape, semantic.shape] != heads
+        or (len(size), ids.ndim) != (2, 2)
+        or 0 in (*size, *ids.shape)
+        or any(column.shape != rows for column in table)
     ):
         shapes = {key: value.shape for key, value in file.items()}
         raise InputError(f"shapes do not fit {META}: {shapes}", where=path, remedy=REMEDY)
@@ -175,10 +173,5 @@ def _checked(path: Path, file: dict[str, NDArray[Any]], meta: Meta) -> ImageHead
     known = {category.id for category in meta.categories}
     if unknown := {segment.category_id for segment in segments} - known:
         raise InputError(f"unknown category {min(unknown)}", where=path, remedy=REMEDY)
-    return ImageHeads(
-        path.stem,
-        torch.from_numpy(instance).float(),
-        torch.from_numpy(semantic).float(),
-        ids.astype(np.int32),
-        segments,
-    )
+    code, logits = (torch.from_numpy(head).float() for head in (instance, semantic))
+    return ImageHeads(path.stem, code, logits, ids.astype(np.int32), segments)

@@ -1,8 +1,7 @@
 """Decoders of centroid codes as others have built them, to compare ours with.
 
-They are references, written to be read: each says which instance owns each pixel of one image, and
-`finished` does the rest for all. What the sources leave open was chosen with a few trials on real
-images, in favour of the rival but without a thorough search.
+Each says which instance owns each pixel of one image, (h, w) int64 with 0 for none; `finished` does
+the rest. What the sources leave open was chosen with a few trials on real images.
 """
 
 from __future__ import annotations
@@ -39,10 +38,7 @@ laid down."""
 
 
 def rivals(size: int) -> dict[str, dict[str, Rival]]:
-    """The rivals by name, each with the settings that it is tried with, in words.
-
-    A grid may have a fifth of `size`, the side of the network's input.
-    """
+    """By name and setting; a grid may have a fifth of `size`, the side of the network's input."""
     grids = sorted({20, 40, GRID_CELLS, min(GRID_CELLS, max(1, size // 5))})
     on_grid: dict[str, Callable[..., Tensor]] = {
         "full search": full_search,
@@ -70,10 +66,7 @@ def full_search(image: ImageHeads, _: Categories, *, cells: int) -> Tensor:
 
 
 def grid_peaks(image: ImageHeads, _: Categories, *, cells: int, reach: int = 1) -> Tensor:
-    """The cells with the most pixels, without their neighbours (section 5.2); nearest of them.
-
-    A cell needs 8 pixels, and suppresses `reach` cells to each side.
-    """
+    """The cells of the most pixels, at least 8, without those within `reach` (section 5.2)."""
     owner = nearest_cell_or_void(image.instance, cells)
     votes = owner.flatten().bincount(minlength=cells**2 + 1)[1:].view(cells, cells)
     kept = torch.zeros(cells, cells, dtype=torch.bool)
@@ -89,7 +82,7 @@ def grid_peaks(image: ImageHeads, _: Categories, *, cells: int, reach: int = 1) 
 
 
 def nearest_cell_or_void(code: Tensor, cells: int) -> Tensor:
-    """(h, w) int64: 0 where void is nearest to a pixel's code, else 1 + row * cells + column."""
+    """0 where void is nearest to a pixel's code, else 1 + row * cells + column."""
     costs = PositionalCode(len(code) // 4).axis_costs(code.flatten(1), cells)
     (u_cost, u), (v_cost, v) = costs.u.min(-1), costs.v.min(-1)
     owner = torch.where(u_cost + v_cost < costs.void, v * cells + u + 1, 0)
@@ -97,10 +90,9 @@ def nearest_cell_or_void(code: Tensor, cells: int) -> Tensor:
 
 
 def soft_votes(image: ImageHeads, _: Categories, *, cells: int, sharpness: float = 1.0) -> Tensor:
-    """Soft votes on the grid, its strict maxima above 5, every pixel to the nearest.
+    """Soft votes on the grid, strict maxima above 5, every pixel to the nearest (arXiv 2609.16874).
 
-    After arXiv 2609.16874. `sharpness` 1 is the paper's kernel, exp(-distance) an axis; above 1 it
-    is exp(-sharpness distance^2), which is better on every level.
+    `sharpness` 1 is the paper's kernel, exp(-distance) an axis; above, exp(-sharpness distance^2).
     """
     peaks = strict_maxima(vote(image.instance, cells, sharpness), 5.0)
     prototypes = grid_codes(len(image.instance) // 4, cells)[peaks.flatten()]
@@ -108,11 +100,7 @@ def soft_votes(image: ImageHeads, _: Categories, *, cells: int, sharpness: float
 
 
 def vote(code: Tensor, cells: int, sharpness: float) -> Tensor:
-    """Votes of all pixels of (4L, h, w) codes for each cell, (rows, columns).
-
-    Per axis a pixel votes for each cell, and for void, with the kernel of its distance. The votes
-    of both axes make one matrix product.
-    """
+    """(rows, columns) votes of (4L, h, w) codes: the product of the kernels of both axes."""
     harmonics = code.shape[0] // 4
     grid = gamma(cell_centres(cells), harmonics)  # (cells, 2L)
     candidates = torch.cat([grid, grid.new_zeros(1, grid.shape[1])])
@@ -126,23 +114,19 @@ def vote(code: Tensor, cells: int, sharpness: float) -> Tensor:
 
 def strict_maxima(votes: Tensor, least: float) -> Tensor:
     """(rows, columns) bool: above `least` and above each of the eight neighbours."""
-    around = F.pad(votes[None, None], (1, 1, 1, 1), value=-torch.inf)
-    windows = F.unfold(around, 3)[0].view(9, *votes.shape)
-    neighbours = torch.cat([windows[:4], windows[5:]]).amax(0)
+    around = F.unfold(F.pad(votes[None, None], (1, 1, 1, 1), value=-torch.inf), 3)[0]
+    neighbours = torch.cat([around[:4], around[5:]]).amax(0).view(votes.shape)
     return (votes > neighbours) & (votes > least)
 
 
 def painter(image: ImageHeads, categories: Categories, *, cells: int) -> Tensor:
     """After Painter's decoder (CVPR 2023): a mask for every cell, matrix NMS, merging by score.
 
-    A mask is what lies closer to the cell's code than `REACH`. The class is a soft vote over thing
-    classes. Masks are laid down by score, those more than half taken already are skipped. The
-    masks are compared on every second pixel each way.
-
-    Painter keeps and scores masks by mean distance alone and suppresses across classes, which
-    loses most instances of a noisy code to masks of a few pixels. Here the largest are kept, the
-    score is the class's share times closeness, and suppression is within a class. Its least area
-    of stuff, 8,192 px, is left out: it costs 15 PQ where the semantic head is right.
+    A mask is what lies closer to the cell's code than `REACH`, on every second pixel each way.
+    Masks are laid down by score, those more than half taken already are skipped. Painter scores by
+    mean distance and suppresses across classes, which loses most instances of a noisy code: here
+    the largest are kept, the score is the class's share times closeness, each class for itself. Its
+    least area of stuff is left out: it costs 15 PQ where the semantic head is right.
     """
     code, isthing = image.instance, torch.tensor([category.isthing for category in categories])
     grid = grid_codes(len(code) // 4, cells)
@@ -177,10 +161,9 @@ def painter(image: ImageHeads, categories: Categories, *, cells: int) -> Tensor:
 
 
 def matrix_nms(masks: Tensor, classes: Tensor, scores: Tensor, sigma: float = 2.0) -> Tensor:
-    """(N,) scores after SOLOv2's matrix NMS with the Gaussian kernel, of (N, P) bool masks.
+    """(N,) scores after SOLOv2's matrix NMS of (N, P) bool masks, within a class.
 
-    A mask decays by each better one of its class, the more they overlap, and the less that one was
-    itself suppressed: score_j min_i exp(-sigma iou_ij^2) / exp(-sigma max_k iou_ki^2).
+    score_j min_i exp(-sigma iou_ij^2) / exp(-sigma max_k iou_ki^2), of i better than j, k than i.
     """
     order = scores.argsort(descending=True, stable=True)
     inter = torch.zeros(len(order), len(order))
@@ -208,19 +191,14 @@ def components(image: ImageHeads, categories: Categories, *, least_area: int) ->
 
 
 def known_instances(image: ImageHeads, categories: Categories) -> Tensor:
-    """What is left to gain: the true instances are known, and the rest is decoded.
-
-    Each true instance has the mean code of its pixels as its prototype. A pixel that the semantic
-    head takes for a thing goes to the nearest prototype, or to void if that is nearer.
-    """
+    """What is left to gain: a thing pixel goes to the nearest true mean code, or to void."""
     things = {category.id for category in categories if category.isthing}
     true = [s.id for s in image.segments if s.category_id in things and not s.iscrowd]
     size = image.instance.shape[1], image.instance.shape[2]
-    rows = torch.from_numpy(
-        resize_segment_map(make_segment_map(image.ids, true), size).astype(np.int64)
-    ).flatten()
-    code = image.instance.flatten(1)  # (channels, P)
-    sums = torch.zeros(len(code), len(true) + 1).index_add_(1, rows, code)
+    map_ = resize_segment_map(make_segment_map(image.ids, true), size)
+    rows = torch.from_numpy(map_.astype(np.int64)).flatten()
+    sums = torch.zeros(len(image.instance), len(true) + 1)
+    sums.index_add_(1, rows, image.instance.flatten(1))
     count = rows.bincount(minlength=len(true) + 1)
     means = (sums / count.clamp_min(1)).T[1:][count[1:] > 0]
     isthing = torch.tensor([category.isthing for category in categories])
@@ -235,7 +213,7 @@ def grid_codes(harmonics: int, cells: int) -> Tensor:
 
 
 def nearest_code(code: Tensor, prototypes: Tensor) -> Tensor:
-    """(h, w) int64: 0 where void is nearest to a pixel's code, k where prototype k - 1 is."""
+    """0 where void is nearest to a pixel's code, k where prototype k - 1 is."""
     candidates = torch.cat([prototypes.new_zeros(1, len(code)), prototypes])
     pixels = code.flatten(1).T
     found = [torch.cdist(part, candidates).argmin(1) for part in pixels.split(CHUNK)]
@@ -247,10 +225,7 @@ def finished(
     image: ImageHeads,
     categories: Categories,
 ) -> PanopticMap:
-    """Classes by majority vote, stuff, native size.
-
-    `find_owner` gives (h, w) integers: 0 = no instance, else the instance of the pixel.
-    """
+    """Classes by majority vote, stuff, native size."""
     numbers, member = find_owner(image, categories).unique(return_inverse=True)
     member += int(numbers[0] > 0)  # 0 stays void, also where there is none
     owner, labels = member.numpy(), image.semantic.argmax(0).numpy()
