@@ -21,7 +21,7 @@ from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.train.class_losses import PixelTerms, class_losses
 from panoptic_cache.train.config import TrainConfig, ValidationConfig
 from panoptic_cache.train.data import Batch
-from panoptic_cache.train.device import fit_precision
+from panoptic_cache.train.device import device_kind, fit_precision
 from panoptic_cache.train.loop import train
 from panoptic_cache.train.stopping import memory_advice
 
@@ -217,6 +217,18 @@ def test_a_run_on_mps_is_one_in_fp32_without_what_mps_lacks(
     assert saved_steps(tmp_path / "mps") == [6, 7]
     with pytest.raises(InputError, match="fp16 needs a CUDA device, this is mps"):
         fit_precision(replace(there, precision="fp16"))
+
+
+def test_mps_is_taken_alone_and_unless_the_processor_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert device_kind() == "mps"
+    for name, value in (("WORLD_SIZE", "2"), ("ACCELERATE_USE_CPU", "true")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert device_kind() == "cpu"
 
 
 def test_out_of_memory_on_mps_says_what_to_lower() -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import replace
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    parse_flag_from_env,
+)
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.train.config import TrainConfig
@@ -19,10 +24,13 @@ log = logging.getLogger(__name__)
 
 
 def device_kind() -> Literal["cuda", "mps", "cpu"]:
-    """The best kind of device that this machine has."""
+    """What a training takes: the best that there is, but MPS, which has no ranks, only alone."""
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):  # accelerate launch --cpu
+        return "cpu"
     if torch.cuda.is_available():
         return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return "mps" if alone and torch.backends.mps.is_available() else "cpu"
 
 
 def fit_precision(config: TrainConfig) -> TrainConfig:
