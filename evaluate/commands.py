@@ -201,8 +201,7 @@ def score(
     # two cores the command takes 147 ms with and 125 ms without them (12 images, best of 15 runs).
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from panoptic_cache.evaluate.metric.pairs import read_pairs
-    from panoptic_cache.evaluate.metric.score import score_pairs
-    from panoptic_cache.evaluate.metric.workers import useful_workers
+    from panoptic_cache.evaluate.metric.score import score_pairs, useful_workers
     from panoptic_cache.pipeline.base.terminal import progress
 
     if official:

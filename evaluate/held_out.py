@@ -44,7 +44,7 @@ def panoptic_quality(
             ids = np.array([0, *(s.id for s in sample.segments)], np.int32)[sample.segment_map]
             truth = [SegmentInfo(s.id, s.category_id, s.iscrowd) for s in sample.segments]
             classes = {s.id: predictor.categories[s.label].id for s in result.segments}
-            total += match_image(sample.image_id, ids, truth, result.ids, classes).stat
+            total += match_image(sample.image_id, ids, truth, result.ids, classes)
     found = summarize(total, predictor.categories)
     groups = {"pq": found.all, "pq_things": found.things, "pq_stuff": found.stuff}
     return {name: group.pq for name, group in groups.items() if group is not None}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_report import CATEGORIES, page_of, view
 
-from panoptic_cache.evaluate.metric.breakdown import Breakdown
+from panoptic_cache.evaluate.metric.measures import Breakdown
 from panoptic_cache.evaluate.report.pictures import make_figure
 
 BROWSER = next(

@@ -16,17 +16,23 @@ from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from panoptic_cache.evaluate.metric.breakdown import (
+from panoptic_cache.evaluate.metric.matching import Overlap
+from panoptic_cache.evaluate.metric.measures import (
+    NAMES,
     SIZE_EDGES,
     Breakdown,
+    ImageInstances,
     break_down,
+    mask_ap,
+    match_instances,
+)
+from panoptic_cache.evaluate.metric.pq import CategoryStat, PQStat, match_image
+from panoptic_cache.evaluate.metric.score import (
+    score_image,
     thing_ids,
+    total_scores,
     worst_images,
 )
-from panoptic_cache.evaluate.metric.mask_ap import NAMES, ImageInstances, mask_ap, match_instances
-from panoptic_cache.evaluate.metric.matching import Overlap
-from panoptic_cache.evaluate.metric.pq import CategoryStat, PQStat, match_image
-from panoptic_cache.evaluate.metric.score import score_image, total_scores
 from panoptic_cache.pipeline.annotations import SegmentInfo
 from panoptic_cache.pipeline.coco import Category
 
@@ -120,7 +126,7 @@ def test_breakdown_equals_masks(
     ]
     expected = match_image(
         1, merged, renamed, found, {i: agnostic(c) for i, c in categories.items()}
-    ).stat[1]
+    )[1]
     assert got.agnostic == expected
 
     became: dict[tuple[int, int | None], int] = {}

@@ -12,7 +12,6 @@ import pytest
 from conftest import Run
 
 from panoptic_cache.evaluate.metric.official import (
-    Official,
     compare_results,
     import_official,
     run_official,
@@ -156,12 +155,12 @@ def test_undefined_groups_count_as_zero() -> None:
     ours = summarize(PQStat({3: CategoryStat(tp=1, iou=0.5)}), categories)
     one = {"pq": 0.5, "sq": 0.5, "rq": 1.0, "n": 1}
     row = {"tp": 1, "fp": 0, "fn": 0, "iou": 0.5, **{k: one[k] for k in ("pq", "sq", "rq")}}
-    same = Official({"All": one, "Things": one, "Stuff": None}, {3: row})
+    same = {"All": one, "Things": one, "Stuff": None, "per_class": {"3": row}}
     assert compare_results(ours, same)["difference"] == 0
-    found = compare_results(ours, Official(same.groups, {3: {**row, "rq": 0.9}}))
+    found = compare_results(ours, {**same, "per_class": {"3": {**row, "rq": 0.9}}})
     assert found["at"] == "category 3 rq"
     assert found["difference"] == pytest.approx(0.1)
-    other = compare_results(ours, Official({**same.groups, "Stuff": one}, {3: row}))
+    other = compare_results(ours, {**same, "Stuff": one})
     assert (other["at"], other["difference"]) == ("Stuff rq", 1)
 
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from panoptic_cache.evaluate.metric import workers as workers_module
+from panoptic_cache.evaluate.metric import score as score_module
 from panoptic_cache.evaluate.metric.matching import Overlap
 from panoptic_cache.evaluate.metric.pairs import read_pairs
 from panoptic_cache.evaluate.metric.pq import (
@@ -173,7 +173,7 @@ def test_matching_equals_sets(scene: tuple[Ids, list[SegmentInfo], Ids, dict[int
         with pytest.raises(InputError, match=r"image 7: .* area"):
             match_image(7, *scene)
         return
-    got = match_image(7, *scene).stat.categories
+    got = match_image(7, *scene).categories
     assert {c: (s.tp, s.fp, s.fn) for c, s in got.items()} == {
         c: counts[:3] for c, counts in expected.items()
     }
@@ -190,8 +190,8 @@ def test_renaming_predicted_ids_changes_nothing(
     segments = [SegmentInfo(s.id, s.category_id, s.iscrowd) for s in segments]
     names = dict(zip(categories, random.sample(range(1, 99), 9), strict=False))
     renamed = np.vectorize(lambda i: names.get(i, 0), otypes=[np.int32])(pred)
-    before = match_image(1, gt, segments, pred, categories).stat
-    after = match_image(1, gt, segments, renamed, {names[i]: c for i, c in categories.items()}).stat
+    before = match_image(1, gt, segments, pred, categories)
+    after = match_image(1, gt, segments, renamed, {names[i]: c for i, c in categories.items()})
     assert before == after
 
 
@@ -199,8 +199,8 @@ def test_area_none_is_counted() -> None:
     ids = np.array([[1, 1, 2, 0]], np.int32)
     segments = [SegmentInfo(1, 1, False), SegmentInfo(2, 2, False, 1)]
     stat = match_image(1, ids, segments, ids, {1: 1, 2: 2})
-    assert stat.stat[1] == stat.stat[2] == CategoryStat(tp=1, iou=1.0)
-    assert stat.wrong_areas == ()
+    assert stat[1] == stat[2] == CategoryStat(tp=1, iou=1.0)
+    assert stat.wrong_areas == {}
 
 
 def test_the_overlap_ascends_and_sums_to_the_picture() -> None:
@@ -308,7 +308,7 @@ def test_any_number_of_workers_gives_the_same_floats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # More tasks than the window holds.
-    monkeypatch.setattr(workers_module, "CHUNK", 1)
+    monkeypatch.setattr(score_module, "CHUNK", 1)
     monkeypatch.setattr(processes, "WINDOW", 2)
     folder = Folder(tmp_path, images=9)
     one, two = folder.score(), folder.score(workers=2)

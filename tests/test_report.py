@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from panoptic_cache.evaluate.decoder.decode import DecodedSegment, PanopticMap
-from panoptic_cache.evaluate.metric.breakdown import Breakdown
+from panoptic_cache.evaluate.metric.measures import Breakdown
 from panoptic_cache.evaluate.metric.pq import PQResult, PQStat, match_image, summarize
 from panoptic_cache.evaluate.metric.score import Scores
 from panoptic_cache.evaluate.report.page import write_report
@@ -69,9 +69,7 @@ def view(title: str = "a.jpg", pq: float | None = 0.5) -> ImageView:
 
 def result_of(one: ImageView) -> PQResult:
     found = {row + 1: CATEGORIES[label].id for row, label in enumerate(one.prediction.labels)}
-    return summarize(
-        match_image(1, IDS, SEGMENTS, one.prediction.segment_map, found).stat, CATEGORIES
-    )
+    return summarize(match_image(1, IDS, SEGMENTS, one.prediction.segment_map, found), CATEGORIES)
 
 
 def page_of(
@@ -101,7 +99,7 @@ def test_comparison_counts_as_the_metric_does(data: st.DataObject) -> None:
     prediction = predicted_map(
         PanopticMap(found, tuple(DecodedSegment(i, n, True, 1.0, 1) for i, n in labels.items()))
     )
-    stat = match_image(1, true, rows, found, {i: CATEGORIES[n].id for i, n in labels.items()}).stat
+    stat = match_image(1, true, rows, found, {i: CATEGORIES[n].id for i, n in labels.items()})
     ours = compare(true_map(true, rows, CATEGORIES), prediction)
     counts = [
         sum(getattr(one, name) for one in stat.categories.values()) for name in ("tp", "fn", "fp")

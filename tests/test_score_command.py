@@ -17,9 +17,9 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from conftest import Run
 
-from panoptic_cache.evaluate.metric import workers as workers_module
+from panoptic_cache.evaluate.metric import score as score_module
 from panoptic_cache.evaluate.metric.pairs import read_pairs
-from panoptic_cache.evaluate.metric.workers import map_pairs, useful_workers
+from panoptic_cache.evaluate.metric.score import score_pairs, useful_workers
 from panoptic_cache.pipeline.base import process as processes
 from panoptic_cache.pipeline.base.terminal import progress, table
 
@@ -124,8 +124,10 @@ def wait_for_signal(*_: object) -> None:
 
 
 def share_for_ever(json_file: str) -> None:
-    _, pairs = read_pairs(Path(json_file), Path(json_file))
-    list(map_pairs(pairs, wait_for_signal, workers=2))
+    patch = pytest.MonkeyPatch()
+    patch.setattr(score_module, "read_ids", wait_for_signal)
+    patch.setattr(processes, "_context", lambda: multiprocessing.get_context("fork"))
+    score_pairs(*read_pairs(Path(json_file), Path(json_file)), workers=2)
 
 
 @pytest.mark.slow
@@ -155,7 +157,7 @@ def test_out_of_memory_names_the_image(
 
     if isinstance(error, cv2.error):
         error.code = cv2.Error.StsNoMem
-    monkeypatch.setattr(workers_module, "read_ids", greedy)
+    monkeypatch.setattr(score_module, "read_ids", greedy)
     monkeypatch.setattr(processes, "_context", lambda: multiprocessing.get_context("fork"))
     code, out, err = run("score", truth, truth, "--workers", workers)
     assert (code, out, len(err.splitlines())) == (1, "", 1)
@@ -166,7 +168,7 @@ def test_workers_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
     assert [useful_workers(images) for images in (0, 1, 12, 5000)] == [1, 1, 1, 4]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(256), raising=False)
-    assert useful_workers(5000) == workers_module.MOST
+    assert useful_workers(5000) == score_module.MOST
 
 
 def test_called_wrongly(run: Run, truth: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,18 +90,10 @@ def match_segments(
     """Matches segments as cocodataset/panopticapi does.
 
     Two segments match where they have the same category and an IoU above 0.5. An unmatched
-    prediction is not wrong where more than half of it lies on void and on a crowd of its category.
-
-    Args:
-        image_id: For messages.
-        overlap: Of the two maps.
-        gt_segments: As listed; those left out count as neither void nor segment. An area of None
-            is counted from the map.
-        pred_segments: Category id by segment id; those left out do not count.
-        every_crowd: All crowds of a category excuse predictions, not only the one listed last.
-
-    Raises:
-        InputError: The area of a true segment is smaller than what it shares with a prediction.
+    prediction is not wrong where more than half of it lies on void and on a crowd of its category:
+    the one listed last, or all of them with `every_crowd`. True segments that are not listed count
+    as neither void nor segment. Raises InputError where the area of a true segment is smaller than
+    what it shares with a prediction.
     """
     gt = {segment.id: segment for segment in gt_segments}
     ious: dict[tuple[int, int], float] = {}

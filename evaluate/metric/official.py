@@ -14,7 +14,7 @@ import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 from panoptic_cache.evaluate.metric.pairs import png_folder
 from panoptic_cache.evaluate.metric.pq import PQResult
@@ -27,15 +27,6 @@ SOURCE = "git+https://github.com/cocodataset/panopticapi.git"
 GROUPS = {"All": None, "Things": True, "Stuff": False}
 """Its own names, and what it calls `isthing`."""
 COUNTS = ("tp", "fp", "fn", "iou")
-Values = Mapping[str, float]
-
-
-class Official(NamedTuple):
-    """What the reference says."""
-
-    # `pq`, `sq`, `rq` and `n` of All, Things and Stuff; None where it divides by zero.
-    groups: Mapping[str, Values | None]
-    per_class: Mapping[int, Values]  # `tp`, `fp`, `fn`, `iou`, `pq`, `sq` and `rq` by category id
 
 
 def import_official() -> ModuleType:
@@ -58,11 +49,12 @@ def run_official(
     pred_dir: Path | None = None,
     *,
     advance: Callable[[], None] = lambda: None,
-) -> Official:
+) -> dict[str, Any]:
     """Runs the reference on files that ours has accepted, in this process, quietly.
 
-    Arguments as of `pairs.read_pairs`; `advance` is called after each image. Raises InputError
-    where the reference fails on an image.
+    Arguments as of `pairs.read_pairs`; `advance` is called after each image. Returns the keys of
+    `PQResult.to_json`, a group that it divides by zero for as None. Raises InputError where the
+    reference fails on an image.
     """
     gt, pred = (decode_json(path.read_bytes(), dict) for path in (gt_json, pred_json))
     categories = {row["id"]: row for row in gt["categories"]}
@@ -83,33 +75,33 @@ def run_official(
                 code="official-failed",
             ) from None
         advance()
-    groups: dict[str, Values | None] = dict.fromkeys(GROUPS)
-    means: Mapping[int, Mapping[str, Any]] = {}
+    found: dict[str, Any] = dict.fromkeys(GROUPS)
+    counts = {id_: {name: getattr(total[id_], name) for name in COUNTS} for id_ in categories}
     for name, isthing in GROUPS.items():
         with contextlib.suppress(ZeroDivisionError):
             group, members = total.pq_average(categories, isthing=isthing)
-            groups[name] = _plain(group)
-            means = {**means, **members}
-    counts = {id_: {name: getattr(total[id_], name) for name in COUNTS} for id_ in categories}
-    return Official(groups, {id_: _plain({**counts[id_], **means.get(id_, {})}) for id_ in counts})
+            found[name] = _plain(group)
+            for id_, means in members.items():
+                counts[id_] |= means
+    return {**found, "per_class": {str(id_): _plain(values) for id_, values in counts.items()}}
 
 
-def compare_results(ours: PQResult, theirs: Official) -> dict[str, Any]:
-    """The key `official` of `score --official --json`.
+def compare_results(ours: PQResult, theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """The key `official` of `score --official --json`; `theirs` is what `run_official` returned.
 
     The reference's groups, the largest absolute `difference` of any number of ours from its, and
     `at` which number, such as `All pq` or `category 17 sq`. An undefined group counts as zeros.
     """
     mine = ours.to_json()
-    pairs = {f"{name} ": (mine[name], group) for name, group in theirs.groups.items()}
-    for id_, values in theirs.per_class.items():
-        pairs[f"category {id_} "] = mine["per_class"][str(id_)], values
+    pairs = {f"{name} ": (mine[name], theirs[name]) for name in GROUPS}
+    for id_, values in theirs["per_class"].items():
+        pairs[f"category {id_} "] = mine["per_class"][id_], values
     differences = [(0.0, "nowhere")]
     for where, (one, other) in pairs.items():
         a, b = one or {}, other or {}
         differences += [(abs(a.get(key, 0) - b.get(key, 0)), where + key) for key in {**a, **b}]
     difference, at = max(differences, key=lambda row: row[0])
-    return {**theirs.groups, "difference": difference, "at": at}
+    return {**{name: theirs[name] for name in GROUPS}, "difference": difference, "at": at}
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, float]:

@@ -60,15 +60,10 @@ def read_pairs(
 ) -> tuple[tuple[Category, ...], list[ImagePair]]:
     """Reads both JSONs and joins them by image id, in the order of the ground truth.
 
-    Whatever the JSONs and folders alone can tell is checked here, before any PNG is opened.
-    Predictions for images without ground truth are left out, with a warning.
-
-    Returns:
-        The categories of the ground truth by ascending id, and one pair an image.
-
-    Raises:
-        InputError: A file or folder is missing, a JSON is malformed, an image has no prediction
-            or two, a category is unknown, a segment is listed twice.
+    Returns the categories of the ground truth by ascending id, and one pair an image. Whatever the
+    JSONs and folders alone can tell is checked here, before any PNG is opened: InputError names
+    the file, the image and the segment. Predictions for images without ground truth are left out,
+    with a warning.
     """
     gt_file, pred_file = (read_rows(path)[0] for path in (gt_json, pred_json))
     if gt_file.categories is None:
@@ -97,19 +92,14 @@ def read_pairs(
     pairs = []
     for image_id, row in gt_rows.items():
         predicted = pred_rows[image_id]
-        where = f"{gt_json}: image {image_id}"
-        true_segments = _with_areas(_checked(row, known, where), where)
-        pred_segments = _checked(predicted, known, f"{pred_json}: image {image_id}")
+        gt_segments = _checked(row, known, gt_json, trusted=True)
+        pred_segments = {s.id: s.category_id for s in _checked(predicted, known, pred_json)}
+        pngs = gt_pngs[image_id], pred_pngs[image_id]
         pairs.append(
             ImagePair(
-                image_id,
-                gt_pngs[image_id],
-                true_segments,
-                pred_pngs[image_id],
-                {segment.id: segment.category_id for segment in pred_segments},
-                _scores(predicted),
-                gt_bgr,
-                pred_bgr,
+                *(image_id, pngs[0], gt_segments, pngs[1], pred_segments, _scores(predicted)),
+                gt_bgr=gt_bgr,
+                pred_bgr=pred_bgr,
             )
         )
     return categories, pairs
@@ -171,22 +161,24 @@ def _find_pngs(
     return paths
 
 
-def _checked(row: AnnotationRow, known: Set[int], where: str) -> tuple[SegmentInfo, ...]:
+def _checked(
+    row: AnnotationRow, known: Set[int], path: Path, *, trusted: bool = False
+) -> tuple[SegmentInfo, ...]:
+    """The segments of an image; where areas are trusted, those that are given must be right."""
+    where = f"{path}: image {row.image_id}"
     try:
-        return check_segments(row.segments_info, known)
+        segments = check_segments(row.segments_info, known)
     except InputError as error:
         error.where = f"{where}, {error.where}" if error.where else where
         raise
-
-
-def _with_areas(rows: tuple[SegmentInfo, ...], where: str) -> tuple[SegmentInfo, ...]:
-    """The ground truth's areas must be right, as they are trusted; those not given are counted."""
-    for row in rows:
-        if row.area is not None and not is_area(row.area):
-            what = f"area {str(row.area)[:40]} is no number of pixels"
-            raise shape_error(what, f"{where}, segment {row.id}")
+    if not trusted:
+        return segments
+    for one in segments:
+        if one.area is not None and not is_area(one.area):
+            what = f"area {str(one.area)[:40]} is no number of pixels"
+            raise shape_error(what, f"{where}, segment {one.id}")
     return tuple(
-        replace(row, area=int(row.area)) if isinstance(row.area, float) else row for row in rows
+        replace(one, area=int(one.area)) if isinstance(one.area, float) else one for one in segments
     )
 
 

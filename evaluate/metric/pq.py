@@ -1,6 +1,6 @@
 """Panoptic quality, equal to the official evaluator.
 
-    Matching of an image -> ImageStat, one an image -> PQStat, their sum -> PQResult
+    Matching of an image -> PQStat, one an image -> their sum -> PQResult
 
 PQ of a category is sum IoU / (TP + FP/2 + FN/2) (Kirillov et al., Panoptic Segmentation, CVPR 2019,
 equation 1). Void, crowd and ground-truth areas follow cocodataset/panopticapi.
@@ -16,12 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from panoptic_cache.evaluate.metric.matching import (
-    Matching,
-    Overlap,
-    checked_overlap,
-    match_segments,
-)
+from panoptic_cache.evaluate.metric.matching import Overlap, checked_overlap, match_segments
 from panoptic_cache.evaluate.metric.pairs import listing
 from panoptic_cache.pipeline.annotations import ImageId, SegmentInfo
 from panoptic_cache.pipeline.coco import Category
@@ -66,18 +61,22 @@ class CategoryStat:
 
 @dataclass(frozen=True, slots=True)
 class PQStat:
-    """`CategoryStat` by category id, of one image or of many; a category never seen is absent.
+    """Counts of one image or of many.
 
     The order of a sum of floats changes its last digit: add in the order of the images.
     """
 
+    # By category id; a category never seen is absent.
     categories: Mapping[int, CategoryStat] = field(default_factory=dict)
+    # By image, ids of true segments (no crowd) whose area in the JSON, which PQ trusts, is another
+    # one in the PNG.
+    wrong_areas: Mapping[ImageId, tuple[int, ...]] = field(default_factory=dict)
 
     def __add__(self, other: PQStat) -> PQStat:
         total = dict(self.categories)
         for category_id, stat in other.categories.items():
             total[category_id] = total.get(category_id, CategoryStat()) + stat
-        return PQStat(total)
+        return PQStat(total, {**self.wrong_areas, **other.wrong_areas})
 
     def __getitem__(self, category_id: int) -> CategoryStat:
         return self.categories.get(category_id, CategoryStat())
@@ -87,17 +86,6 @@ class PQStat:
         """Mean PQ of the categories with a segment; None without one."""
         values = [stat.pq for stat in self.categories.values() if not stat.empty]
         return sum(values) / len(values) if values else None
-
-
-@dataclass(frozen=True, slots=True)
-class ImageStat:
-    """What one image adds."""
-
-    image_id: ImageId  # As annotated
-    stat: PQStat  # Its counts
-    # Ids of ground-truth segments (no crowd) whose area in the JSON, which PQ trusts, differs from
-    # the PNG.
-    wrong_areas: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +100,12 @@ class GroupPQ:
 
 @dataclass(frozen=True, slots=True)
 class PQResult:
-    """The metric of a split."""
+    """The metric of a split; a group is None (undefined) where no category has a segment."""
 
-    all: GroupPQ | None  # Over all categories; None (undefined) where no category has a segment
-    things: GroupPQ | None  # The same, over things
-    stuff: GroupPQ | None  # The same, over stuff
-    # Counts of every category of the ground truth, by ascending id.
-    per_class: Mapping[int, CategoryStat]
+    all: GroupPQ | None
+    things: GroupPQ | None
+    stuff: GroupPQ | None
+    per_class: Mapping[int, CategoryStat]  # Of every category, by ascending id
 
     def to_json(self) -> dict[str, Any]:
         """The first keys of `panoptic score --json`: fractions, undefined groups null."""
@@ -139,17 +126,15 @@ def match_image(
     gt_segments: Sequence[SegmentInfo],
     pred_ids: NDArray[np.integer[Any]],
     pred_segments: Mapping[int, int],
-) -> ImageStat:
-    """Matches one image, see `matching.match_segments`.
-
-    Predicted areas are counted; ground-truth areas are trusted.
+) -> PQStat:
+    """Counts the segments of one image, see `match_segments`.
 
     Args:
         image_id: For messages and the result.
         gt_ids: (H, W) integer, 0 = void.
         gt_segments: Distinct ids above 0, as listed: the order decides which crowd segment
-            excuses predictions. An area of None is counted from the map.
-        pred_ids: (H, W) integer, 0 = void.
+            excuses predictions. Areas are trusted; one of None is counted from the map.
+        pred_ids: (H, W) integer, 0 = void. Areas are counted.
         pred_segments: Category id by segment id.
 
     Raises:
@@ -157,52 +142,47 @@ def match_image(
             the ground truth is smaller than what it shares with a prediction.
     """
     overlap = checked_overlap(image_id, gt_ids, pred_ids, pred_segments)
-    return match_overlap(image_id, overlap, gt_segments, pred_segments)
+    return count_segments(image_id, overlap, gt_segments, pred_segments)
 
 
-def match_overlap(
+def count_segments(
     image_id: ImageId,
     overlap: Overlap,
     gt_segments: Sequence[SegmentInfo],
     pred_segments: Mapping[int, int],
-) -> ImageStat:
-    """`match_image` from the overlap of the two maps."""
-    matching = match_segments(image_id, overlap, gt_segments, pred_segments)
+    *,
+    every_crowd: bool = False,
+) -> PQStat:
+    """The counts of one image; arguments as of `match_segments`."""
+    found = match_segments(image_id, overlap, gt_segments, pred_segments, every_crowd=every_crowd)
+    true = {segment.id: segment.category_id for segment in gt_segments}
+    counts = [
+        *(
+            (pred_segments[id_], CategoryStat(tp=1, iou=iou))
+            for (_, id_), iou in found.ious.items()
+        ),
+        *((true[id_], CategoryStat(fn=1)) for id_ in found.missed),
+        *((pred_segments[id_], CategoryStat(fp=1)) for id_ in found.false),
+    ]
+    stats: dict[int, CategoryStat] = {}
+    for category_id, one in counts:
+        stats[category_id] = stats.get(category_id, CategoryStat()) + one
     wrong = tuple(
         segment.id
         for segment in gt_segments
         if not segment.iscrowd and segment.area not in (None, overlap.true_area.get(segment.id, 0))
     )
-    return ImageStat(image_id, count_matches(matching, gt_segments, pred_segments), wrong)
+    return PQStat(stats, {image_id: wrong} if wrong else {})
 
 
-def count_matches(
-    matching: Matching, gt_segments: Sequence[SegmentInfo], pred_segments: Mapping[int, int]
-) -> PQStat:
-    """The counts of one image by category."""
-    true = {segment.id: segment.category_id for segment in gt_segments}
-    counts = [
-        *(
-            (pred_segments[id_], CategoryStat(tp=1, iou=iou))
-            for (_, id_), iou in matching.ious.items()
-        ),
-        *((true[id_], CategoryStat(fn=1)) for id_ in matching.missed),
-        *((pred_segments[id_], CategoryStat(fp=1)) for id_ in matching.false),
-    ]
-    stats: dict[int, CategoryStat] = {}
-    for category_id, one in counts:
-        stats[category_id] = stats.get(category_id, CategoryStat()) + one
-    return PQStat(stats)
+def summarize(total: PQStat, categories: Sequence[Category]) -> PQResult:
+    """Means over categories; warns of a group that is undefined, and of areas that cannot be true.
 
-
-def total_pq(images: Iterable[ImageStat], categories: Sequence[Category]) -> PQResult:
-    """The metric of images in their order; warns of ground-truth areas that cannot be true."""
-    total, wrong = PQStat(), {}
-    for image in images:
-        total += image.stat
-        if image.wrong_areas:
-            wrong[image.image_id] = image.wrong_areas
-    if wrong:
+    Raises ValueError where `total`, the sum over all images, counts a category not among them.
+    """
+    if unknown := total.categories.keys() - {category.id for category in categories}:
+        raise ValueError(f"statistics of unknown categories {listing(unknown)}")
+    if wrong := total.wrong_areas:
         image_id, ids = next(iter(wrong.items()))
         logger.warning(
             "%d ground-truth segments of %d images have another area in the JSON than in the PNG, "
@@ -210,16 +190,6 @@ def total_pq(images: Iterable[ImageStat], categories: Sequence[Category]) -> PQR
             "exceed 1: set the areas to the pixel counts",
             sum(map(len, wrong.values())), len(wrong), listing(ids), image_id,
         )  # fmt: skip
-    return summarize(total, categories)
-
-
-def summarize(total: PQStat, categories: Sequence[Category]) -> PQResult:
-    """Means over categories. A group without any segment is None; if it has categories, warns.
-
-    Raises ValueError where `total`, the sum over all images, counts a category not among them.
-    """
-    if unknown := total.categories.keys() - {category.id for category in categories}:
-        raise ValueError(f"statistics of unknown categories {listing(unknown)}")
 
     def group(name: str, members: Iterable[Category]) -> GroupPQ | None:
         found = [total[category.id] for category in members]
@@ -234,8 +204,8 @@ def summarize(total: PQStat, categories: Sequence[Category]) -> PQResult:
         return GroupPQ(pq / n, sq / n, rq / n, n)
 
     return PQResult(
-        all=group("All", categories),
-        things=group("Things", (c for c in categories if c.isthing)),
-        stuff=group("Stuff", (c for c in categories if not c.isthing)),
-        per_class={category.id: total[category.id] for category in categories},
+        group("All", categories),
+        group("Things", (c for c in categories if c.isthing)),
+        group("Stuff", (c for c in categories if not c.isthing)),
+        {category.id: total[category.id] for category in categories},
     )

@@ -147,7 +147,7 @@ def evaluate(
                 dataset,
                 out,
                 rows=rows,
-                pqs=[image.value for image in images],
+                pqs=[image.stat.mean_pq for image in images],
                 scores=scores,
                 overlays=overlays,
                 title=title,

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panoptic_cache.evaluate.decoder.decode import PanopticMap
-from panoptic_cache.evaluate.metric.breakdown import thing_ids
-from panoptic_cache.evaluate.metric.score import ImageScore, score_image
+from panoptic_cache.evaluate.metric.score import ImageScore, score_image, thing_ids
 from panoptic_cache.evaluate.photos import ahead
 from panoptic_cache.evaluate.predict import Heads, Pixels, Predictor
 from panoptic_cache.evaluate.prediction_files import (

@@ -13,8 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from panoptic_cache.evaluate.decoder.decode import DecodeConfig, PanopticMap, decode
-from panoptic_cache.evaluate.metric.breakdown import thing_ids
-from panoptic_cache.evaluate.metric.score import ImageScore, Scores, score_image, total_scores
+from panoptic_cache.evaluate.metric.score import (
+    ImageScore,
+    Scores,
+    score_image,
+    thing_ids,
+    total_scores,
+)
 from panoptic_cache.evaluate.study.corruption import (
     Corruption,
     Quality,
@@ -84,7 +89,7 @@ def _mean_pq(
     weights: NDArray[np.float64], images: Sequence[ImageScore], categories: Sequence[Category]
 ) -> NDArray[np.float64]:
     """(R,) All PQ where image i counts weights[r, i] times; 0 where no category has a segment."""
-    stats = [[image.pq.stat[category.id] for category in categories] for image in images]
+    stats = [[image.stat[category.id] for category in categories] for image in images]
     iou = np.array([[stat.iou for stat in row] for row in stats])  # (images, categories)
     whole = np.array([[stat.tp + 0.5 * stat.fp + 0.5 * stat.fn for stat in row] for row in stats])
     total = weights @ whole  # (R, categories)
