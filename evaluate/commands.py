@@ -100,7 +100,7 @@ def evaluate(
     If it was stopped, run it again to go on.
     Several GPUs: accelerate launch -m panoptic_cache.cli evaluate ...
     """
-    from panoptic_cache.evaluate.split.evaluation import evaluate as run
+    from panoptic_cache.evaluate.split import evaluate as run
     from panoptic_cache.pipeline.coco import read_dataset
     from panoptic_cache.train.ranks import Ranks
 
@@ -112,9 +112,9 @@ def evaluate(
     )
     dataset = read_dataset(layout).spread(limit)
     ranks = Ranks.current(cpu=device == "cpu")
-    predictor = _predictor(
-        checkpoint, ranks.device or device, flip, sizes, weights, precision, tile, overlap, cells
-    )
+    settings = {"flip": flip, "weights": weights, "precision": precision}
+    tiles = {"tile": tile, "overlap": overlap}
+    predictor = _predictor(checkpoint, ranks.device or device, sizes, cells, **settings, **tiles)
     scores = run(
         predictor,
         dataset,
@@ -163,9 +163,9 @@ def predict(
 
     paths = list_photos(pictures, recursive=recursive, besides=out)
     ranks = Ranks.current(cpu=device == "cpu")
-    predictor = _predictor(
-        checkpoint, ranks.device or device, flip, sizes, weights, precision, tile, overlap, cells
-    )
+    settings = {"flip": flip, "weights": weights, "precision": precision}
+    tiles = {"tile": tile, "overlap": overlap}
+    predictor = _predictor(checkpoint, ranks.device or device, sizes, cells, **settings, **tiles)
     done, left_out = predict_photos(
         predictor, paths, out, batch=batch, overlays=overlays, ranks=ranks
     )
@@ -205,7 +205,7 @@ def score(
     from panoptic_cache.pipeline.base.terminal import progress
 
     if official:
-        from panoptic_cache.evaluate.metric import official as theirs
+        from panoptic_cache.evaluate.metric import pq as theirs
 
         reference = theirs.import_official()  # before the work, as it may be missing
     gc.freeze()  # collections, at exit too, need not walk what was imported: 14 of 200 ms
@@ -261,15 +261,7 @@ def export(
 
 
 def _predictor(
-    checkpoint: Path,
-    device: str | None,
-    flip: bool,
-    sizes: str | None,
-    weights: Literal["model", "ema"] | None,
-    precision: Literal["fp32", "bf16"],
-    tile: int | None,
-    overlap: int | None,
-    cells: int,
+    checkpoint: Path, device: str | None, sizes: str | None, cells: int, **settings: Any
 ) -> Predictor:
     from panoptic_cache.evaluate.decoder.decode import DecodeConfig
     from panoptic_cache.evaluate.predict import Predictor
@@ -278,17 +270,7 @@ def _predictor(
         sides = [int(part) for part in sizes.split(",")] if sizes else []
     except ValueError:
         raise typer.BadParameter(f"--sizes takes numbers such as 420,518, not {sizes}") from None
-    return Predictor(
-        checkpoint,
-        device,
-        DecodeConfig(cells=cells),
-        flip=flip,
-        sizes=sides,
-        weights=weights,
-        precision=precision,
-        tile=tile,
-        overlap=overlap,
-    )
+    return Predictor(checkpoint, device, DecodeConfig(cells=cells), sizes=sides, **settings)
 
 
 def _show_scores(

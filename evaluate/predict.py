@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from panoptic_cache.evaluate.decoder.decode import DecodeConfig, PanopticMap, decode
-from panoptic_cache.evaluate.tiles import paste, stitch
+from panoptic_cache.evaluate.decoder.tiles import paste, stitch
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.pipeline.photo import Fit, fitted_size, read_photo, resize_photo
@@ -39,10 +39,6 @@ Pixels = NDArray[np.uint8]
 """A photo: (H, W, 3) uint8 RGB."""
 Photo = Path | str | Image.Image | NDArray[Any]
 """What a photo may be given as, see `Predictor.__call__`."""
-read_picture = read_photo
-"""Any photo as RGB, turned as its EXIF tag says; see `pipeline.photo.read_photo`."""
-
-
 TOGETHER = 8
 """Tiles that the network takes at once."""
 
@@ -90,8 +86,9 @@ class Predictor:
     """
 
     identity: dict[str, Any]
+    tile: int | None
+    overlap: int
     _decoding: DecodeConfig
-    _sizes: tuple[int, ...]
 
     def __init__(
         self,
@@ -106,14 +103,11 @@ class Predictor:
         tile: int | None = None,
         overlap: int | None = None,
     ) -> None:
-        chosen = find_device(device)
         folder = find_checkpoint(Path(checkpoint))  # once: a running training adds newer ones
-        model, state = load_model(folder, chosen, weights=weights)
-        self._set_up(model, state, precision)
-        self._decoding, self._flip = decoding or self._decoding, flip
-        self._sizes = tuple(sizes) or self._sizes
+        model, state = load_model(folder, find_device(device), weights=weights)
         for side in sizes:
             check_size(side, side, model.patch_size, where="--sizes")
+        self._set_up(model, state, precision, decoding, flip, sizes, tile, overlap)
         # complete.json holds the SHA-256 of every file of the checkpoint.
         complete = (folder / "complete.json").read_bytes()
         self.identity = {
@@ -124,10 +118,7 @@ class Predictor:
             "weights": weights or "default",
             "precision": precision,
         }
-        if tile is not None:
-            self.tile = tile or None
         if self.tile is not None:
-            self.overlap = self.tile // 4 if overlap is None else overlap
             check_tile(self.tile, self.overlap, where="--tile and --overlap")
             self.identity |= {"tile": self.tile, "overlap": self.overlap}
 
@@ -141,17 +132,25 @@ class Predictor:
         predictor._set_up(model, state, state.config.precision)
         return predictor
 
-    def _set_up(self, model: PanopticModel, state: TrainState, precision: Precision) -> None:
-        """What follows from the model alone."""
+    def _set_up(  # noqa: PLR0917
+        self,
+        model: PanopticModel,
+        state: TrainState,
+        precision: Precision,
+        decoding: DecodeConfig | None = None,
+        flip: bool = False,
+        sizes: Sequence[int] = (),
+        tile: int | None = None,
+        overlap: int | None = None,
+    ) -> None:
         config = state.config
         self.model, self.state, self._device = model, state, model.mean.device
         self.identity = {"step": state.step}
         self.size, self._fit, self._precision = config.data.size, config.data.fit, precision
-        self._decoding = DecodeConfig()
-        self._flip = False
-        self.tile = config.data.tile or None
-        self.overlap = config.data.tile // 4
-        self._sizes = (self.size,)
+        self._decoding, self._flip = decoding or DecodeConfig(), flip
+        self._sizes = tuple(sizes) or (self.size,)
+        self.tile = (config.data.tile if tile is None else tile) or None
+        self.overlap = (self.tile or 0) // 4 if overlap is None else overlap
         self.categories: tuple[Category, ...] = state.categories
         self.encoding: Encoding = make_encoding(config.loss.encoding, config.loss.harmonics)
         self._isthing = torch.tensor([category.isthing for category in self.categories])
@@ -283,7 +282,7 @@ def as_photos(photos: Iterable[Photo]) -> list[Pixels]:
         raise InputError("a single photo", remedy="give a list: predictor([photo])")
     several = [*photos]
     return [
-        read_picture(photo)
+        read_photo(photo)
         if isinstance(photo, str | Path)
         else as_pixels(photo, f"photo {number} of {len(several)}")
         for number, photo in enumerate(several, start=1)
@@ -291,13 +290,9 @@ def as_photos(photos: Iterable[Photo]) -> list[Pixels]:
 
 
 def average(views: Sequence[Heads]) -> Heads:
-    """Mean of codes and of probabilities over views of one photo, at the size of the largest.
+    """Mean codes, and logarithms of mean probabilities, over views of one photo.
 
-    Args:
-        views: All turned the same way; a single view is returned as it is.
-
-    Returns:
-        Mean codes, and the logarithms of the mean probabilities.
+    All are turned the same way; the size is that of the largest. A single view stays as it is.
     """
     if len(views) == 1:
         return views[0]
@@ -316,8 +311,7 @@ def average(views: Sequence[Heads]) -> Heads:
 def find_device(name: str | None = None) -> torch.device:
     """The device of this name; by default the GPU where there is one.
 
-    Raises:
-        InputError: This machine, or this build of torch, has no such device.
+    InputError where this machine, or this build of torch, has no such device.
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -79,10 +79,7 @@ def write_png(
     *,
     source: str = "",
 ) -> PredictionRow:
-    """Writes `NAME.png` into a folder that exists, and returns its row of `panoptic.json`.
-
-    Raises InputError where that is not possible.
-    """
+    """Writes `NAME.png` into a folder that exists, and returns its row of `panoptic.json`."""
     png = encode_picture(ids_to_rgb(result.ids))
     Storage(str(folder / PNG_FOLDER)).write(f"{name}.png", png)
     segments = [
@@ -93,7 +90,7 @@ def write_png(
 
 
 def write_json(folder: Path, rows: Sequence[PredictionRow], categories: Sequence[Category]) -> None:
-    """Writes `panoptic.json`; InputError where that is not possible."""
+    """Writes `panoptic.json`."""
     content = {
         "annotations": to_builtins(rows),
         "categories": [{"id": c.id, "name": c.name, "isthing": int(c.isthing)} for c in categories],
@@ -125,8 +122,7 @@ class Journal:
     def note(self, row: PredictionRow, files: Sequence[Path] = ()) -> None:
         """Adds a prediction, and the state of the files that it depends on.
 
-        The line is with the operating system on return, safe from a kill. Raises InputError where
-        it cannot be written.
+        The line is with the operating system on return, safe from a kill.
         """
         lines = json.dumps(to_builtins(Noted(row, stamp(*files)))) + "\n"
         try:
@@ -191,8 +187,7 @@ def supersede(out: Path) -> None:
     They would not fit new predictions. That of an evaluation becomes `superseded.json`, so that
     `sweep` knows what to remove even after a kill. Without `scores.json` there is no evaluation,
     and the PNGs and overlays of `panoptic predict` stay. Every process may call this, any number of
-    times, until the new one is written. Raises InputError where a file cannot be renamed or
-    removed.
+    times, until the new one is written.
     """
     if not (out / SCORES).exists():
         Storage(str(out)).remove(JSON_NAME)
@@ -210,7 +205,6 @@ def sweep(out: Path, rows: Sequence[PredictionRow], overlays: int) -> None:
     """Removes the journals, and PNGs and overlays that only the superseded evaluation had.
 
     `rows` are those of the new `panoptic.json`, of which the first `overlays` have an overlay.
-    Raises InputError where a file cannot be removed.
     """
     old: set[str] = set()
     with suppress(OSError, ValueError):

@@ -28,17 +28,15 @@ ARROWS = {
     "pipeline.commands": "pipeline.* pipeline.console",
     "train": "pipeline.*",
     "train.commands": "pipeline.* pipeline.console train",
-    "evaluate.decoder": "pipeline.base train",
+    "evaluate.decoder": "pipeline.base pipeline train",
     "evaluate.export": "pipeline.base pipeline train evaluate.decoder",
     "evaluate.metric": "pipeline.base pipeline",
     "evaluate.report": "pipeline.base pipeline pipeline.pictures evaluate.metric evaluate.decoder",
-    "evaluate.split": "pipeline.base pipeline train evaluate evaluate.decoder evaluate.metric"
-    " evaluate.study"  # for saved heads, which studies read
-    " evaluate.report",
     "evaluate.study": "pipeline.* train evaluate.decoder evaluate.metric",
     "evaluate.study.commands": "pipeline.* pipeline.console train evaluate.*",
-    "evaluate": "pipeline.* train evaluate.decoder evaluate.metric evaluate.report",
-    "evaluate.runs": "pipeline.* train evaluate evaluate.report evaluate.split",
+    "evaluate": "pipeline.* train evaluate.decoder evaluate.metric evaluate.report"
+    " evaluate.study",  # for saved heads, which studies read
+    "evaluate.runs": "pipeline.* train evaluate evaluate.report",
     "evaluate.runs.commands": "pipeline.* pipeline.console evaluate.runs",
     "evaluate.commands": "pipeline.* pipeline.console train evaluate.*",
     "cli": "pipeline.base pipeline.console pipeline.commands pipeline.convert.commands"

@@ -22,6 +22,7 @@ from conftest import Run
 from handmade import hashes
 from msgspec import structs
 
+from panoptic_cache.evaluate import split
 from panoptic_cache.evaluate.metric.score import score_image
 from panoptic_cache.evaluate.photos import predict_photos
 from panoptic_cache.evaluate.predict import Heads, Predictor
@@ -32,10 +33,10 @@ from panoptic_cache.evaluate.prediction_files import (
     SegmentRow,
     read_journals,
 )
-from panoptic_cache.evaluate.split import evaluation
-from panoptic_cache.evaluate.split.evaluation import evaluate, identity_of
+from panoptic_cache.evaluate.split import evaluate, identity_of
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import CocoLayout, CocoPanoptic, read_dataset
+from panoptic_cache.pipeline.photo import read_annotated
 
 ROOT = Path(__file__).parents[1]
 
@@ -126,7 +127,7 @@ def test_killed_it_goes_on(
             raise Killed
         return score_image(*arguments, **settings)
 
-    monkeypatch.setattr("panoptic_cache.evaluate.split.share.score_image", dying)
+    monkeypatch.setattr("panoptic_cache.evaluate.split.score_image", dying)
     with pytest.raises(Killed):
         evaluate(predictor, tiny_dataset, tmp_path, batch=4, overlays=3)
     monkeypatch.undo()
@@ -161,7 +162,7 @@ def test_what_changed_after_a_kill_is_done_again(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "write_json", killed)
+        patch.setattr(split, "write_json", killed)
         with pytest.raises(Killed):
             evaluate(predictor, dataset, out)
     one, two, three, _ = dataset.records
@@ -278,7 +279,7 @@ def test_a_killed_evaluation_is_no_finished_one_and_its_next_sweeps(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "write_json", killed)
+        patch.setattr(split, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             evaluate(predictor, few, tmp_path, overlays=2)
     for name in ("panoptic.json", "scores.json", "report.html", "comparison.png"):
@@ -399,11 +400,13 @@ def test_nan_names_the_photo(
 ) -> None:
     network = predictor.heads
 
+    bad = read_annotated(tiny_dataset.records[1])
+
     def broken(photos: Any) -> Any:
-        heads = network(photos)
-        instance = heads[1].instance.clone()
-        instance[0, 3, 3] = torch.nan
-        return [heads[0], Heads(instance, heads[1].semantic), *heads[2:]]
+        return [
+            Heads(one.instance + torch.nan, one.semantic) if np.array_equal(photo, bad) else one
+            for photo, one in zip(photos, network(photos), strict=True)
+        ]
 
     monkeypatch.setattr(predictor, "heads", broken)
     with pytest.raises(InputError, match="NaN") as caught:

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 from conftest import Run
 
-from panoptic_cache.evaluate.metric.official import (
+from panoptic_cache.evaluate.metric.pairs import read_pairs
+from panoptic_cache.evaluate.metric.pq import (
+    CategoryStat,
+    PQStat,
     compare_results,
     import_official,
     run_official,
+    summarize,
 )
-from panoptic_cache.evaluate.metric.pairs import read_pairs
-from panoptic_cache.evaluate.metric.pq import CategoryStat, PQStat, summarize
 from panoptic_cache.evaluate.metric.score import score_pairs
 from panoptic_cache.pipeline.coco import Category
 

@@ -22,12 +22,13 @@ from PIL import Image, ImageOps
 from panoptic_cache.evaluate import photos as photos_module
 from panoptic_cache.evaluate.decoder.decode import PanopticMap
 from panoptic_cache.evaluate.photos import predict_photos, unique_names
-from panoptic_cache.evaluate.predict import Heads, Pixels, Predictor, read_picture
-from panoptic_cache.evaluate.split.evaluation import evaluate
+from panoptic_cache.evaluate.predict import Heads, Pixels, Predictor
+from panoptic_cache.evaluate.split import evaluate
 from panoptic_cache.evaluate.study.heads import read_meta
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import CocoLayout, read_dataset
+from panoptic_cache.pipeline.photo import read_photo
 from panoptic_cache.pipeline.png import read_ids
 from panoptic_cache.pipeline.sources import list_photos, read_frames
 
@@ -73,7 +74,7 @@ def same(found: PanopticMap, wanted: PanopticMap) -> bool:
 
 def test_photos_in_any_form(predictor: Predictor, tiny_root: Path) -> None:
     path = next((tiny_root / "val").iterdir())
-    photo = read_picture(path)
+    photo = read_photo(path)
     (wanted,) = predictor([photo])
     opaque = np.full((*photo.shape[:2], 1), 255, np.uint8)
     for form in (
@@ -155,7 +156,7 @@ def test_photos_of_any_kind_become_rgb(tmp_path: Path, mode: str) -> None:
         suffix = "jpg" if mode == "CMYK" else "png"
         colours = gray.convert("RGB" if mode in {"CMYK", "P"} else mode)
         path = saved(tmp_path / f"a.{suffix}", colours.convert(mode))
-    found = read_picture(path)
+    found = read_photo(path)
     assert found.shape == (48, 64, 3)
     assert found.dtype == np.uint8
     tolerance = 40 if mode == "P" else 6  # of a palette that is not the photo's own
@@ -167,8 +168,8 @@ def test_exif_turns_photos_but_not_annotated_ones(tmp_path: Path) -> None:
     exif[0x0112] = 6  # to be turned clockwise
     lying = Image.fromarray(GRAY).transpose(Image.Transpose.ROTATE_90)
     path = saved(tmp_path / "a.png", lying, exif=exif)
-    assert (read_picture(path) == GRAY[..., None]).all()
-    assert read_picture(path, upright=False).shape == (64, 48, 3)
+    assert (read_photo(path) == GRAY[..., None]).all()
+    assert read_photo(path, upright=False).shape == (64, 48, 3)
 
 
 @pytest.mark.parametrize("orientation", range(10))
@@ -178,7 +179,7 @@ def test_every_orientation_is_that_of_pillow(tmp_path: Path, orientation: int) -
     path = saved(tmp_path / "a.png", Image.fromarray(GRAY), exif=exif)
     with Image.open(path) as image:
         wanted = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    assert np.array_equal(read_picture(path), wanted)
+    assert np.array_equal(read_photo(path), wanted)
 
 
 def test_an_odd_exif_tag_is_no_damage(tmp_path: Path) -> None:
@@ -188,7 +189,7 @@ def test_an_odd_exif_tag_is_no_damage(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.jpg", Image.fromarray(GRAY), exif=b"Exif\0\0" + exif)
     with Image.open(path) as image, pytest.raises(struct.error):
         ImageOps.exif_transpose(image)
-    assert read_picture(path).shape == (64, 48, 3)
+    assert read_photo(path).shape == (64, 48, 3)
 
 
 def test_unreadable_photos_are_reported(tmp_path: Path) -> None:
@@ -201,10 +202,10 @@ def test_unreadable_photos_are_reported(tmp_path: Path) -> None:
         with pytest.raises(
             InputError, match=rf"{path.name}: photo (damaged: \S|has .* pixels)"
         ) as caught:
-            read_picture(path)
+            read_photo(path)
         assert str(caught.value).count(str(path)) == 1
     with pytest.raises(InputError, match="no such photo"):
-        read_picture(tmp_path / "none.jpg")
+        read_photo(tmp_path / "none.jpg")
 
 
 def test_a_bad_photo_costs_only_itself(run: Run, trained: Path, tmp_path: Path) -> None:
@@ -343,7 +344,7 @@ def test_killed_it_goes_on_but_not_with_what_changed(
 
     predict_photos(predictor, paths[:1], out, batch=2)
     monkeypatch.setattr(predictor, "heads", dying)
-    monkeypatch.setattr(photos_module, "_write", lambda *_: None)  # no last words
+    monkeypatch.setattr(photos_module, "write_json", lambda *_: None)  # no last words
     with pytest.raises(Killed):
         predict_photos(predictor, paths, out, batch=2)
     assert not (out / "panoptic.json").exists(), "of the run before: its PNGs are replaced"

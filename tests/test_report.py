@@ -104,13 +104,13 @@ def test_comparison_counts_as_the_metric_does(data: st.DataObject) -> None:
     counts = [
         sum(getattr(one, name) for one in stat.categories.values()) for name in ("tp", "fn", "fp")
     ]
-    assert [len(ours.matches), len(ours.missed), len(ours.false)] == counts
+    assert [len(ours.ious), len(ours.missed), len(ours.false)] == counts
 
 
 def test_a_match_has_its_true_segments_colour() -> None:
     one = view()
     found = compare(one.truth, one.prediction)
-    assert found.matches == {2: 0, 1: 2}
+    assert found.ious.keys() == {(1, 3), (3, 2)}
     numbers = matched_numbers(one.truth, one.prediction, found)
     theirs = segment_colours(one.truth.labels, one.truth.isthing)
     ours = segment_colours(one.prediction.labels, one.prediction.isthing, numbers)
@@ -122,7 +122,7 @@ def test_false_instances_take_unused_numbers() -> None:
     truth = LabelledMap(np.array([[1, 1, 2, 2]], np.uint8), (0, 0), (True, True))
     prediction = LabelledMap(np.array([[1, 3, 2, 2]], np.uint8), (0, 0, 0), (True,) * 3)
     found = compare(truth, prediction)
-    assert found.matches == {1: 1}
+    assert found.ious.keys() == {(2, 2)}
     assert matched_numbers(truth, prediction, found) == (2, 1, 3)
 
 

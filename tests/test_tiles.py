@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from panoptic_cache.evaluate.decoder.decode import DecodedSegment, PanopticMap
+from panoptic_cache.evaluate.decoder.tiles import paste, stitch
 from panoptic_cache.evaluate.predict import Heads, Pixels, Predictor
-from panoptic_cache.evaluate.split.evaluation import evaluate
+from panoptic_cache.evaluate.split import evaluate
 from panoptic_cache.evaluate.study.heads import list_heads, read_heads, read_meta
-from panoptic_cache.evaluate.tiles import paste, stitch
 from panoptic_cache.pipeline.base.config import build_config
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage

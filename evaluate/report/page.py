@@ -8,7 +8,7 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -23,15 +23,6 @@ from panoptic_cache.pipeline.pictures import segment_colours
 PAGE_NAME = "report.html"
 CONFUSIONS = 12
 """Rows in the table of confusions."""
-
-
-class Confusion(NamedTuple):
-    """Segments of one category that were found under another one."""
-
-    true: str
-    found: str
-    segments: int
-    share: float  # Of the category's segments
 
 
 def write_report(
@@ -98,16 +89,19 @@ def filled_sizes(sizes: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, flo
 
 def confusions(
     counts: Mapping[str, Mapping[str, int]], categories: Sequence[Category]
-) -> list[Confusion]:
-    """The most frequent confusions of two categories, see `Breakdown.to_json`."""
+) -> list[tuple[str, str, int, float]]:
+    """The most frequent confusions of two categories, see `Breakdown.to_json`.
+
+    Names of the true and of the found one, segments, and their share of the true one's.
+    """
     names = {str(category.id): category.name for category in categories}
     found = [
-        Confusion(names[true], names[other], count, count / sum(row.values()))
+        (names[true], names[other], count, count / sum(row.values()))
         for true, row in counts.items()
         for other, count in row.items()
         if other not in {true, "none"}
     ]
-    return sorted(found, key=lambda row: (-row.segments, -row.share))[:CONFUSIONS]
+    return sorted(found, key=lambda row: (-row[2], -row[3]))[:CONFUSIONS]
 
 
 def _rgb(colour: Sequence[int]) -> str:

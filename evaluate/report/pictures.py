@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panoptic_cache.evaluate.decoder.decode import PanopticMap
-from panoptic_cache.evaluate.metric.matching import Overlap, match_segments
+from panoptic_cache.evaluate.metric.matching import Matching, Overlap, match_segments
 from panoptic_cache.pipeline.annotations import SegmentInfo
 from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import Category
@@ -82,15 +82,6 @@ class Figure:
     pictures: tuple[tuple[str, bytes], ...]  # Caption and JPEG bytes of each picture
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Right and wrong segments of one image, by position from 0."""
-
-    matches: dict[int, int]  # Position of the true segment, by that of the predicted one
-    missed: tuple[int, ...]  # True segments without match (FN)
-    false: tuple[int, ...]  # Predicted segments without match that count as wrong (FP)
-
-
 def draw_pictures(
     out: Path,
     names: Sequence[str],
@@ -104,8 +95,8 @@ def draw_pictures(
     """Writes overlays of the first images, and `comparison.png`.
 
     `names` are file names without suffix, `scores` the PQ and `segments` the number of true
-    segments of each image. `view_of` makes the view of the image at a position, with or without its
-    heads. Returns figures of the best images, best first, and of the worst that are not among them.
+    segments of each image; `view_of` makes the view of one, with or without its heads. Returns
+    figures of the best images, best first, and of the worst that are not among them.
     """
     Storage(str(out / "overlays")).create()
     best, worst = extremes(scores, segments, SHOWN)
@@ -144,32 +135,26 @@ def extremes(
     return best, [at for at in worst if at not in best]
 
 
-def compare(truth: LabelledMap, prediction: LabelledMap) -> Comparison:
-    """Matches the segments of one image, with counted areas."""
+def compare(truth: LabelledMap, prediction: LabelledMap) -> Matching:
+    """Matches the segments of one image, by their values in the maps, with counted areas."""
     true = [
         SegmentInfo(row, label, row - 1 in truth.crowd)
         for row, label in enumerate(truth.labels, start=1)
     ]
-    found = dict(enumerate(prediction.labels, start=1))
     overlap = Overlap.of(truth.segment_map, prediction.segment_map)
-    matching = match_segments("", overlap, true, found)
-    return Comparison(
-        {found_id - 1: true_id - 1 for true_id, found_id in matching.ious},
-        tuple(row - 1 for row in matching.missed),
-        tuple(row - 1 for row in matching.false),
-    )
+    return match_segments("", overlap, true, dict(enumerate(prediction.labels, start=1)))
 
 
 def matched_numbers(
-    truth: LabelledMap, prediction: LabelledMap, comparison: Comparison
+    truth: LabelledMap, prediction: LabelledMap, found: Matching
 ) -> tuple[int, ...]:
     """Instance numbers of predicted segments that give a match its true segment's colour."""
-    known = instance_numbers(truth.labels)
-    next_free = Counter(truth.labels)
+    known, next_free = instance_numbers(truth.labels), Counter(truth.labels)
+    matches = {predicted: true for true, predicted in found.ious}
     numbers: list[int] = []
-    for row, label in enumerate(prediction.labels):
-        if row in comparison.matches:
-            numbers.append(known[comparison.matches[row]])
+    for value, label in enumerate(prediction.labels, start=1):
+        if value in matches:
+            numbers.append(known[matches[value] - 1])
         else:
             numbers.append(next_free[label])
             next_free[label] += 1
@@ -179,13 +164,13 @@ def matched_numbers(
 def make_figure(view: ImageView, categories: Sequence[Category]) -> Figure:
     """Draws the pictures of an image that has a PQ."""
     found = compare(view.truth, view.prediction)
-    total = len(found.matches) + len(found.missed)
-    summary = f"{len(found.matches)} of {total} segments found"
-    for kind, rows, labels in (
+    total = len(found.ious) + len(found.missed)
+    summary = f"{len(found.ious)} of {total} segments found"
+    for kind, values, labels in (
         ("missed", found.missed, view.truth.labels),
         ("false", found.false, view.prediction.labels),
     ):
-        counts = Counter(categories[labels[row]].name for row in rows).most_common()
+        counts = Counter(categories[labels[value - 1]].name for value in values).most_common()
         if counts:  # `2 person, car` for two persons and a car
             named = (name if count == 1 else f"{count} {name}" for name, count in counts)
             summary += f"; {kind}: {', '.join(named)}"
@@ -199,8 +184,8 @@ def panels(view: ImageView, categories: Sequence[Category], longest: int = PANEL
     size = fitted_size(view.photo.shape[0], view.photo.shape[1], longest, "longest")
     photo, truth = resized(view.photo, size), view.truth.resized(size)
     prediction = view.prediction.resized(size)
-    comparison = compare(view.truth, view.prediction)
-    numbers = matched_numbers(truth, prediction, comparison)
+    found = compare(view.truth, view.prediction)
+    numbers = matched_numbers(truth, prediction, found)
     tiles = [
         ("photo", photo),
         ("truth", named_overlay(photo, truth, categories)),
@@ -209,15 +194,15 @@ def panels(view: ImageView, categories: Sequence[Category], longest: int = PANEL
     for name, head in (("semantic head", view.semantic), ("instance head", view.instance)):
         if head is not None:
             tiles.append((name, resized(head, size, smooth=False)))
-    return [*tiles, ("errors", error_picture(photo, truth, prediction, comparison))]
+    return [*tiles, ("errors", error_picture(photo, truth, prediction, found))]
 
 
 def error_picture(
-    photo: NDArray[np.uint8], truth: LabelledMap, prediction: LabelledMap, comparison: Comparison
+    photo: NDArray[np.uint8], truth: LabelledMap, prediction: LabelledMap, found: Matching
 ) -> Picture:
     """A pale photo with missed segments in `MISSED`, false ones in `FALSE`, and `BOTH`."""
-    missed = np.isin(truth.segment_map, np.add(comparison.missed, 1))  # (H, W) bool
-    false = np.isin(prediction.segment_map, np.add(comparison.false, 1))
+    missed = np.isin(truth.segment_map, found.missed)  # (H, W) bool
+    false = np.isin(prediction.segment_map, found.false)
     return stained(photo, ((missed, MISSED), (false, FALSE), (missed & false, BOTH)))
 
 

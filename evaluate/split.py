@@ -3,28 +3,37 @@
     each process:  read -> network -> decode -> write, note, score      images [rank::world]
     main process:  gather in image order -> sums -> pictures, report
 
-What was predicted before a kill is read back instead of predicted again.
+What was predicted before a kill is read back instead of predicted again, see `batches.Pass`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from panoptic_cache.evaluate.metric.score import Scores, check_scorable, total_scores
-from panoptic_cache.evaluate.predict import Predictor
+import numpy as np
+from numpy.typing import NDArray
+
+from panoptic_cache.evaluate.batches import STEPS, Item, Pass
+from panoptic_cache.evaluate.metric.score import (
+    ImageScore,
+    Scores,
+    check_scorable,
+    score_image,
+    thing_ids,
+    total_scores,
+)
+from panoptic_cache.evaluate.predict import Heads, Predictor
 from panoptic_cache.evaluate.prediction_files import (
     PNG_FOLDER,
     SCORES,
-    Noted,
     PredictionRow,
-    read_journals,
     read_png,
     sweep,
     write_json,
@@ -36,18 +45,14 @@ from panoptic_cache.evaluate.report.pictures import (
     predicted_map,
     true_map,
 )
-from panoptic_cache.evaluate.split.share import STEPS, predict_share
-from panoptic_cache.evaluate.study.heads import Meta, save_meta
-from panoptic_cache.pipeline.annotations import ImageId
+from panoptic_cache.evaluate.study.heads import ImageHeads, Meta, save_heads, save_meta
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
-from panoptic_cache.pipeline.base.process import Interrupted
-from panoptic_cache.pipeline.coco import Category, CocoPanoptic
+from panoptic_cache.pipeline.coco import Category, CocoPanoptic, PanopticRecord
 from panoptic_cache.pipeline.photo import read_annotated
 from panoptic_cache.pipeline.png import read_ids
+from panoptic_cache.pipeline.tiles import Window, tile_key, windows
 from panoptic_cache.train.ranks import Ranks
-
-logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -67,71 +72,72 @@ def evaluate(
     `overlays/*.jpg` and `comparison.png` of the first images, and `report.html`. Until all of them
     are written, `predictions*.jsonl` lists what is done, and the same call resumes from it.
 
-    Args:
-        predictor: The trained model.
-        dataset: The annotated split; its ground truth is never repaired.
-        out: Folder to write.
-        batch: Images that the network takes at once.
-        overlays: Number of images to draw.
-        heads_folder: Where to save what the heads say, see `study/heads.py`.
-        title: Of the report.
-        ranks: The processes that share the work; all of them call this and get the result.
-
-    Returns:
-        Scores, and the mean seconds of each step; 0 where no image had to be predicted.
-
-    Raises:
-        InputError: An image cannot be used, categories differ from the model's, or `out` holds an
-            unfinished evaluation of another checkpoint.
+    Heads are saved in `heads_folder`, see `study/heads.py`. All processes of `ranks` call this and
+    get the scores, with the mean seconds of each step; 0 where no image had to be predicted. Raises
+    InputError where an image cannot be used, categories differ from the model's, or `out` holds an
+    unfinished evaluation of another checkpoint.
     """
     ranks = ranks or Ranks()
     check_dataset(predictor.categories, dataset)
-    identity = identity_of(predictor, dataset)
-    with ExitStack() as stack:
+    records, things = dataset.records, thing_ids(dataset.categories)
 
-        def begin() -> dict[ImageId, Noted]:
-            if not ranks.main:
-                return {}
-            Storage(str(out / PNG_FOLDER)).create()
-            stack.enter_context(Storage(str(out)).locked())
-            if heads_folder is not None:
-                config = predictor.state.config
-                meta = Meta(
-                    name=heads_folder.name,
-                    step=predictor.state.step,
-                    network_size=predictor.size,
-                    encoding=config.loss.encoding,
-                    harmonics=config.loss.harmonics,
-                    fit=config.data.fit,
-                    categories=predictor.categories,
-                )
-                Storage(str(heads_folder)).create()
-                if heads_folder.resolve() != out.resolve():
-                    stack.enter_context(Storage(str(heads_folder)).locked())
-                save_meta(heads_folder, meta)
-            return read_journals(out, identity)
+    def item(at: int, record: PanopticRecord) -> Item:
+        files = [record.photo, record.png, out / PNG_FOLDER / f"{record.key}.png"]
+        if heads_folder is not None:
+            places: Sequence[Window | None] = [None]
+            if predictor.tile is not None:
+                size = record.height, record.width
+                places = [*windows(size, predictor.tile, predictor.overlap)]
+            files += [heads_folder / f"{heads_name(record, place)}.npz" for place in places]
+        return Item((at, 0), record.photo, record.image_id, record.key, tuple(files))
 
-        done = ranks.gather(begin)[0]
-        if done and ranks.main:
-            logger.info("%s: resumes, %d images are already predicted", out, len(done))
-        try:
-            shares = ranks.gather(
-                lambda: predict_share(
-                    predictor,
-                    dataset,
-                    out,
-                    batch=batch,
-                    ranks=ranks,
-                    done=done,
-                    identity=identity,
-                    heads_folder=heads_folder,
-                )
-            )
-        except Interrupted as stop:
-            stop.advice = "run the same command to go on"
-            raise
-        outcomes = {at: outcome for share in shares for at, outcome in share.outcomes.items()}
-        rows, images = zip(*(outcomes[at] for at in range(len(dataset.records))), strict=True)
+    @lru_cache(1)  # for the tiles of an image
+    def truth_of(at: int) -> NDArray[np.int32]:
+        return read_ids(records[at].png, bgr=records[at].bgr)
+
+    def save(item: Item, window: Window | None, heads: Heads) -> None:
+        assert heads_folder is not None
+        record, ids = records[item.place[0]], truth_of(item.place[0])
+        segments = record.segments
+        if window is not None:
+            ids = ids[window.place]
+            segments = tuple(each for each in segments if (ids == each.id).any())
+        name = heads_name(record, window)
+        save_heads(heads_folder, ImageHeads(name, heads.instance, heads.semantic, ids, segments))
+
+    def score(item: Item, row: PredictionRow, ids: NDArray[np.int32]) -> ImageScore:
+        record = records[item.place[0]]
+        return score_image(
+            record.image_id,
+            read_ids(record.png, (record.height, record.width), bgr=record.bgr),
+            record.segments,
+            ids,
+            {segment.id: segment.category_id for segment in row.segments_info},
+            scores={segment.id: segment.score for segment in row.segments_info},
+            things=things,
+        )
+
+    def prepare(stack: ExitStack) -> None:
+        if heads_folder is None:
+            return
+        Storage(str(heads_folder)).create()
+        if heads_folder.resolve() != out.resolve():
+            stack.enter_context(Storage(str(heads_folder)).locked())
+        save_meta(heads_folder, heads_meta(predictor, heads_folder.name))
+
+    work = Pass(
+        *(predictor, out, ranks, identity_of(predictor, dataset), min(batch, len(records))),
+        save_heads=None if heads_folder is None else save,
+        score=score,
+    )
+    with work.locked(prepare):
+        items = [item(at, record) for at, record in enumerate(records)]
+        pictures = work.read(items, lambda one: read_annotated(records[one.place[0]]))
+        shares = work.run(pictures, "evaluate", len(records), "images")
+        rows_of = {place: row for share in shares for place, row in share.rows.items()}
+        rows = [row for _, row in sorted(rows_of.items())]
+        scores_of = {place: one for share in shares for place, one in share.scores.items()}
+        images = [image for _, image in sorted(scores_of.items())]
         predicted = max(1, sum(share.predicted for share in shares))
         seconds = {
             step: round(sum(share.seconds[step] for share in shares) / predicted, 6)
@@ -154,6 +160,25 @@ def evaluate(
             )
             sweep(out, rows, overlays)
     return scores
+
+
+def heads_name(record: PanopticRecord, window: Window | None) -> str:
+    """The file, without ending, that holds what the network says of an image or of a tile."""
+    return record.key if window is None else tile_key(record.key, window.rows[0], window.columns[0])
+
+
+def heads_meta(predictor: Predictor, name: str) -> Meta:
+    """Where saved heads come from."""
+    config = predictor.state.config
+    return Meta(
+        name=name,
+        step=predictor.state.step,
+        network_size=predictor.size,
+        encoding=config.loss.encoding,
+        harmonics=config.loss.harmonics,
+        fit=config.data.fit,
+        categories=predictor.categories,
+    )
 
 
 def write_pictures(

@@ -34,13 +34,9 @@ def stitch(
 ) -> PanopticMap:
     """Merges the maps of an image's tiles.
 
-    Args:
-        size: (H, W) of the image.
-        parts: Its tiles, as `windows` orders them, and the map of each at the tile's own size.
-        min_stuff_area: Pixels below which a stuff segment is dropped.
-
-    Returns:
-        The map of the image. The score of an instance is the mean over its pixels.
+    `size` is (H, W) of the image. `parts` are its tiles, as `windows` orders them, and the map of
+    each at the tile's own size. Stuff segments below `min_stuff_area` pixels are dropped. The score
+    of an instance is the mean over its pixels.
     """
     # Row 0 is void, and a stuff class has the same row in all tiles.
     table = [DecodedSegment(0, -1, isthing=False, score=1.0, area=0)]
@@ -100,14 +96,10 @@ def stitch(
 def paste(
     size: tuple[int, int], parts: Iterable[tuple[Window, NDArray[np.float32]]]
 ) -> NDArray[np.float32]:
-    """What the heads say of tiles, as one picture of the image.
+    """What the heads say of tiles, as one picture of the image of `size` (H, W).
 
-    Args:
-        size: (H, W) of the image.
-        parts: Tiles, and (3, h, w) at any size for each: u and v in the tile, and the label.
-
-    Returns:
-        (3, H, W) u and v in the image, and the label, by the nearest pixel.
+    Each tile has (3, h, w) at any size: u and v in the tile, and the label. Returns (3, H, W) u and
+    v in the image, and the label, by the nearest pixel.
     """
     result = np.zeros((3, *size), np.float32)
     for window, values in parts:
