@@ -79,9 +79,11 @@ def write_png(
     *,
     source: str = "",
 ) -> PredictionRow:
-    """Writes `NAME.png` into a folder that exists, and returns its row of `panoptic.json`."""
-    png = encode_picture(ids_to_rgb(result.ids))
-    Storage(str(folder / PNG_FOLDER)).write(f"{name}.png", png)
+    """Writes `NAME.png`, and returns its row of `panoptic.json`."""
+    path = folder / PNG_FOLDER / f"{name}.png"
+    storage = Storage(str(path.parent))  # a video has a folder of its own
+    storage.create()
+    storage.write(path.name, encode_picture(ids_to_rgb(result.ids)))
     segments = [
         SegmentRow(one.id, categories[one.label].id, one.area, round(one.score, 4))
         for one in result.segments
