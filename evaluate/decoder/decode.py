@@ -52,15 +52,9 @@ class DecodeConfig:
     min_stuff_area: int = 64  # Native pixels below which a stuff segment is dropped
 
     def __post_init__(self) -> None:
-        check_cells(self.cells)
-
-
-def check_cells(cells: int) -> None:
-    """Raises InputError for a grid that the decoder cannot count votes on."""
-    if not LEAST_CELLS <= cells <= MOST_CELLS:
-        raise InputError(
-            f"{cells} cells", where="cells", remedy=f"give {LEAST_CELLS} to {MOST_CELLS}"
-        )
+        if not LEAST_CELLS <= self.cells <= MOST_CELLS:
+            remedy = f"give {LEAST_CELLS} to {MOST_CELLS}"
+            raise InputError(f"{self.cells} cells", where="cells", remedy=remedy)
 
 
 def decode(

@@ -53,9 +53,8 @@ class Votes:
 def read_classes(logits: Tensor, isthing: Tensor, least: float) -> Classes:
     """The best thing and the best stuff class of each pixel, among those that the image holds.
 
-    An image holds few classes. One that it would lose little without is not among them: the log
-    odds by which it wins its pixels, averaged over the image, are below `least`. Else a noisy head
-    scatters all of its classes over a picture. `logits` are (B, C, h, w), `isthing` is (C,).
+    One that it would lose little without is not among them: the log odds by which it wins its
+    pixels, averaged over the image, are below `least`. `logits` are (B, C, h, w), `isthing` (C,).
     """
     batch, classes, height, width = logits.shape
     step = next(n for n in range(1, 1 << 16) if (height // n) * (width // n) <= CLASS_SAMPLES)

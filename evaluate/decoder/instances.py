@@ -77,8 +77,7 @@ def find_voters(votes: Votes, trust: float) -> Voters:
 def find_basins(voters: Voters, votes: Votes, blur: float) -> Basins:
     """The basins of the histogram of votes, after a Gaussian `blur` times as wide as they scatter.
 
-    How exact votes are, tells the distance between those of neighbouring pixels; where codes have
-    been smoothed, of the next pixels whose windows do not overlap.
+    That is how far those of neighbours are apart, or of smoothed pixels that share no window.
     """
     if len(voters.pixels) == 0:
         return Basins(np.zeros((votes.cells, votes.cells), np.int64), voters.pixels)
@@ -116,10 +115,9 @@ def _steps(voters: Voters, votes: Votes, apart: int) -> list[tuple[Slices, Slice
 
 
 def merge(basins: Basins, voters: Voters, votes: Votes, bias: float) -> Integers:
-    """Makes one of two basins that are more likely one instance than two, until none are left.
+    """Makes one of two basins that are the likeliest partners of each other, until none are left.
 
-    In each round, those become one that are the likeliest partners of each other. Returns (V,) the
-    instance of each voter, any numbers, 0 for none.
+    Returns (V,) the instance of each voter, any numbers, 0 for none.
     """
     if basins.exact or len(voters.pixels) == 0:
         return basins.owner
@@ -152,15 +150,12 @@ def merge(basins: Basins, voters: Voters, votes: Votes, bias: float) -> Integers
 
 @dataclass(frozen=True)
 class Pairs:
-    """M pairs of basins that are neighbours among the votes, or in the picture.
-
-    The facts are the sum of the steps, in cells, that votes take between the pixels on both sides
-    of their border; and how many these are.
-    """
+    """M pairs of basins that are neighbours among the votes, or in the picture."""
 
     one: Integers  # (M,) the smaller number
     other: Integers  # (M,) the larger one
-    facts: Floats  # (2, M)
+    # (2, M) sum of the steps, in cells, that votes take across their border, and how many these are
+    facts: Floats
 
     @classmethod
     def of(cls, one: Integers, other: Integers, facts: Floats) -> Pairs:

@@ -31,7 +31,6 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from panoptic_cache.evaluate.decoder.decode import check_cells
 from panoptic_cache.evaluate.export.graph import GridDecoder
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage, cannot_write
@@ -106,7 +105,6 @@ def export_onnx(
     the graph's grid. Raises InputError where ONNX is not installed, a file cannot be written, or
     there is no such grid.
     """
-    check_cells(cells)
     if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
         raise InputError(
             f"{' and '.join(missing)} is not installed",
