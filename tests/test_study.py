@@ -18,11 +18,12 @@ from conftest import Run as Command
 from test_browser import BROWSER, FLAGS
 
 from panoptic_cache.evaluate.runs import execute
-from panoptic_cache.evaluate.runs.charts import code_curves, draw_chart, ticks
-from panoptic_cache.evaluate.runs.results import mean_curve, over_seeds
-from panoptic_cache.evaluate.runs.study import plan_runs, read_study, run_config
+from panoptic_cache.evaluate.runs.page import code_curves, draw_chart
+from panoptic_cache.evaluate.runs.results import mean_curve, over_seeds, read_curve, spread_text
+from panoptic_cache.evaluate.runs.study import plan_runs, read_study
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.process import Interrupted, interruptible
+from panoptic_cache.train.runlog import round_ticks
 
 STUDIES = Path(__file__).parents[1] / "studies"
 STUDY = """
@@ -195,7 +196,7 @@ def test_runs_of_other_settings_are_not_mixed(
         ("seeds = [0, 1]", "seeds = [0, 0]", "names a seed twice"),
         ("seeds = [0, 1]", 'base = "Neither"', "no variant 'Neither'"),
         ('trained_by = "Both"', 'trained_by = "Nobody"', "no variant 'Nobody' that trains"),
-        ("[[variants]]", "[[variant]]", "has no"),
+        ("[[variants]]", "[[variant]]", "did you mean variants"),
     ],
 )
 def test_a_wrong_study_file_is_one_line(
@@ -215,12 +216,45 @@ def test_the_order_of_runs_puts_every_variant_before_the_next_seed(study_file: P
     assert mirrored.train_folder == Path("out/both/seed-0/train")
 
 
+def test_a_base_of_stages_is_trained_and_counted_whole(
+    study_file: Path, tmp_path: Path, commands: Any
+) -> None:
+    config = tmp_path / "tiny.toml"
+    config.write_text(CONFIG + "[[stages]]\ntasks = {instance = 1, semantic = 0}\n[[stages]]\n")
+    study, out = read_study(study_file), tmp_path / "out"
+    run = plan_runs(study, out)[0]
+    first, second = run.stages
+    assert second.model.init == first.out == str(out / "both/seed-0/train/stage-1")
+    assert run.steps(100) == 4  # two of two
+    for stage, pq in ((first, 0.25), (second, 0.5)):
+        Path(stage.out).mkdir(parents=True)
+        line = {"step": 2, "validation": {"pq": pq}}
+        (Path(stage.out) / "metrics.jsonl").write_text(json.dumps(line))
+    assert [*read_curve(run)] == [(2, 25.0), (4, 50.0)]
+    commands()
+    assert execute.run_study(study, out)[run.folder].status == "done"
+    assert ["--resume" in call for call in commands() if "seed=0" in call] == [True] * 2
+
+
+def test_a_study_of_trained_runs_trains_nothing(
+    study_file: Path, tmp_path: Path, commands: Any
+) -> None:
+    text = study_file.read_text().replace('trained_by = "Both"', 'trained_by = "old/seed-{seed}"')
+    study_file.write_text(text[: text.index("[[variants]]")] + text[text.rindex("[[variants]]") :])
+    commands()
+    execute.run_study(read_study(study_file), tmp_path / "out")
+    calls = commands()
+    assert [call[0] for call in calls] == ["evaluate"] * 2
+    found = [call[call.index("--checkpoint") + 1] for call in calls]
+    assert found == ["old/seed-0", "old/seed-1"]
+
+
 def test_measures_over_seeds() -> None:
     found = over_seeds([0.5, None, 0.6, 0.7])
     assert found is not None
-    assert (found.mean, found.sd) == pytest.approx((60, stdev([50, 60, 70])))
-    assert str(over_seeds([0.5])) == "50.0"
-    assert str(over_seeds([0.01, 0.03], signed=True)) == "+2.0 ± 1.4"
+    assert [*found.values()] == pytest.approx([60, stdev([50, 60, 70])])
+    assert spread_text(over_seeds([0.5])) == "50.0"
+    assert spread_text(over_seeds([0.01, 0.03]), "+") == "+2.0 ± 1.4"
     assert over_seeds([None]) is None
     assert mean_curve([[(1, 2.0), (2, 4.0)], [(2, 8.0), (3, 1.0)]]) == [(2, 6.0)]
 
@@ -233,7 +267,7 @@ def test_the_codes_have_the_contrast_of_the_paper() -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-0.5, 0.002), (47.2, 48.9), (3, 3), (0, 92e3)])
 def test_ticks_enclose_the_values(low: float, high: float) -> None:
-    found = ticks(low, high)
+    found = round_ticks(low, high)
     assert found[0] <= low <= high <= found[-1]
     assert 2 <= len(found) <= 8
     steps = {round(b - a, 6) for a, b in pairwise(found)}
@@ -243,8 +277,8 @@ def test_ticks_enclose_the_values(low: float, high: float) -> None:
 def test_a_chart_keeps_to_its_box() -> None:
     chart = draw_chart({"one": [(0, 1.0), (10, 3.0)], "none": []})
     assert chart is not None
-    (line,) = chart.lines
-    assert line.path == "44.0,204.0 640.0,14.0"
+    ((_, _, path),) = chart.lines
+    assert path == "44.0,204.0 640.0,14.0"
     assert draw_chart({"none": []}) is None
 
 
@@ -283,4 +317,4 @@ def test_the_studies_that_ship_can_be_trained(path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(STUDIES.parent)
     study = read_study(path)
     for run in plan_runs(study, Path("out")):
-        run_config(study, run)
+        assert run.stages

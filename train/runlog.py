@@ -98,11 +98,11 @@ class RunLog:
 
     def has_validation(self, step: int) -> bool:
         """Whether held-out samples were looked at after a step; for the main rank."""
-        return any("validation" in line for line in _lines(self._metrics) if line["step"] == step)
+        return any("validation" in line for line in lines_of(self._metrics) if line["step"] == step)
 
     def measured(self, name: str) -> list[float]:
         """What held-out samples said so far, in order; for the main rank."""
-        found = (line.get("validation", {}) for line in _lines(self._metrics))
+        found = (line.get("validation", {}) for line in lines_of(self._metrics))
         return [values[name] for values in found if name in values]
 
     def curves(self) -> None:
@@ -130,11 +130,11 @@ class RunLog:
 
 def keep_lines(metrics: Path, step: int) -> None:
     """Drops the lines after a step: a run that goes on writes them again."""
-    kept = [line for line in _lines(metrics) if line["step"] <= step] if metrics.exists() else []
+    kept = [line for line in lines_of(metrics) if line["step"] <= step] if metrics.exists() else []
     write_file(metrics, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
-def _lines(metrics: Path) -> Iterator[dict[str, Any]]:
+def lines_of(metrics: Path) -> Iterator[dict[str, Any]]:
     """The lines of a run, without those that a kill cut short or that are damaged."""
     for text in metrics.read_bytes().splitlines():
         with suppress(ValueError):
@@ -151,7 +151,7 @@ def _is_number(value: object) -> bool:
 
 def draw_curves(metrics: Path) -> str:
     """An SVG of losses by task, held-out measures, speed and learning rate of a `metrics.jsonl`."""
-    lines = list(_lines(metrics))
+    lines = list(lines_of(metrics))
     steps = [line for line in lines if "validation" not in line]
     held_out = [{"step": x["step"], **x["validation"]} for x in lines if "validation" in x]
     names = sorted({name for line in held_out for name in line} - {"step"})
@@ -189,7 +189,7 @@ def _panel(title: str, lines: Sequence[Mapping[str, Any]], names: Sequence[str])
         return f'{parts[0]}<text x="{LEFT}" y="{TOP + 20}">nothing noted yet</text>'
     first, low = map(float, every.min(0))
     last, high = map(float, every.max(0))
-    ticks = _ticks(min(0.0, low), high)
+    ticks = round_ticks(min(0.0, low), high)
     low, high = ticks[0], ticks[-1]
 
     def across(step: float) -> float:
@@ -228,7 +228,7 @@ def _points(lines: Sequence[Mapping[str, Any]], name: str) -> NDArray[np.float64
     return np.array([part.mean(0) for part in stretches if len(part)]).reshape(-1, 2)
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def round_ticks(low: float, high: float) -> list[float]:
     """Round values from at most `low` to at least `high`, three to seven of them."""
     span = (high - low) or abs(high) or 1.0
     step = 10.0 ** math.floor(math.log10(span / 3))

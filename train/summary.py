@@ -40,7 +40,8 @@ class RunCost:
         where = f"{self.gpus} x {self.device}, {RATES[self.device]:g} TFLOP/s each"
         return [
             ("the run", f"{self.steps:,} steps over {self.images:,} images"),
-            ("time", f"{self.hours:.1f} hours on {where}, {self.utilisation:.0%} of it used"),
+            ("time", f"{self.hours:.1f} hours on {where}"),
+            ("assumed", f"{self.utilisation:.0%} of that rate is reached; not checked on a GPU"),
             ("memory", f"{self.gib_per_gpu:.1f} GiB a GPU before the losses"),
         ]
 

@@ -42,13 +42,9 @@ def study(
     if dry_run:
         plan = estimate_hours(chosen, out)
         if as_json:
-            keys = ("variant", "runs", "steps", "hours", "note")
-            print_json({"rows": [dict(zip(keys, row, strict=True)) for row in plan]})
+            print_json({"rows": plan})
             return
-        shown = [
-            (name, str(runs), f"{steps:,}", "-" if hours is None else f"{hours:.2f}", note)
-            for name, runs, steps, hours, note in plan
-        ]
+        shown = [["-" if each is None else str(each) for each in row.values()] for row in plan]
         print_table(("variant", "runs", "steps each", "hours", ""), shown, left=1)
         return
     notes = run_study(chosen, out, shlex.split(launcher))
@@ -60,7 +56,7 @@ def study(
     failed = sum(len(row.failed) for row in rows)
     values = {
         "title": chosen.title,
-        "base": chosen.base or chosen.variants[0].name,
+        "base": chosen.base,
         "rows": [row.to_json() for row in rows],
         "page": str(page),
     }

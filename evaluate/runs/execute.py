@@ -15,15 +15,18 @@ import logging
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from panoptic_cache.evaluate.runs.study import Run, Study, plan_runs, run_config, trained_runs
+import tomli_w
+
+from panoptic_cache.evaluate.runs.study import Run, Study, plan_runs
 from panoptic_cache.pipeline.base.config import decode_json, fingerprint
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage, no_links
@@ -31,6 +34,7 @@ from panoptic_cache.pipeline.base.process import Interrupted
 from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.pipeline.cache.index import INDEX_NAME
 from panoptic_cache.pipeline.coco import CocoLayout, read_dataset
+from panoptic_cache.train.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -50,42 +54,34 @@ class Note:
 
 
 def run_study(study: Study, out: Path, launcher: Sequence[str] = ()) -> dict[Path, Note]:
-    """Renders, trains and evaluates what is missing.
+    """Renders, trains and evaluates what is missing; the note of each run, by its folder.
 
-    Args:
-        study: The study file.
-        out: Its folder.
-        launcher: Such as `accelerate launch --num_processes 8`; runs training and evaluation.
-
-    Returns:
-        The note of each run, by its folder.
-
-    Raises:
-        InputError: A cache cannot be rendered, or a run of other settings lies in the folder.
+    The launcher, such as `accelerate launch --num_processes 8`, runs training and evaluation.
+    InputError: a cache cannot be rendered, or a run of other settings lies in the folder.
     """
     storage = Storage(str(out))
     storage.create()
     with storage.locked():
         runs = plan_runs(study, out)
-        digests = {run.folder: run_digest(study, run) for run in runs}
-        notes = {run.folder: read_note(run, digests[run.folder]) for run in runs}
-        for name in ("train", "test") if study.curve_every else ("train",):
-            render_cache(study, out, name)
-        images = len(read_dataset(CocoLayout.of(Path(study.coco), study.train_split)).records)
-        totals = {run.folder: run_steps(study, run, images) for run in trained_runs(runs)}
-        finished = [run for run in runs if notes[run.folder].status in {"trained", "done"}]
-        done = sum(totals.get(run.folder, 0) for run in finished)
+        notes = {run.folder: read_note(study, run) for run in runs}
+        images = count_images(study, runs)
+        if images:
+            render_cache(study, out / "cache" / "train", study.train_split)
+        if images and study.curve_every:
+            render_cache(study, out / "cache" / "test", study.test_split)
+        totals = {run.folder: run.steps(images) for run in runs}
+        done = sum(total for at, total in totals.items() if notes[at].status != "failed")
         with progress("study", sum(totals.values()), "steps", done) as advance:
             for run in runs:
-                note = notes[run.folder]
-                if note.status == "done":
+                if notes[run.folder].status == "done":
                     continue
-                total = totals.get(run.folder, 0)
-                note = make_run(study, run, note, launcher, partial(advance, note=run.name))
+                told = partial(advance, note=run.name)
+                note = make_run(study, run, notes[run.folder], launcher, told)
                 notes[run.folder] = note
                 if note.status == "failed":
                     log.error("%s failed: %s", run.name, note.line)
-                    advance(max(0, total - last_step(run.train_folder)), f"{run.name} failed")
+                    left = totals[run.folder] - steps_made(run)
+                    advance(max(0, left), f"{run.name} failed")
     return notes
 
 
@@ -94,25 +90,24 @@ def make_run(
 ) -> Note:
     """Trains and evaluates one run, and notes how it ended."""
     run.folder.mkdir(parents=True, exist_ok=True)
+    if run.problem:
+        return write_note(run, replace(note, status="failed", line=run.problem))
     try:
-        if note.status != "trained" and not run.variant.trained_by:
+        if note.status != "trained" and run.trains:
             start = time.monotonic()
-            run_config(study, run)
-            settings = [part for setting in run.settings for part in ("--set", setting)]
-            arguments = [study.config, *settings, "--resume"]
-            call(run, [*module("train", launcher), *arguments], advance)
+            call(run, [*module("train", launcher), *run.arguments, "--resume"], advance)
             hours = note.hours + (time.monotonic() - start) / 3600
-            note = write_note(run, Note(note.settings, "trained", hours=hours))
+            note = write_note(run, replace(note, status="trained", line="", hours=hours))
         dataset = ["--coco", study.coco, "--split", study.test_split]
         folders = ["--checkpoint", str(run.train_folder), "--out", str(run.folder / "evaluate")]
         options = [*study.evaluate, *run.variant.evaluate]
         call(run, [*module("cli", launcher), "evaluate", *folders, *dataset, *options])
-        return write_note(run, Note(note.settings, "done", hours=note.hours))
+        return write_note(run, replace(note, status="done", line=""))
     except InputError as error:
-        return write_note(run, Note(note.settings, "failed", str(error), note.hours))
+        return write_note(run, replace(note, status="failed", line=str(error)))
 
 
-def module(name: str, launcher: Sequence[str]) -> list[str]:
+def module(name: str, launcher: Sequence[str] = ()) -> list[str]:
     """How a program of ours is started."""
     return [*(launcher or [sys.executable]), "-m", f"panoptic_cache.{name}"]
 
@@ -120,12 +115,10 @@ def module(name: str, launcher: Sequence[str]) -> list[str]:
 def call(run: Run, command: Sequence[str], advance: Callable[[int], None] | None = None) -> None:
     """Runs a command with its messages in the run's log; tells the steps that it makes.
 
-    Raises:
-        InputError: It failed; the message is its last line.
-        Interrupted: Somebody asked to stop. The command was told so, and has ended.
+    InputError with its last line if it failed; Interrupted once it has stopped as it was told.
     """
     path = run.folder / LOG_FILE
-    before = last_step(run.train_folder) if advance else 0
+    before = steps_made(run)
     with open(path, "a", opener=no_links) as output:
         output.write(f"$ {shlex.join(command)}\n")
         output.flush()
@@ -137,7 +130,7 @@ def call(run: Run, command: Sequence[str], advance: Callable[[int], None] | None
             while process.returncode is None:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(POLL)
-                if advance and (step := last_step(run.train_folder)) > before:
+                if advance and (step := steps_made(run)) > before:
                     advance(step - before)
                     before = step
         except Interrupted as stop:
@@ -146,36 +139,41 @@ def call(run: Run, command: Sequence[str], advance: Callable[[int], None] | None
             stop.advice = "run the same command to go on"
             raise
     if process.returncode:
-        lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
-        raise InputError(lines[-1], where=path)
+        raise InputError(
+            last_line(path.read_text(errors="replace"), process.returncode), where=path
+        )
 
 
-def render_cache(study: Study, out: Path, name: str) -> None:
-    """Renders the cache `train` or `test`, unless it is complete.
+def last_line(text: str, code: int) -> str:
+    """Why a command failed: the last line that it printed, or its code if there is none."""
+    return next((line for line in text.splitlines()[::-1] if line.strip()), f"exit code {code}")
 
-    Raises:
-        InputError: `panoptic preprocess` failed; its messages are on the terminal.
-    """
-    folder = out / "cache" / name
+
+def render_cache(study: Study, folder: Path, split: str) -> None:
+    """Renders a cache, unless it is complete; the command tells on the terminal why it cannot."""
     if (folder / INDEX_NAME).exists():
         return
-    split = study.train_split if name == "train" else study.test_split
     options = ["--coco", study.coco, "--split", split, "--out", str(folder), *study.preprocess]
-    command = [*module("cli", ()), "preprocess", *options]
+    command = [*module("cli"), "preprocess", *options]
     code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
     if code:
         raise InputError(f"panoptic preprocess failed with code {code}", where=folder)
 
 
-def run_steps(study: Study, run: Run, images: int) -> int:
-    """Optimizer steps of a run; 0 if its settings are wrong, which its row will say."""
-    with suppress(InputError):
-        return run_config(study, run).total_steps(images)
-    return 0
+def count_images(study: Study, runs: Sequence[Run]) -> int:
+    """Images that are trained on; 0 if nothing is trained."""
+    if not any(run.trains for run in runs):
+        return 0
+    return len(read_dataset(CocoLayout.of(Path(study.coco), study.train_split)).records)
+
+
+def steps_made(run: Run) -> int:
+    """Steps that the run has logged, in all of its stages."""
+    return sum(last_step(Path(stage.out)) for stage in run.stages)
 
 
 def last_step(folder: Path) -> int:
-    """The last step that a run has logged; 0 for none."""
+    """The last step that is logged in a folder; 0 for none."""
     try:
         with (folder / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - 4096))
@@ -187,30 +185,22 @@ def last_step(folder: Path) -> int:
     return 0
 
 
-def run_digest(study: Study, run: Run) -> str:
-    """Digest of everything that a run's result depends on."""
-    try:
-        training: Any = run_config(study, run).to_dict()
-    except InputError as error:
-        training = str(error)
-    evaluation = [*study.evaluate, *run.variant.evaluate, study.coco, study.test_split]
-    return fingerprint(training, evaluation, study.train_split, study.preprocess)
-
-
-def read_note(run: Run, digest: str) -> Note:
+def read_note(study: Study, run: Run) -> Note:
     """The note of an earlier call; a failed run and one without a note start from the beginning.
 
-    Raises:
-        InputError: The run was made with other settings.
+    InputError if the run was made with other settings.
     """
+    stages: list[Any] = [stage.to_dict() for stage in run.stages] or [run.problem]
+    evaluation = [*study.evaluate, *run.variant.evaluate, study.coco, study.test_split]
+    training = stages[0] if len(stages) == 1 else stages
+    digest = fingerprint(training, evaluation, study.train_split, study.preprocess)
     path = run.folder / RUN_FILE
-    fresh = Note(digest, "failed", "not made yet")
     try:
         note = Note(**decode_json(path.read_bytes(), dict))
     except (OSError, ValueError, TypeError):
-        return fresh
+        return Note(digest, "failed", "not made yet")
     if note.status == "failed":
-        return Note(digest, "failed", note.line, note.hours)
+        return replace(note, settings=digest)
     if note.settings != digest:
         raise InputError(
             f"{run.name} was made with other settings",
@@ -222,48 +212,54 @@ def read_note(run: Run, digest: str) -> Note:
 
 def write_note(run: Run, note: Note) -> Note:
     """Writes `run.json` whole or not at all."""
-    values = {name: getattr(note, name) for name in Note.__slots__}
-    Storage(str(run.folder)).write(RUN_FILE, json.dumps(values, indent=1).encode() + b"\n")
+    Storage(str(run.folder)).write(RUN_FILE, json.dumps(asdict(note), indent=1).encode() + b"\n")
     return note
 
 
-def estimate_hours(study: Study, out: Path) -> list[tuple[str, int, int, float | None, str]]:
-    """Variant, runs, steps a run, and hours for all of its runs, from a short measurement.
+def estimate_hours(study: Study, out: Path) -> list[dict[str, Any]]:
+    """A row for each variant: runs, steps a run, and hours of them all, from a short measurement.
 
-    A configuration that cannot be measured has None and the reason. Variants that differ in the
-    loss alone share a measurement.
+    What cannot be measured has None hours and a note. Configurations that differ in the loss alone
+    share a measurement.
     """
-    images = len(read_dataset(CocoLayout.of(Path(study.coco), study.train_split)).records)
+    runs = plan_runs(study, out)[: len(study.variants)]
+    images, seeds = count_images(study, runs), len(study.seeds)
     measured: dict[str, float] = {}
-    rows: list[tuple[str, int, int, float | None, str]] = []
-    for run in plan_runs(study, out)[: len(study.variants)]:
-        name, count = run.variant.name, len(study.seeds)
-        if run.variant.trained_by:
-            rows.append((name, count, 0, 0.0, f"takes the models of {run.variant.trained_by}"))
-            continue
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        hours = 0.0
+        note = run.problem if run.trains else f"takes the models of {run.variant.trained_by}"
         try:
-            config = run_config(study, run)
-            steps = config.total_steps(images)
-            key = fingerprint(config.to_dict() | {"loss": None, "out": None, "seed": None})
-            if key not in measured:
-                log.info("measuring %s", name)
-                measured[key] = measure_step(study, run)
+            for stage in run.stages if run.trains else ():
+                key = fingerprint(stage.to_dict() | {"loss": None, "out": None, "seed": None})
+                if key not in measured:
+                    log.info("measuring %s", stage.out)
+                    measured[key] = measure_step(stage)
+                made = seeds * stage.total_steps(images) * stage.data.batch
+                hours += made * measured[key] / 3.6e6
         except InputError as error:
-            rows.append((name, count, 0, None, str(error)))
-            continue
-        hours = count * steps * config.data.batch * measured[key] / 3.6e6
-        rows.append((name, count, steps, hours, ""))
+            note = str(error)
+        rows.append(
+            {
+                "variant": run.variant.name,
+                "runs": seeds,
+                "steps": run.steps(images),
+                "hours": None if run.trains and note else round(hours, 3),
+                "note": note,
+            }
+        )
     return rows
 
 
-def measure_step(study: Study, run: Run) -> float:
+def measure_step(config: TrainConfig) -> float:
     """Milliseconds an image of training as configured, by `panoptic bench step`."""
-    settings = [part for setting in run.settings for part in ("--set", setting)]
-    command = [*module("cli", ()), "bench", "step", study.config, *settings, "--rounds", "1"]
-    found = subprocess.run(
-        [*command, "--no-compile", "--json"], capture_output=True, text=True, check=False
-    )
+    values = config.to_dict()
+    values["model"].pop("init", None)  # of the stage before, which has not been trained
+    with tempfile.NamedTemporaryFile(suffix=".toml") as file:
+        file.write(tomli_w.dumps(values).encode())
+        file.flush()
+        command = [*module("cli"), "bench", "step", file.name, "--rounds=1", "--no-compile"]
+        found = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
     if found.returncode:
-        lines = [line for line in found.stderr.splitlines() if line.strip()]
-        raise InputError(lines[-1] if lines else f"failed with code {found.returncode}")
+        raise InputError(last_line(found.stderr, found.returncode))
     return min(float(each["fed_ms"]) for each in json.loads(found.stdout)["timings"])

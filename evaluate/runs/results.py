@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -10,36 +10,20 @@ from typing import Any
 
 from panoptic_cache.evaluate.prediction_files import SCORES
 from panoptic_cache.evaluate.report.tables import size_name
-from panoptic_cache.evaluate.runs.execute import Note
+from panoptic_cache.evaluate.runs.execute import Note, last_step
 from panoptic_cache.evaluate.runs.study import Run, Study, Variant
 from panoptic_cache.pipeline.base.config import decode_json
 from panoptic_cache.pipeline.base.terminal import table
+from panoptic_cache.train.runlog import lines_of
 
 Scores = Mapping[str, Any]
 """`scores.json`, see `Outcome.to_json`."""
+Spread = dict[str, float | None]
+"""`mean` and `sd`, the standard deviation over the seeds (None for one seed); percent."""
+Points = list[tuple[float, float]]
 
-MEASURES: dict[str, Callable[[Scores], float | None]] = {
-    "All": lambda scores: (scores["All"] or {}).get("pq"),
-    "Things": lambda scores: (scores["Things"] or {}).get("pq"),
-    "Stuff": lambda scores: (scores["Stuff"] or {}).get("pq"),
-    "SQ": lambda scores: (scores["All"] or {}).get("sq"),
-    "RQ": lambda scores: (scores["All"] or {}).get("rq"),
-    "mIoU": lambda scores: scores["semantic"]["miou"],
-}
-"""Columns of the table; values are fractions, None where undefined."""
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A measure over the seeds, percent."""
-
-    mean: float
-    sd: float | None  # Standard deviation; None for fewer than two seeds
-    signed: bool = False  # Whether it is a difference
-
-    def __str__(self) -> str:
-        mean = f"{self.mean:{'+' if self.signed else ''}.1f}"
-        return mean if self.sd is None else f"{mean} ± {self.sd:.1f}"
+MEASURES = ("All", "Things", "Stuff", "SQ", "RQ", "mIoU")
+COLUMNS = ("variant", *MEASURES, "to base", "paper", "seeds", "hours")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,118 +31,127 @@ class Row:
     """What the seeds of one variant reached."""
 
     variant: Variant
-    values: dict[str, Measured | None]  # By the names of `MEASURES`
-    ahead: Measured | None  # All PQ of this variant less the base's, seed by seed
+    values: dict[str, Spread | None]  # By `MEASURES`
+    ahead: Spread | None  # All PQ of this variant less the base's, seed by seed
     hours: float  # Of training, over the seeds
     seeds: tuple[int, ...]  # Those that are done
     failed: tuple[tuple[int, str], ...]  # Seed, and why
-    curve: list[tuple[float, float]]  # Step, PQ of held-out samples in percent, mean over seeds
-    sizes: list[tuple[str, int, float]]  # Size of things, instances, mean IoU in percent
+    curve: Points  # Step, PQ of held-out samples in percent, mean over seeds
+    sizes: list[tuple[str, float]]  # Size of things, mean IoU in percent
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-
-        def plain(value: Measured | None) -> dict[str, float | None] | None:
-            return None if value is None else {"mean": value.mean, "sd": value.sd}
-
         return {
             "variant": self.variant.name,
-            **{name: plain(value) for name, value in self.values.items()},
-            "to_base": plain(self.ahead),
+            **self.values,
+            "to_base": self.ahead,
             "paper": self.variant.paper,
             "hours": round(self.hours, 3),
             "seeds": list(self.seeds),
             "failed": [{"seed": seed, "line": line} for seed, line in self.failed],
         }
 
+    def cells(self) -> list[str]:
+        """What the table shows, by `COLUMNS`."""
+        paper = self.variant.paper
+        return [
+            self.variant.name,
+            *(spread_text(self.values[name]) or "-" for name in MEASURES),
+            spread_text(self.ahead, "+"),
+            "" if paper is None else f"{paper:.2f}",
+            str(len(self.seeds)),
+            f"{self.hours:.2f}",
+        ]
+
+    def failures(self) -> list[str]:
+        """A line for each seed that failed."""
+        return [f"{self.variant.name}, seed {seed} failed: {line}" for seed, line in self.failed]
+
 
 def make_rows(study: Study, runs: Sequence[Run], notes: Mapping[Path, Note]) -> list[Row]:
     """A row for each variant, in the order of the study file."""
-    base = study.base or study.variants[0].name
     scores: dict[str, dict[int, Scores]] = {variant.name: {} for variant in study.variants}
     for run in runs:
         if notes[run.folder].status == "done":
             path = run.folder / "evaluate" / SCORES
             scores[run.variant.name][run.seed] = decode_json(path.read_bytes(), dict)
-    return [
-        make_row(
-            [run for run in runs if run.variant.name == variant.name],
-            notes,
-            scores[variant.name],
-            {} if variant.name == base else scores[base],
+    rows = []
+    for variant in study.variants:
+        found = {seed: measures(each) for seed, each in scores[variant.name].items()}
+        base = {seed: measures(each)["All"] for seed, each in scores[study.base].items()}
+        ahead = [
+            own["All"] - other
+            for seed, own in found.items()
+            if own["All"] is not None and (other := base.get(seed)) is not None
+        ]
+        mine = [run for run in runs if run.variant.name == variant.name]
+        row = Row(
+            variant=variant,
+            values={name: over_seeds([each[name] for each in found.values()]) for name in MEASURES},
+            ahead=over_seeds(ahead) if variant.name != study.base else None,
+            hours=sum(notes[run.folder].hours for run in mine),
+            seeds=tuple(found),
+            failed=tuple(
+                (run.seed, notes[run.folder].line)
+                for run in mine
+                if notes[run.folder].status == "failed"
+            ),
+            curve=mean_curve([[*read_curve(run)] for run in mine if run.seed in found]),
+            sizes=mean_sizes([*scores[variant.name].values()]),
         )
-        for variant in study.variants
-    ]
+        rows.append(row)
+    return rows
 
 
-def make_row(
-    runs: Sequence[Run],
-    notes: Mapping[Path, Note],
-    scores: Mapping[int, Scores],
-    base: Mapping[int, Scores],
-) -> Row:
-    """The row of one variant; `scores` and those of the base by seed."""
-    all_pq = MEASURES["All"]
-    pairs = [(all_pq(scores[s]), all_pq(base[s])) for s in scores if s in base]
-    curves = [[*read_curve(run.train_folder)] for run in runs if run.seed in scores]
-    return Row(
-        variant=runs[0].variant,
-        values={
-            name: over_seeds([value(each) for each in scores.values()])
-            for name, value in MEASURES.items()
-        },
-        ahead=over_seeds(
-            [own - other for own, other in pairs if own is not None and other is not None],
-            signed=True,
-        ),
-        hours=sum(notes[run.folder].hours for run in runs),
-        seeds=tuple(scores),
-        failed=tuple(
-            (run.seed, notes[run.folder].line)
-            for run in runs
-            if notes[run.folder].status == "failed"
-        ),
-        curve=mean_curve(curves),
-        sizes=mean_sizes([*scores.values()]),
-    )
+def measures(scores: Scores) -> dict[str, float | None]:
+    """Values of `MEASURES`: fractions, None where undefined."""
+    every = scores["All"] or {}
+    parts = {name: (scores[name] or {}).get("pq") for name in ("All", "Things", "Stuff")}
+    return parts | {
+        "SQ": every.get("sq"),
+        "RQ": every.get("rq"),
+        "mIoU": scores["semantic"]["miou"],
+    }
 
 
-def over_seeds(values: Sequence[float | None], *, signed: bool = False) -> Measured | None:
+def over_seeds(values: Sequence[float | None]) -> Spread | None:
     """Mean and standard deviation in percent of those fractions that are defined."""
     known = [100 * value for value in values if value is not None]
     if not known:
         return None
-    return Measured(fmean(known), stdev(known) if len(known) > 1 else None, signed)
+    return {"mean": fmean(known), "sd": stdev(known) if len(known) > 1 else None}
 
 
-def read_curve(folder: Path) -> Iterator[tuple[float, float]]:
-    """Steps and PQ (percent) of a run's validations."""
-    try:
-        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        try:
-            values = decode_json(line, dict)
-            if "validation" in values:
-                yield values["step"], 100 * values["validation"]["pq"]
-        except (ValueError, KeyError, TypeError):
-            continue
+def spread_text(spread: Spread | None, sign: str = "") -> str:
+    """`68.5 ± 1.2`; with the sign `+` a difference."""
+    if spread is None:
+        return ""
+    mean = f"{spread['mean']:{sign}.1f}"
+    return mean if spread["sd"] is None else f"{mean} ± {spread['sd']:.1f}"
 
 
-def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+def read_curve(run: Run) -> Iterator[tuple[float, float]]:
+    """Steps and PQ (percent) of a run's validations, its stages one after another."""
+    before = 0
+    for stage in run.stages:
+        path = Path(stage.out) / "metrics.jsonl"
+        for line in lines_of(path) if path.exists() else ():
+            if "pq" in line.get("validation", ()):
+                yield before + line["step"], 100 * line["validation"]["pq"]
+        before += last_step(path.parent)
+
+
+def mean_curve(curves: Sequence[Points]) -> Points:
     """The mean over the seeds at the steps that all of them have."""
     tables = [dict(curve) for curve in curves]
     steps = set.intersection(*map(set, tables)) if tables else set()
     return [(step, fmean(each[step] for each in tables)) for step in sorted(steps)]
 
 
-def mean_sizes(found: Sequence[Scores]) -> list[tuple[str, int, float]]:
-    """Name, instances and mean IoU over the seeds of each size that has instances."""
-    if not found:
-        return []
+def mean_sizes(found: Sequence[Scores]) -> list[tuple[str, float]]:
+    """Name and mean IoU over the seeds of each size that has instances."""
     return [
-        (size_name(rows[0]), rows[0]["n"], 100 * fmean(row["iou"] for row in rows))
+        (size_name(rows[0]), 100 * fmean(row["iou"] for row in rows))
         for rows in zip(*(scores["sizes"] for scores in found), strict=True)
         if all(row["n"] for row in rows)
     ]
@@ -166,21 +159,5 @@ def mean_sizes(found: Sequence[Scores]) -> list[tuple[str, int, float]]:
 
 def rows_text(rows: Sequence[Row]) -> str:
     """The table, as the terminal shows it."""
-    columns = ("variant", *MEASURES, "to base", "paper", "seeds", "hours")
-    lines = [
-        (
-            row.variant.name,
-            *(str(row.values[name] or "-") for name in MEASURES),
-            str(row.ahead or ""),
-            "" if row.variant.paper is None else f"{row.variant.paper:.2f}",
-            str(len(row.seeds)),
-            f"{row.hours:.2f}",
-        )
-        for row in rows
-    ]
-    failed = [
-        f"{row.variant.name}, seed {seed} failed: {line}"
-        for row in rows
-        for seed, line in row.failed
-    ]
-    return "\n".join((table(columns, lines, left=1), *failed))
+    shown = table(COLUMNS, [row.cells() for row in rows], left=1)
+    return "\n".join((shown, *(line for row in rows for line in row.failures())))

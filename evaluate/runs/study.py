@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from panoptic_cache.pipeline.base.config import build_config, load_config, read_toml
+from panoptic_cache.pipeline.base.config import build_config, read_toml
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.train.config import TrainConfig
+from panoptic_cache.train.stages import load_stages
 
 METRIC = "panoptic_cache.evaluate.held_out:panoptic_quality"
 
@@ -25,7 +25,8 @@ class Variant:
 
     name: str  # As the table shows it
     set: tuple[str, ...] = ()  # Settings that it changes, as `--set` takes them
-    # Name of the variant whose trained models it takes, where only the evaluation differs.
+    # Where only the evaluation differs, whose models it takes: the name of another variant, or the
+    # folder of a run (with a slash), in which `{seed}` stands for the seed.
     trained_by: str = ""
     evaluate: tuple[str, ...] = ()  # Further options of `panoptic evaluate`
     paper: float | None = None  # All PQ that the paper gives, percent
@@ -59,42 +60,40 @@ class Run:
     seed: int
     folder: Path  # Holds `train/`, `evaluate/`, `log.txt` and `run.json`
     train_folder: Path  # Of the trained model, which may be another run's
-    settings: tuple[str, ...]  # All of `--set`
+    arguments: tuple[str, ...]  # The configuration with its settings, as commands take it
+    stages: tuple[TrainConfig, ...]  # What is trained, one after another; none if it is wrong
+    problem: str  # What is wrong with the settings
 
     @property
     def name(self) -> str:
         """For messages."""
         return f"{self.variant.name}, seed {self.seed}"
 
+    @property
+    def trains(self) -> bool:
+        """Whether it trains a model of its own."""
+        return not self.variant.trained_by
+
+    def steps(self, images: int) -> int:
+        """Optimizer steps, with so many images to train on; 0 if the settings are wrong."""
+        return sum(stage.total_steps(images) for stage in self.stages if self.trains)
+
 
 def read_study(path: Path) -> Study:
-    """Reads and checks a study file.
-
-    Raises:
-        InputError: No TOML, an unknown key, two variants of one name, a variant that names none,
-            or a training setting that does not exist.
-    """
-    values = read_toml(path)
-    tables = values.pop("variants", None)
-    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise InputError("has no [[variants]]", where=path, remedy="see studies/")
-    variants = [
-        build_config(Variant, table, where=f"{path}: variant {number}")
-        for number, table in enumerate(tables, 1)
-    ]
-    study = build_config(Study, {**values, "variants": variants}, where=str(path))
+    """A checked study file; InputError, also for a variant that takes the models of none."""
+    study = build_config(Study, read_toml(path), where=str(path))
     names = Counter(variant.name for variant in study.variants)
+    study = replace(study, base=study.base or next(iter(names), ""))
     folders = Counter(folder_name(name) for name in names)
+    trained = {each.name for each in study.variants if not each.trained_by}
+    takers = {each.trained_by for each in study.variants if "/" not in each.trained_by}
     problems = [
         ("needs variants and seeds", not names or not study.seeds),
         ("names a seed twice", len({*study.seeds}) < len(study.seeds)),
         *((f"has two variants {name!r}", count > 1) for name, count in names.items()),
         *((f"has two variants whose folder is {name!r}", n > 1) for name, n in folders.items()),
-        (f"has no variant {study.base!r}, its base", study.base not in {"", *names}),
-        *(
-            (f"has no variant {each.trained_by!r} that trains", not _trains(study, each))
-            for each in study.variants
-        ),
+        (f"has no variant {study.base!r}, its base", study.base not in names),
+        *((f"has no variant {name!r} that trains", True) for name in takers - trained - {""}),
     ]
     for message, wrong in problems:
         if wrong:
@@ -117,38 +116,20 @@ def plan_runs(study: Study, out: Path) -> list[Run]:
         cache = out / "cache" / "test"
         shared += [f"validation.cache={cache}", f"validation.every={study.curve_every}"]
         shared.append(f"validation.metric={METRIC}")
-    return [
-        Run(
-            variant,
-            seed,
-            out / folder_name(variant.name) / f"seed-{seed}",
-            train_folder := out
-            / folder_name(variant.trained_by or variant.name)
-            / f"seed-{seed}"
-            / "train",
-            (*shared, *variant.set, f"seed={seed}", f"out={train_folder}"),
-        )
-        for seed in study.seeds
-        for variant in sorted(study.variants, key=lambda each: each.trained_by != "")
-    ]
-
-
-def run_config(study: Study, run: Run) -> TrainConfig:
-    """The training configuration of a run.
-
-    Raises:
-        InputError: One of its settings does not exist or has no sense.
-    """
-    return load_config(TrainConfig, Path(study.config), run.settings)
-
-
-def trained_runs(runs: Sequence[Run]) -> Iterator[Run]:
-    """Those that train a model of their own."""
-    return (run for run in runs if not run.variant.trained_by)
-
-
-def _trains(study: Study, variant: Variant) -> bool:
-    """Whether the variant trains, or the one that it names does."""
-    return not variant.trained_by or any(
-        each.name == variant.trained_by and not each.trained_by for each in study.variants
-    )
+    runs = []
+    for seed in study.seeds:
+        for variant in sorted(study.variants, key=lambda each: each.trained_by != ""):
+            folder = out / folder_name(variant.name) / f"seed-{seed}"
+            trained_by = variant.trained_by or variant.name
+            train = out / folder_name(trained_by) / f"seed-{seed}" / "train"
+            if "/" in variant.trained_by:
+                train = Path(trained_by.replace("{seed}", str(seed)))
+            settings = [*shared, *variant.set, f"seed={seed}", f"out={train}"]
+            stages, problem = list[TrainConfig](), ""
+            try:
+                stages = load_stages(Path(study.config), settings)
+            except InputError as error:
+                problem = str(error)
+            arguments = (study.config, *(part for each in settings for part in ("--set", each)))
+            runs.append(Run(variant, seed, folder, train, arguments, tuple(stages), problem))
+    return runs
