@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from short_runs import lines_of, make_config, same_run, saved_steps
+from short_runs import finish, lines_of, make_config, same_run, saved_steps, start_ranks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -49,7 +49,7 @@ class HalfOnProcessor(Accelerator):  # type: ignore[misc]
     """Autocast to float16 and torch's scaler, which Accelerate itself allows on GPUs only."""
 
     def __init__(self, *, mixed_precision: str, **settings: Any) -> None:
-        super().__init__(mixed_precision="no", **settings)
+        super().__init__(mixed_precision="no", **{**settings, "cpu": True})
         if mixed_precision == "fp16":
             self.state._mixed_precision = "fp16"
             self.native_amp = True
@@ -98,6 +98,28 @@ def overflow(monkeypatch: pytest.MonkeyPatch, calls: set[int], factor: float) ->
 
     for name in ("semantic_loss", "instance_loss"):
         monkeypatch.setattr(loop, name, wrapped(getattr(loop, name)))
+
+
+def train_in_half(config: TrainConfig) -> None:
+    """As a rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("panoptic_cache.train.device.Accelerator", HalfOnProcessor)
+        patch.setattr("panoptic_cache.train.device.device_kind", lambda: "cuda")
+        train(config)
+
+
+@pytest.mark.slow
+def test_ranks_in_fp16_go_on_where_a_frozen_part_thaws(tiny_cache: Path, tmp_path: Path) -> None:
+    """Norms are those of gradients without the scale, before and after the thaw at step 3."""
+    config = make_config(tiny_cache, tmp_path / "one", steps=6)
+    model = replace(config.model, drop_path=0.0, freeze="decoder", freeze_epochs=1.0)
+    config = replace(config, model=model)
+    run_anew(config)
+    half = replace(config, out=str(tmp_path / "two"), precision="fp16")
+    assert finish(start_ranks(2, train_in_half, half)) == [0, 0]
+    for one, two in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "two"), strict=True):
+        assert two["norm"] == pytest.approx(one["norm"], rel=5e-2)
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-2)
 
 
 @pytest.mark.usefixtures("half")

@@ -14,6 +14,7 @@ import tomli_w
 import torch
 from accelerate.utils import set_seed
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 
 from panoptic_cache.pipeline.base.config import fingerprint
 from panoptic_cache.pipeline.base.errors import InputError
@@ -243,7 +244,9 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
                 terms[number] = torch.stack([part.detach() for part in parts]) * share
 
             # Before the weights change: what is not finite reaches no checkpoint.
-            norm = accelerator.clip_grad_norm_(network.parameters(), config.optim.clip_norm)
+            if scaler is not None:
+                scaler.unscale_(optimizer.optimizer)  # also one that `free_memory` has forgotten
+            norm = clip_grad_norm_(network.parameters(), config.optim.clip_norm)
             *totals, length = torch.cat([terms[:, 0], norm.view(1)]).tolist()
             # What overflows in fp16 is no fault of the run until the scale can fall no more: the
             # scaler leaves the step out and halves the scale.
