@@ -29,7 +29,6 @@ from panoptic_cache.pipeline.console import (
 )
 
 if TYPE_CHECKING:
-    from panoptic_cache.evaluate.metric.pq import PQResult
     from panoptic_cache.evaluate.predict import Predictor
     from panoptic_cache.pipeline.coco import Category
 
@@ -127,7 +126,7 @@ def evaluate(
     )
     ranks.leave()
     if ranks.main:
-        _show_scores(scores.pq, dataset.categories, scores.to_json(), as_json)
+        _show_scores(scores.to_json(), dataset.categories, as_json)
         log.info("report: %s", out / "report.html")
 
 
@@ -222,7 +221,7 @@ def score(
             files = truth, prediction, gt_dir, pred_dir
             found = theirs.run_official(reference, *files, advance=advance)
         values["official"] = theirs.compare_results(scores.pq, found)
-    _show_scores(scores.pq, categories, values, as_json)
+    _show_scores(values, categories, as_json)
     if official:
         difference = values["official"]["difference"]
         line = f"largest difference from panopticapi: {difference:.1e}, {values['official']['at']}"
@@ -273,12 +272,10 @@ def _predictor(
     return Predictor(checkpoint, device, DecodeConfig(cells=cells), sizes=sides, **settings)
 
 
-def _show_scores(
-    result: PQResult, categories: Sequence[Category], values: dict[str, Any], as_json: bool
-) -> None:
+def _show_scores(values: dict[str, Any], categories: Sequence[Category], as_json: bool) -> None:
     from panoptic_cache.evaluate.report.tables import score_text
 
     if as_json:
         print_json(values)
     else:
-        show(score_text(result, categories, values))
+        show(score_text(values, categories))

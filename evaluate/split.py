@@ -224,9 +224,7 @@ def write_pictures(
         "seconds an image": f"{sum(scores.seconds_per_image.values()):.3f}",
     }
     values = scores.to_json()
-    write_report(
-        out, scores.pq, categories, values, best=best, worst=worst, title=title, facts=facts
-    )
+    write_report(out, values, categories, best=best, worst=worst, title=title, facts=facts)
 
 
 def identity_of(predictor: Predictor, dataset: CocoPanoptic) -> dict[str, Any]:

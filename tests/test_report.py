@@ -78,7 +78,7 @@ def page_of(
     result = result or result_of(view())
     values = Scores(result, breakdown, None, [], 1).to_json()
     settings = {"best": (), "worst": (), "title": "Quality", "facts": {}} | settings
-    return write_report(folder, result, CATEGORIES, values, **settings).read_text()
+    return write_report(folder, values, CATEGORIES, **settings).read_text()
 
 
 @settings(max_examples=30, deadline=None)
@@ -138,7 +138,7 @@ def test_errors_are_marked() -> None:
 
 
 def test_tables_for_the_terminal() -> None:
-    text = score_text(result_of(view()), CATEGORIES, {})
+    text = score_text(result_of(view()).to_json(), CATEGORIES)
     assert [line.split() for line in text.splitlines() if line] == [
         ["category", "kind", "PQ", "SQ", "RQ", "TP", "FP", "FN"],
         ["disc", "thing", "66.7", "100.0", "66.7", "1", "0", "1"],
@@ -152,7 +152,7 @@ def test_tables_for_the_terminal() -> None:
 
 
 def test_undefined_is_a_dash() -> None:
-    text = score_text(summarize(PQStat(), CATEGORIES), CATEGORIES, {})
+    text = score_text(summarize(PQStat(), CATEGORIES).to_json(), CATEGORIES)
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
     assert rows["All"] == ["-", "-", "-", "0"]
     assert rows["disc"] == ["thing", "-", "-", "-", "0", "0", "0"]

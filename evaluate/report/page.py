@@ -13,7 +13,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from panoptic_cache.evaluate.metric.pq import PQResult
 from panoptic_cache.evaluate.report.pictures import BOTH, FALSE, MISSED, Figure
 from panoptic_cache.evaluate.report.tables import measures, percent, size_name
 from panoptic_cache.pipeline.base.files import Storage
@@ -27,9 +26,8 @@ CONFUSIONS = 12
 
 def write_report(
     folder: Path,
-    result: PQResult,
-    categories: Sequence[Category],
     values: Mapping[str, Any],
+    categories: Sequence[Category],
     *,
     best: Sequence[Figure],
     worst: Sequence[Figure],
@@ -48,9 +46,13 @@ def write_report(
         .render(
             title=title,
             facts=facts,
-            groups={"all categories": result.all, "things": result.things, "stuff": result.stuff},
+            groups={
+                "all categories": values["All"],
+                "things": values["Things"],
+                "stuff": values["Stuff"],
+            },
             categories=[
-                (category, colour, result.per_class[category.id])
+                (category, colour, values["per_class"][str(category.id)])
                 for category, colour in zip(categories, colours.tolist(), strict=True)
             ],
             measures=measures(values),

@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from panoptic_cache.evaluate.metric.pq import CategoryStat, GroupPQ, PQResult
 from panoptic_cache.pipeline.base.terminal import table
 from panoptic_cache.pipeline.coco import Category
 
 
 def score_text(
-    result: PQResult,
-    categories: Sequence[Category],
-    values: Mapping[str, Any],
-    *,
-    by_category: bool = True,
+    values: Mapping[str, Any], categories: Sequence[Category], *, by_category: bool = True
 ) -> str:
     """All tables of a score, as the terminal shows them; `values` as of `Scores.to_json`."""
     parts: list[str] = []
@@ -23,13 +18,14 @@ def score_text(
         columns = ("category", "kind", "PQ", "SQ", "RQ", "TP", "FP", "FN")
         rows: list[tuple[str, ...]] = []
         for category in categories:
-            stat = result.per_class[category.id]
+            stat = values["per_class"][str(category.id)]
+            counts = [stat[name] for name in ("tp", "fp", "fn")]
+            qualities = _qualities(stat if any(counts) else None)
             kind = "thing" if category.isthing else "stuff"
-            counts = (str(stat.tp), str(stat.fp), str(stat.fn))
-            rows.append((category.name, kind, *_qualities(None if stat.empty else stat), *counts))
+            rows.append((category.name, kind, *qualities, *map(str, counts)))
         parts.append(table(columns, rows, left=2))
-    groups = {"All": result.all, "Things": result.things, "Stuff": result.stuff}
-    rows = [(name, *_qualities(one), str(one.n if one else 0)) for name, one in groups.items()]
+    groups = {name: values[name] for name in ("All", "Things", "Stuff")}
+    rows = [(name, *_qualities(one), str(one["n"] if one else 0)) for name, one in groups.items()]
     parts.append(table(("group", "PQ", "SQ", "RQ", "categories"), rows, left=1))
     if "sizes" in values:
         sizes = [row for row in values["sizes"] if row["n"]]
@@ -66,8 +62,6 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def _qualities(score: GroupPQ | CategoryStat | None) -> tuple[str, str, str]:
-    """PQ, SQ and RQ."""
-    if score is None:
-        return "-", "-", "-"
-    return percent(score.pq), percent(score.sq), percent(score.rq)
+def _qualities(score: Mapping[str, Any] | None) -> list[str]:
+    """PQ, SQ and RQ of a group or a category."""
+    return [percent(score[name] if score else None) for name in ("pq", "sq", "rq")]

@@ -91,7 +91,7 @@ def ceiling(
     if as_json:
         print_json(values)
         return
-    show(score_text(result.pq, dataset.categories, values, by_category=False))
+    show(score_text(values, dataset.categories, by_category=False))
     if quality:
         show(f"measured noise {quality.noise:.3g}, drift {quality.drift:.3g} cells a pixel")
 
