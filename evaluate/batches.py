@@ -190,7 +190,7 @@ class Pass:
                 if self.leave_out is None:
                     raise  # alone they work, but differ in their last digits
                 return found
-            error.where = str(some[0][0].path)
+            error.where = error.where or str(some[0][0].path)
             self.fail(error)
             return []
         return [(*one, result) for one, result in zip(some, maps, strict=True)]

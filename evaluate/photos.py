@@ -8,16 +8,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from panoptic_cache.evaluate import prediction_files as files
 from panoptic_cache.evaluate.batches import Item, Pass
 from panoptic_cache.evaluate.decoder.decode import PanopticMap
 from panoptic_cache.evaluate.predict import Pixels, Predictor
-from panoptic_cache.evaluate.prediction_files import (
-    OVERLAYS,
-    PNG_FOLDER,
-    PredictionRow,
-    sweep,
-    write_json,
-)
 from panoptic_cache.evaluate.report.pictures import predicted_map, write_overlay
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage
@@ -55,11 +49,11 @@ def predict_photos(
     total = sum(count_frames(path) if is_video(path) else 1 for path in paths)
 
     def item(place: tuple[int, int], path: Path, name: str, image_id: str) -> Item:
-        files = [path, out / PNG_FOLDER / f"{name}.png"]
+        depends = [path, out / files.PNG_FOLDER / f"{name}.png"]
         if overlays is None or max(place) < overlays:
-            files.append(out / OVERLAYS / f"{name}.jpg")
+            depends.append(out / files.OVERLAYS / f"{name}.jpg")
         source = os.fsencode(path).decode(errors="replace")
-        return Item(place, path, image_id, name, tuple(files), source)
+        return Item(place, path, image_id, name, tuple(depends), source)
 
     def frame(video: Item, number: int) -> Item:
         name = f"{video.image_id}/{number:06d}"
@@ -96,9 +90,9 @@ def predict_photos(
         for path in item.files[2:]:
             write_overlay(path, photo, predicted_map(result), predictor.categories)
 
-    def finish(rows: Mapping[tuple[int, int], PredictionRow]) -> list[PredictionRow]:
+    def finish(rows: Mapping[tuple[int, int], files.PredictionRow]) -> list[files.PredictionRow]:
         ordered = [row for _, row in sorted(rows.items())]
-        write_json(out, ordered, predictor.categories)
+        files.write_json(out, ordered, predictor.categories)
         return ordered
 
     work = Pass(
@@ -107,7 +101,7 @@ def predict_photos(
         leave_out=leave_out,
         draw=draw,
     )
-    with work.locked(lambda _: Storage(str(out / OVERLAYS)).create()):
+    with work.locked(lambda _: Storage(str(out / files.OVERLAYS)).create()):
         try:
             shares = work.run(pictures(), "predict", total, "photos")
         except BaseException:
@@ -120,7 +114,7 @@ def predict_photos(
             # What is not told yet: of the other processes, who do not speak; and of a single file.
             for error in errors[len(work.share.errors) if len(paths) > 1 else 0 :]:
                 logger.warning("left out: %s", error)
-            sweep(out, finish(rows), len(rows))
+            files.sweep(out, finish(rows), len(rows))
     if not rows:
         none = InputError(f"none of {len(errors)} files can be used")
         raise errors[0] if len(errors) == 1 else none

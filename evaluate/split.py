@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from panoptic_cache.evaluate import prediction_files as files
 from panoptic_cache.evaluate.batches import STEPS, Item, Pass
 from panoptic_cache.evaluate.metric.score import (
     ImageScore,
@@ -30,14 +31,6 @@ from panoptic_cache.evaluate.metric.score import (
     total_scores,
 )
 from panoptic_cache.evaluate.predict import Heads, Predictor
-from panoptic_cache.evaluate.prediction_files import (
-    PNG_FOLDER,
-    SCORES,
-    PredictionRow,
-    read_png,
-    sweep,
-    write_json,
-)
 from panoptic_cache.evaluate.report.page import write_report
 from panoptic_cache.evaluate.report.pictures import (
     ImageView,
@@ -82,14 +75,14 @@ def evaluate(
     records, things = dataset.records, thing_ids(dataset.categories)
 
     def item(at: int, record: PanopticRecord) -> Item:
-        files = [record.photo, record.png, out / PNG_FOLDER / f"{record.key}.png"]
+        paths = [record.photo, record.png, out / files.PNG_FOLDER / f"{record.key}.png"]
         if heads_folder is not None:
             places: Sequence[Window | None] = [None]
             if predictor.tile is not None:
                 size = record.height, record.width
                 places = [*windows(size, predictor.tile, predictor.overlap)]
-            files += [heads_folder / f"{heads_name(record, place)}.npz" for place in places]
-        return Item((at, 0), record.photo, record.image_id, record.key, tuple(files))
+            paths += [heads_folder / f"{heads_name(record, place)}.npz" for place in places]
+        return Item((at, 0), record.photo, record.image_id, record.key, tuple(paths))
 
     @lru_cache(1)  # for the tiles of an image
     def truth_of(at: int) -> NDArray[np.int32]:
@@ -105,7 +98,7 @@ def evaluate(
         name = heads_name(record, window)
         save_heads(heads_folder, ImageHeads(name, heads.instance, heads.semantic, ids, segments))
 
-    def score(item: Item, row: PredictionRow, ids: NDArray[np.int32]) -> ImageScore:
+    def score(item: Item, row: files.PredictionRow, ids: NDArray[np.int32]) -> ImageScore:
         record = records[item.place[0]]
         return score_image(
             record.image_id,
@@ -145,9 +138,9 @@ def evaluate(
         }
         scores = total_scores(images, dataset.categories, seconds)
         if ranks.main:
-            write_json(out, rows, predictor.categories)
+            files.write_json(out, rows, predictor.categories)
             data = json.dumps(scores.to_json(), indent=1).encode() + b"\n"
-            Storage(str(out)).write(SCORES, data)
+            Storage(str(out)).write(files.SCORES, data)
             write_pictures(
                 predictor,
                 dataset,
@@ -158,7 +151,7 @@ def evaluate(
                 overlays=overlays,
                 title=title,
             )
-            sweep(out, rows, overlays)
+            files.sweep(out, rows, overlays)
     return scores
 
 
@@ -186,7 +179,7 @@ def write_pictures(
     dataset: CocoPanoptic,
     out: Path,
     *,
-    rows: Sequence[PredictionRow],
+    rows: Sequence[files.PredictionRow],
     pqs: Sequence[float | None],
     scores: Scores,
     overlays: int,
@@ -204,7 +197,7 @@ def write_pictures(
         return ImageView(
             title=record.file_name,
             photo=photo,
-            prediction=predicted_map(read_png(out, rows[at], categories)),
+            prediction=predicted_map(files.read_png(out, rows[at], categories)),
             truth=true_map(read_ids(record.png, bgr=record.bgr), record.segments, categories),
             instance=instance,
             semantic=semantic,

@@ -22,7 +22,7 @@ from conftest import Run
 from handmade import hashes
 from msgspec import structs
 
-from panoptic_cache.evaluate import split
+from panoptic_cache.evaluate import prediction_files
 from panoptic_cache.evaluate.metric.score import score_image
 from panoptic_cache.evaluate.photos import predict_photos
 from panoptic_cache.evaluate.predict import Heads, Predictor
@@ -162,7 +162,7 @@ def test_what_changed_after_a_kill_is_done_again(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(split, "write_json", killed)
+        patch.setattr(prediction_files, "write_json", killed)
         with pytest.raises(Killed):
             evaluate(predictor, dataset, out)
     one, two, three, _ = dataset.records
@@ -279,7 +279,7 @@ def test_a_killed_evaluation_is_no_finished_one_and_its_next_sweeps(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(split, "write_json", killed)
+        patch.setattr(prediction_files, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             evaluate(predictor, few, tmp_path, overlays=2)
     for name in ("panoptic.json", "scores.json", "report.html", "comparison.png"):

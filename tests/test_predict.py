@@ -19,7 +19,7 @@ import torch
 from conftest import Run
 from PIL import Image, ImageOps
 
-from panoptic_cache.evaluate import photos as photos_module
+from panoptic_cache.evaluate import prediction_files
 from panoptic_cache.evaluate.decoder.decode import PanopticMap
 from panoptic_cache.evaluate.photos import predict_photos, unique_names
 from panoptic_cache.evaluate.predict import Heads, Pixels, Predictor
@@ -344,7 +344,7 @@ def test_killed_it_goes_on_but_not_with_what_changed(
 
     predict_photos(predictor, paths[:1], out, batch=2)
     monkeypatch.setattr(predictor, "heads", dying)
-    monkeypatch.setattr(photos_module, "write_json", lambda *_: None)  # no last words
+    monkeypatch.setattr(prediction_files, "write_json", lambda *_: None)  # no last words
     with pytest.raises(Killed):
         predict_photos(predictor, paths, out, batch=2)
     assert not (out / "panoptic.json").exists(), "of the run before: its PNGs are replaced"
