@@ -322,6 +322,8 @@ def test_weights_change_the_training_and_stay_with_the_run(
     code, _, line = run("train", file, "--resume", "--set", out, "--set", setting)
     assert code == 1
     assert f"loss.class_weights.{name} was 1.0, now 2.0" in line
+    code, _, line = run("train", file, "--set", "loss.class_weights=inverse")
+    assert line.endswith("Invalid enum value 'inverse' (one of none, inverse_sqrt)")
     setting = f"loss.class_weights={{{name}x=2}}"
     code, _, line = run("train", file, "--set", f"out={tmp_path / 'new'}", "--set", setting)
     assert (code, line) == (

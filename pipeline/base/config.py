@@ -140,4 +140,7 @@ def _choices(cls: type, keys: str) -> str:
     kind: Any = cls
     for key in keys.split("."):
         kind = get_type_hints(kind).get(key) if dataclasses.is_dataclass(kind) else None
-    return f"one of {', '.join(map(str, get_args(kind)))}" if get_origin(kind) is Literal else ""
+    for each in (kind, *get_args(kind)):
+        if get_origin(each) is Literal:
+            return f"one of {', '.join(map(str, get_args(each)))}"
+    return ""
