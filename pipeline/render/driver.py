@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -33,7 +33,7 @@ from panoptic_cache.pipeline.cache.sample import FORMAT_VERSION
 from panoptic_cache.pipeline.cache.shards import finished_shard
 from panoptic_cache.pipeline.coco import CocoPanoptic, Rejection, sort_rejections
 from panoptic_cache.pipeline.render.job import FinishedShard, RenderJob, render_shard, tools
-from panoptic_cache.pipeline.render.plan import Plan, RenderConfig, ShardPlan, allowed, make_plan
+from panoptic_cache.pipeline.render.plan import Plan, RenderConfig, allowed, make_plan
 
 INPUTS_NAME = "inputs.jsonl"
 """Until there is an index: a line for each shard with its `ShardPlan.inputs`."""
@@ -118,7 +118,8 @@ def render(
             if done:
                 log.info("%d of %d shards are done already", len(done), len(plan.shards))
             job = RenderJob(config, plan.fingerprint, plan.categories, storage, strict, tools())
-            _render_rest(plan, job, done, workers, scheduler)
+            if len(done) < len(plan.shards):
+                _render_rest(plan, job, done, workers, scheduler)
             _finish(plan, done, storage)
     if strict:
         _check_strictly(done.values())
@@ -154,9 +155,8 @@ def finished_shards(
     if notes is None:
         return done
     with ThreadPoolExecutor(16) as pool:  # on a network disk, each answer takes its time
-        for (shard, finished), inputs in zip(
-            found, pool.map(lambda pair: pair[0].inputs(), found), strict=True
-        ):
+        now = pool.map(lambda pair: pair[0].inputs(), found)
+        for (shard, finished), inputs in zip(found, now, strict=True):
             if shard.name not in notes or finished.inputs not in {inputs, UNKNOWN}:
                 del done[shard.name]
     if changed := len(found) - len(done):
@@ -182,60 +182,46 @@ def _render_rest(
     No process of ours writes after that. What workers of a scheduler still write, `write_shard`
     holds to the plan.
     """
-    todo = [shard for shard in plan.shards if shard.name not in done]
-    if not todo:
-        return
-    storage, noted = job.storage, time.monotonic()
     sizes = {shard.name: len(shard.records) for shard in plan.shards}
+    todo = [shard for shard in plan.shards if shard.name not in done]
+    noted = time.monotonic()
 
     def write_notes() -> None:
         rows = ({"shard": name, "inputs": shard.inputs} for name, shard in done.items())
-        storage.write(INPUTS_NAME, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+        job.storage.write(INPUTS_NAME, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
 
-    storage.remove(INDEX_NAME)  # an index says that the cache is finished
+    def note(shard: FinishedShard) -> None:
+        nonlocal noted
+        done[shard.entry.name] = shard
+        if time.monotonic() - noted > NOTE_SECONDS:
+            write_notes()
+            noted = time.monotonic()
+        advance(sizes[shard.entry.name])
+
+    job.storage.remove(INDEX_NAME)  # an index says that the cache is finished
     write_notes()
     finished = sum(sizes[name] for name in done)
     with progress("render", sum(sizes.values()), "images", finished) as advance:
-
-        def note(shard: FinishedShard) -> None:
-            nonlocal noted
-            done[shard.entry.name] = shard
-            if time.monotonic() - noted > NOTE_SECONDS:
-                write_notes()
-                noted = time.monotonic()
-            advance(sizes[shard.entry.name])
-
         try:
-            _run(todo, job, workers, scheduler, note)
-        except Interrupted as stop:
-            stop.advice = (
-                f"{len(done)} of {len(plan.shards)} shards are done, run the same command to go on"
-            )
-            raise
-        finally:
+            # Imported here: Dask takes longer than rendering some images.
+            if scheduler is not None:
+                from panoptic_cache.pipeline.render.workers import run_on  # noqa: PLC0415
+
+                run_on(scheduler, render_shard, todo, job, note=note)
+            elif workers > 0:
+                from panoptic_cache.pipeline.render.workers import run_here  # noqa: PLC0415
+
+                run_here(render_shard, todo, job, workers=workers, note=note)
+            else:
+                for shard in todo:
+                    note(render_shard(shard, job))
+        except BaseException as error:
             with suppress(InputError):  # the disk may be full
                 write_notes()
-
-
-def _run(
-    todo: Sequence[ShardPlan],
-    job: RenderJob,
-    workers: int,
-    scheduler: str | None,
-    note: Callable[[FinishedShard], None],
-) -> None:
-    # Imported here: Dask takes longer than rendering some images.
-    if scheduler is not None:
-        from panoptic_cache.pipeline.render.workers import run_on  # noqa: PLC0415
-
-        run_on(scheduler, render_shard, todo, job, note=note)
-    elif workers > 0:
-        from panoptic_cache.pipeline.render.workers import run_here  # noqa: PLC0415
-
-        run_here(render_shard, todo, job, workers=workers, note=note)
-    else:
-        for shard in todo:
-            note(render_shard(shard, job))
+            if isinstance(error, Interrupted):
+                error.advice = f"{len(done)} of {len(sizes)} shards are done, run the same command"
+                error.advice += " to go on"
+            raise
 
 
 def _finish(plan: Plan, done: dict[str, FinishedShard], storage: Storage) -> None:
