@@ -387,6 +387,15 @@ def test_a_finished_cache_needs_no_right_to_write(
     assert any("nothing to do" in line for line in caplog.messages)
 
 
+def test_notes_that_a_kill_left_beside_the_index_go(
+    tiny_dataset: CocoPanoptic, cache: Path
+) -> None:
+    before = hashes(cache)
+    (cache / "inputs.jsonl").touch()
+    run(tiny_dataset, cache)
+    assert hashes(cache) == before
+
+
 class Share:
     """A share whose reads fail: of the files that are named, from then on, so many times."""
 

@@ -37,7 +37,7 @@ from panoptic_cache.pipeline.render.plan import Plan, RenderConfig, allowed, mak
 
 INPUTS_NAME = "inputs.jsonl"
 """Until there is an index: a line for each shard with its `ShardPlan.inputs`."""
-NOTE_SECONDS = 1.0
+NOTE_SECONDS = 2.0
 """Between two writes of it. A shard that a kill leaves out is rendered again."""
 UNKNOWN = "unknown"
 """In its place where an earlier version began a cache, or it was finished once."""
@@ -104,9 +104,10 @@ def render(
             code="max-bad",
         )
     storage = storage.absolute()
-    there = INDEX_NAME in storage.sizes()
-    done = finished_shards(storage, plan, retry=retry) if there else {}
-    if there and _is_whole(plan, done, storage):
+    files = storage.sizes()
+    ended = INDEX_NAME in files and INPUTS_NAME not in files  # no kill came in between
+    done = finished_shards(storage, plan, retry=retry) if ended else {}
+    if ended and _is_whole(plan, done, storage):
         log.info("%s: nothing to do, the cache is finished", storage.url)
     else:
         storage.create()
