@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any
 
 from msgspec import Meta, Struct, convert, to_builtins
@@ -145,8 +146,9 @@ def encode_sidecar(sidecar: Sidecar) -> bytes:
     """The bytes of a sidecar: JSON with a digest of its contents and a line for each sample."""
     values = to_builtins(sidecar)
     digest = fingerprint(values)
-    samples = ",\n  ".join(_compact(row) for row in values.pop("samples"))
-    head = _compact({**values, "digest": digest})
+    compact = partial(json.dumps, separators=(",", ":"))
+    samples = ",\n  ".join(map(compact, values.pop("samples")))
+    head = compact({**values, "digest": digest})
     return f'{head[:-1]},"samples":[\n  {samples}\n]}}\n'.encode()
 
 
@@ -158,10 +160,6 @@ def decode_sidecar(data: bytes, where: str) -> Sidecar:
         remedy = "remove the shard and its sidecar and run preprocess again"
         raise InputError(f"not a sidecar: {error}", where, remedy, "sidecar-damaged") from None
     return Sidecar(*values)
-
-
-def _compact(values: object) -> str:
-    return json.dumps(values, separators=(",", ":"))
 
 
 def encode_index(index: ShardIndex) -> bytes:

@@ -193,10 +193,7 @@ _DISTANCE_PNG = (
 
 
 def _encode_png(values: NDArray[np.unsignedinteger[Any]], settings: tuple[int, ...]) -> bytes:
-    done, data = cv2.imencode(".png", values, settings)
-    if not done:
-        raise RuntimeError(f"cannot encode {values.dtype} {values.shape} as PNG")
-    return bytes(data)
+    return bytes(cv2.imencode(".png", values, settings)[1])
 
 
 def _decode_png(data: bytes, where: str) -> NDArray[np.unsignedinteger[Any]]:
