@@ -1,7 +1,7 @@
 """Predictions on disk in COCO's layout, and what a run that was killed needs to go on.
 
     panoptic/KEY.png       segment ids of one image
-    panoptic.json          its segments: id, category, area and score
+    panoptic.json          photos, and their segments: id, category, area and score
     predictions.jsonl      journal of the main process; predictions-1.jsonl of the next, ...
     superseded.json        `panoptic.json` of an earlier evaluation, until this run is complete
 
@@ -13,6 +13,7 @@ are removed when the run is complete.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -29,6 +30,7 @@ from panoptic_cache.pipeline.base.files import Storage, cannot_write, no_links, 
 from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.pipeline.pictures import encode_picture
 from panoptic_cache.pipeline.png import ids_to_rgb, read_ids
+from panoptic_cache.pipeline.sources import is_video
 
 PNG_FOLDER, JSON_NAME, OVERLAYS = "panoptic", "panoptic.json", "overlays"
 SCORES, SUPERSEDED = "scores.json", "superseded.json"
@@ -91,9 +93,27 @@ def write_png(
     return PredictionRow(image_id, f"{name}.png", segments, source)
 
 
-def write_json(folder: Path, rows: Sequence[PredictionRow], categories: Sequence[Category]) -> None:
-    """Writes `panoptic.json`."""
+def write_json(
+    folder: Path,
+    rows: Sequence[PredictionRow],
+    categories: Sequence[Category],
+    photos: Sequence[str] | None = None,
+) -> None:
+    """Writes `panoptic.json`, which is a dataset, too, with the photos' folder.
+
+    `photos` are their names as annotated, in the order of the rows. Those of any photos are paths
+    below the folder that all of them share.
+    """
+    if photos is None:
+        paths = [os.path.abspath(row.source) for row in rows]  # noqa: PTH100 (of text)
+        top = os.path.commonpath([os.path.dirname(path) for path in paths])  # noqa: PTH120
+        photos = [Path(os.path.relpath(path, top)).as_posix() for path in paths]
     content = {
+        "images": [
+            {"id": row.image_id, "file_name": name}
+            for row, name in zip(rows, photos, strict=True)
+            if not is_video(Path(name))
+        ],
         "annotations": to_builtins(rows),
         "categories": [{"id": c.id, "name": c.name, "isthing": int(c.isthing)} for c in categories],
     }

@@ -138,7 +138,8 @@ def evaluate(
         }
         scores = total_scores(images, dataset.categories, seconds)
         if ranks.main:
-            files.write_json(out, rows, predictor.categories)
+            names = [record.file_name for record in dataset.records]
+            files.write_json(out, rows, predictor.categories, names)
             data = json.dumps(scores.to_json(), indent=1).encode() + b"\n"
             Storage(str(out)).write(files.SCORES, data)
             write_pictures(

@@ -39,6 +39,10 @@ Upright = Annotated[
 FollowLinks = Annotated[
     bool, typer.Option("--follow-links", help="Follow links that lead out of the dataset.")
 ]
+Workers = Annotated[int, typer.Option(min=0, help="Processes; 0: only this one.")]
+MaxBad = Annotated[
+    float, typer.Option(min=0, help="Images that may be left out: a share below 1, or a count.")
+]
 Count = Annotated[int, typer.Option("--count", min=1, help="Images to measure on.")]
 
 GRACE = 5.0

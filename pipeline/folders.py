@@ -7,7 +7,7 @@ import logging
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -19,18 +19,17 @@ log = logging.getLogger(__name__)
 
 
 class Folder:
-    """A folder of photos or panoptic PNGs.
+    """A folder of photos, maps or panoptic PNGs.
 
     Each folder in it is listed once: a stat for every file takes minutes on a network disk.
     """
 
     def __init__(self, path: Path, kind: str, *, follow_links: bool = False) -> None:
         self.path = path.absolute()
-        self.kind = kind  # "photo" or "panoptic PNG"
+        self.kind = kind  # Such as "photo" or "panoptic PNG"
         self._code = kind.rpartition(" ")[2].lower()
-        self._root = os.path.realpath(path)
         self._follow_links = follow_links
-        self._listings: dict[str, dict[str, bool]] = {}
+        self._listings: dict[str, dict[str, os.DirEntry[str]]] = {}
         self._guesses: dict[str, str] = {}
 
     def find(self, name: str) -> Path:
@@ -43,18 +42,51 @@ class Folder:
         path = self.path / os.path.normpath(name_here)
         if self.path not in path.parents or ".." in path.relative_to(self.path).parts:
             raise self._outside(name)
-        is_link = self._listing(path.parent, name).get(path.name)
+        entry = self._listing(path.parent, name).get(path.name)
+        is_link = entry is not None and entry.is_symlink()
         if is_link and not self._is_inside(path):
             raise self._outside(name)
-        if is_link is None or (is_link and not path.exists()):
-            other = self._look(name)
+        if entry is None or (is_link and not path.exists()):
+            others = self._look(name)
             raise InputError(
                 f"{self.kind} missing",
                 where=path,
-                remedy=f"is it {other}?" if other and other != name else "",
+                remedy=f"is it {others[0]}?" if len(others) == 1 and others != [name] else "",
                 code=f"{self._code}-missing",
             )
         return path
+
+    def find_like(self, called: str) -> str:
+        """The relative path of the file that a name means; InputError where none or several fit.
+
+        Exports have paths of another machine: backslashes are slashes, case does not matter, and
+        folders in front may be missing or other ones.
+        """
+        suffix = PurePosixPath(called).suffix.casefold()
+        found = [name for name in self._look(called) if Path(name).suffix.casefold() == suffix]
+        if not found:
+            where = self.path / called
+            raise InputError(f"{self.kind} missing", where=where, code=f"{self._code}-missing")
+        if len(found) > 1:
+            raise InputError(
+                f"{called} is {len(found)} files, such as {found[0]} and {found[1]}",
+                remedy="give the folder that its path starts in",
+                code=f"{self._code}-ambiguous",
+            )
+        self.find(found[0])  # no link that leads out
+        return found[0]
+
+    def files(self, suffixes: tuple[str, ...]) -> list[str]:
+        """The files of a kind here and below, as sorted relative paths; none that is hidden.
+
+        InputError where there is no such folder, or nothing in it.
+        """
+        if not self.path.is_dir():
+            raise InputError("no such folder", where=self.path)
+        found = sorted(name for name in self._files if name.lower().endswith(suffixes))
+        if not found:
+            raise InputError(f"no file ends in {', '.join(suffixes)}", where=self.path)
+        return found
 
     def guess(self, names: Sequence[str]) -> list[str]:
         """Where most files are missing, takes the ones that the names most likely mean.
@@ -65,7 +97,7 @@ class Folder:
         names that are still missing.
         """
         missing = [name for name in names if name not in self._plain and not self._is_there(name)]
-        found = {name: other for name in missing if (other := self._look(name))}
+        found = {name: each[0] for name in missing if len(each := self._look(name)) == 1}
         all_found = len({*found.values()}) == len({*missing})
         if 2 * len(missing) <= len(names) or not all_found:
             return missing
@@ -83,32 +115,30 @@ class Folder:
             return not error.code.endswith("-missing")
         return True
 
-    def _listing(self, folder: Path, name: str) -> dict[str, bool]:
-        """The names in a folder, and whether each is a link; none where it cannot be listed."""
+    def _listing(self, folder: Path, name: str) -> dict[str, os.DirEntry[str]]:
+        """What is in a folder, by name; nothing where it cannot be listed."""
         listing = self._listings.get(str(folder))
         if listing is None:
             if not self._is_inside(folder):
                 raise self._outside(name)
+            listing = {}
             try:
-                with os.scandir(folder) as entries:
-                    listing = {entry.name: entry.is_symlink() for entry in entries}
-            except ValueError:  # no name that a folder can have
-                listing = {}
+                with suppress(ValueError), os.scandir(folder) as entries:  # no name of a folder
+                    listing = {entry.name: entry for entry in entries}
             except OSError as error:
                 if error.errno not in {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}:
                     raise cannot_read(error, folder) from None
-                listing = {}
             self._listings[str(folder)] = listing
         return listing
 
     def _is_inside(self, path: Path) -> bool:
-        if self._follow_links:
-            return True
-        try:
-            real = os.path.realpath(path)
-        except (OSError, ValueError):
-            return True  # it is not there
-        return real == self._root or real.startswith(os.path.join(self._root, ""))  # noqa: PTH118
+        with suppress(OSError, ValueError):  # it is not there
+            return self._follow_links or _contains(self._root, os.path.realpath(path))
+        return True
+
+    @cached_property
+    def _root(self) -> str:
+        return os.path.realpath(self.path)
 
     def _outside(self, name: str) -> InputError:
         return InputError(
@@ -121,36 +151,65 @@ class Folder:
     @cached_property
     def _plain(self) -> set[str]:
         """What lies in the folder itself and is no link."""
-        return {name for name, is_link in self._listing(self.path, "").items() if not is_link}
+        listing = self._listing(self.path, "")
+        return {name for name, entry in listing.items() if not entry.is_symlink()}
 
-    def _look(self, name: str) -> str | None:
-        """The one file here that a name most likely means, as a relative path."""
-        listed = PurePosixPath(name.replace("\\", "/"))
+    def _look(self, name: str) -> list[str]:
+        """The file here that a name most likely means, relative; several where they are alike."""
+        listed = PurePosixPath(_folded(name.replace("\\", "/")))
 
-        def likeness(path: str) -> tuple[bool, int]:
-            there = PurePosixPath(path)
-            same = zip(reversed(listed.parent.parts), reversed(there.parent.parts), strict=False)
-            common = next((n for n, (a, b) in enumerate(same) if a != b), len(listed.parts))
-            return listed.suffix.lower() == there.suffix.lower(), common
+        def likeness(path: str) -> tuple[bool, bool, bool, int]:
+            there = PurePosixPath(_folded(path))
+            above = zip(reversed(listed.parent.parts), reversed(there.parent.parts), strict=False)
+            same = [one == other for one, other in above]
+            common = (*same, False).index(False)
+            return path == name, listed.suffix == there.suffix, all(same), common
 
-        ranked = sorted(self._by_stem.get(_stem(listed.name), ()), key=likeness)
-        if not ranked or (len(ranked) > 1 and likeness(ranked[-1]) == likeness(ranked[-2])):
-            return None
-        return ranked[-1]
+        found = self._by_stem.get(_stem(listed.name), ())
+        best = max(map(likeness, found), default=None)
+        return [path for path in found if likeness(path) == best]
 
     @cached_property
     def _by_stem(self) -> dict[str, list[str]]:
         found = defaultdict(list)
-        for top, _, names in os.walk(self.path, followlinks=self._follow_links):
-            for name in names:
-                path = Path(top, name).relative_to(self.path).as_posix()
-                found[_stem(name)].append(path)
+        for path in sorted(self._files):
+            found[_stem(_folded(PurePosixPath(path).name))].append(path)
         return found
 
+    @cached_property
+    def _files(self) -> list[str]:
+        """All files here and below, hidden ones left out, as relative paths."""
+        return [*self._walk(self.path)]
 
-def _stem(name: str) -> str:
+    def _walk(self, folder: Path) -> Iterator[str]:
+        try:
+            listing = self._listing(folder, "")
+        except InputError as error:
+            log.warning("%s", error)
+            return
+        for name, entry in listing.items():
+            path, is_link = folder / name, entry.is_symlink()
+            if name.startswith("."):
+                continue
+            if not (path.is_dir() if is_link else entry.is_dir()):
+                yield path.relative_to(self.path).as_posix()
+            elif is_link and not self._is_inside(path):
+                log.warning("%s leads out of its folder: see --follow-links", path)
+            elif not is_link or not _contains(os.path.realpath(path), os.path.realpath(folder)):
+                yield from self._walk(path)  # but for links to what they lie in
+
+
+def _contains(folder: str, path: str) -> bool:
+    return path == folder or path.startswith(os.path.join(folder, ""))  # noqa: PTH118 (of text)
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFC", text).casefold()
+
+
+def _stem(folded: str) -> str:
     """What is left of a file's name without what tools write in different ways."""
-    plain = unicodedata.normalize("NFC", name).casefold().replace("_gtfine_", "_")
+    plain = folded.replace("_gtfine_", "_")
     return plain.rpartition(".")[0] or plain
 
 

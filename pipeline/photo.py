@@ -7,10 +7,12 @@ import logging
 import struct
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -21,7 +23,14 @@ from PIL import Image, UnidentifiedImageError
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import PASSING, read_file
 from panoptic_cache.pipeline.coco import PanopticRecord
-from panoptic_cache.pipeline.png import MOST_BYTES, MOST_PIXELS, PNG_SIGNATURE, check_png, png_size
+from panoptic_cache.pipeline.png import (
+    MOST_BYTES,
+    MOST_PIXELS,
+    PNG_SIGNATURE,
+    check_png,
+    decode_png,
+    png_size,
+)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 """Of files that are taken for photos, in any case."""
@@ -36,9 +45,8 @@ its longer side (`longest`) or, to be cropped, its shorter one (`crop`)."""
 
 _ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 """What Pillow raises for a damaged file."""
-warnings.filterwarnings(
-    "ignore", module=r"PIL\."
-)  # of large sizes, which are checked here, and tags
+# It warns of tags, and of large sizes, which are checked here.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 log = logging.getLogger(__name__)
 
@@ -131,11 +139,17 @@ def encode_jpeg(rgb: NDArray[np.uint8], quality: int) -> bytes:
 class _File:
     """A photo's file, not decoded."""
 
+    path: Path
     data: bytes
     form: str  # "PNG", "JPEG", or "" for what Pillow reads
     colours: str  # Of a JPEG
     size: tuple[int, int]  # (height, width) of the stored pixels
     orientation: int  # 1 to 8
+
+    def pixels(self, *, upright: bool) -> NDArray[np.uint8]:
+        """(H, W, 3) uint8 RGB by Pillow; InputError where it is damaged."""
+        with _damage(self.path):
+            return turned(_decode(self.data), self.orientation if upright else 1)
 
 
 def load_photo(record: PanopticRecord, repairs: Counter[str], *, pixels: bool) -> Photo:
@@ -145,13 +159,15 @@ def load_photo(record: PanopticRecord, repairs: Counter[str], *, pixels: bool) -
     where `pixels` are wanted. InputError where it is missing, damaged, of another kind, or of
     another size than annotated.
     """
-    file = _read_photo(record)
+    file = _read_of(record)
     turn = file.orientation if record.upright else 1
     repairs["photo-orientation"] += file.orientation != turn
     rgb: NDArray[np.uint8] | None = None
-    try:
+    with _damage(record.photo):
         if file.form == "PNG":
-            rgb = _decode_png(file.data)
+            rgb = decode_png(file.data, cv2.COLOR_BGR2RGB, file.path)
+            if rgb is None:
+                raise ValueError("PNG cannot be decoded")
         elif not file.form:
             rgb = _decode(file.data)
         elif file.colours in {"CMYK", "YCCK"}:
@@ -162,8 +178,6 @@ def load_photo(record: PanopticRecord, repairs: Counter[str], *, pixels: bool) -
             rgb = simplejpeg.decode_jpeg(file.data, colorspace="RGB")
         else:
             check_jpeg(file.data)
-    except ValueError as error:
-        raise _damaged(record.photo, error) from None
     if rgb is not None:
         rgb = turned(rgb, turn)
     kept = file.form == "JPEG" and file.colours not in {"CMYK", "YCCK", "Gray"} and turn == 1
@@ -172,27 +186,12 @@ def load_photo(record: PanopticRecord, repairs: Counter[str], *, pixels: bool) -
 
 def check_photo(record: PanopticRecord) -> None:
     """What can be told of a photo without decoding a pixel; InputError as from `load_photo`."""
-    file = _read_photo(record)
+    file = _read_of(record)
     # Markers cannot occur in a scan's data, so a file cut short has none after its last one.
     cut = file.data.find(_END_OF_IMAGE, file.data.rfind(_START_OF_SCAN)) < 0
-    if file.form == "JPEG" and cut:
-        raise _damaged(record.photo, "cut short")
-
-
-def _read_photo(record: PanopticRecord) -> _File:
-    file = _read(record.photo)
-    size, turned = file.size, file.size[::-1] if file.orientation > 4 else file.size
-    taken, other = (turned, size) if record.upright else (size, turned)
-    # Before decoding: a header can claim gigabytes.
-    if taken != (record.height, record.width):
-        what = f"sizes differ: photo {taken}, JSON {(record.height, record.width)}"
-        remedy = ""
-        if other == (record.height, record.width):
-            way = "as stored" if record.upright else "turned"
-            what += f"; they fit {way}: its EXIF orientation is {file.orientation}"
-            remedy = "leave out --upright" if record.upright else "read it with --upright"
-        raise InputError(what, where=record.photo, remedy=remedy, code="size-mismatch")
-    return file
+    with _damage(record.photo):
+        if file.form == "JPEG" and cut:
+            raise ValueError("cut short")
 
 
 def read_photo(path: Path | str, *, upright: bool = True) -> NDArray[np.uint8]:
@@ -210,15 +209,15 @@ def read_photo(path: Path | str, *, upright: bool = True) -> NDArray[np.uint8]:
     Raises:
         InputError: Missing, damaged, no photo, or so large that it may be an attack.
     """
-    return _pixels(_read(Path(path)), Path(path), upright=upright)
+    return _read(Path(path)).pixels(upright=upright)
 
 
 def read_annotated(record: PanopticRecord) -> NDArray[np.uint8]:
     """An annotated photo, (H, W, 3) uint8 RGB, of the annotated size; errors as of `load_photo`."""
-    file = _read_photo(record)
+    file = _read_of(record)
     if file.orientation != 1 and not record.upright:
         _warn_of_orientation(record.photo.parent)
-    return _pixels(file, record.photo, upright=record.upright)
+    return file.pixels(upright=record.upright)
 
 
 @cache
@@ -226,12 +225,20 @@ def _warn_of_orientation(folder: Path) -> None:
     log.warning("%s: some photos have an EXIF orientation other than 1; see --upright", folder)
 
 
-def _pixels(file: _File, path: Path, *, upright: bool) -> NDArray[np.uint8]:
-    try:
-        rgb = _decode(file.data)
-    except ValueError as error:
-        raise _damaged(path, error) from None
-    return turned(rgb, file.orientation if upright else 1)
+def _read_of(record: PanopticRecord) -> _File:
+    file = _read(record.photo)
+    size, upright = file.size, file.size[::-1] if file.orientation > 4 else file.size
+    taken, other = (upright, size) if record.upright else (size, upright)
+    # Before decoding: a header can claim gigabytes.
+    if taken != (record.height, record.width):
+        what = f"sizes differ: photo {taken}, JSON {(record.height, record.width)}"
+        remedy = ""
+        if other == (record.height, record.width):
+            way = "as stored" if record.upright else "turned"
+            what += f"; they fit {way}: its EXIF orientation is {file.orientation}"
+            remedy = "leave out --upright" if record.upright else "read it with --upright"
+        raise InputError(what, where=record.photo, remedy=remedy, code="size-mismatch")
+    return file
 
 
 def _read(path: Path) -> _File:
@@ -245,71 +252,79 @@ def _read(path: Path) -> _File:
         remedy = "go on when its disk is back" if error.errno in PASSING else ""
         raise InputError(what, where=path, remedy=remedy, code=code) from None
     orientation, form, colours = 1, "", ""
-    try:
+    with _damage(path):
         if data.startswith(PNG_SIGNATURE):
             check_png(data, path, code="photo-damaged")
-            form, (height, width) = "PNG", png_size(data)
+            form, size = "PNG", png_size(data)
         elif data.startswith(_JPEG_SIGNATURE) or not data:
             form = "JPEG"
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+            size = height, width
         # Rare in data sets, and half a millisecond each.
         tags = {"PNG": b"eXIf" in data, "JPEG": b"Exif\0" in data[: 1 << 16], "": True}
         if tags[form]:
-            with _open(data) as picture:
-                orientation = _orientation(picture)
-                if not form:
-                    width, height = picture.size
-                    if picture.format == "TIFF" and orientation > 4:  # told as it will be turned
-                        width, height = height, width
-    except ValueError as error:
-        raise _damaged(path, error) from None
-    if height * width > MOST_PIXELS:
+            with open_picture(io.BytesIO(data)) as picture:
+                found, orientation = stored_size(picture)
+                size = size if form else found
+    if size[0] * size[1] > MOST_PIXELS:
         raise InputError(
-            f"photo has {height} x {width} pixels, {MOST_PIXELS:,} are the most",
+            f"photo has {size[0]} x {size[1]} pixels, {MOST_PIXELS:,} are the most",
             where=path,
             remedy="cut it into tiles",
             code="photo-large",
         )
-    return _File(data, form, colours, (height, width), orientation)
+    return _File(path, data, form, colours, size, orientation)
 
 
-def _damaged(path: Path, what: object) -> InputError:
-    return InputError(f"photo damaged: {what}", where=path, code="photo-damaged")
-
-
-def _open(data: bytes) -> Image.Image:
-    """The header, as Pillow reads it; ValueError where it is damaged or of another kind."""
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        yield
+    except ValueError as error:
+        raise InputError(f"photo damaged: {error}", where=path, code="photo-damaged") from None
+
+
+@contextmanager
+def open_picture(file: Path | io.BytesIO) -> Iterator[Image.Image]:
+    """A picture of `FORMATS`, undecoded; ValueError where it, or what is done with it, fails.
+
+    FileNotFoundError where there is no such file.
+    """
+    try:
+        with Image.open(file, formats=FORMATS) as picture:
+            yield picture
+    except FileNotFoundError:
+        raise
     except UnidentifiedImageError:
         raise ValueError(f"it is none of {', '.join(FORMATS)}") from None
     except _ERRORS as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(getattr(error, "strerror", None) or str(error)) from None
 
 
-def _orientation(picture: Image.Image) -> int:
+def stored_size(picture: Image.Image) -> tuple[tuple[int, int], int]:
+    """(height, width) of a picture as it is stored, and its EXIF orientation, 1 to 8."""
     try:
-        found = picture.getexif().get(ORIENTATION, 1)
+        orientation = picture.getexif().get(ORIENTATION, 1)
     except _ERRORS:  # odd tags turn nothing
-        return 1
-    return found if found in range(1, 9) else 1
+        orientation = 1
+    orientation = orientation if orientation in range(1, 9) else 1
+    size = picture.height, picture.width
+    # Pillow tells the size of a TIFF as it will turn it.
+    return size[::-1] if picture.format == "TIFF" and orientation > 4 else size, orientation
 
 
 def _decode(data: bytes) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB by Pillow, as stored; ValueError where it is damaged."""
-    with _open(data) as picture:
-        turn = _orientation(picture)
-        try:
-            picture.load()
-            if picture.mode == "F":
-                raise ValueError("its pixels are floating-point numbers")
-            if picture.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
-                gray = np.asarray(picture, np.int64).clip(0, 65535) // 257
-                rgb = np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
-            else:
-                rgb = np.asarray(picture.convert("RGB"))
-        except _ERRORS as error:
-            raise ValueError(str(error)) from None
+    with open_picture(io.BytesIO(data)) as picture:
+        turn = stored_size(picture)[1]
+        picture.load()
+        if picture.mode == "F":
+            raise ValueError("its pixels are floating-point numbers")
+        if picture.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
+            gray = np.asarray(picture, np.int64).clip(0, 65535) // 257
+            rgb = np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
+        else:
+            rgb = np.asarray(picture.convert("RGB"))
         if picture.format == "TIFF":  # the only one that Pillow turns itself
             rgb = turned(rgb, {6: 8, 8: 6}.get(turn, turn))
     return rgb
@@ -324,15 +339,6 @@ def turned(rgb: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     if orientation in {3, 4, 7, 8}:
         rgb = rgb[::-1]
     return np.ascontiguousarray(rgb)
-
-
-def _decode_png(data: bytes) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 RGB of a PNG of any kind; ValueError where it is damaged."""
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    bgr: Any = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    if bgr is None:
-        raise ValueError("PNG cannot be decoded")
-    return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), np.uint8)
 
 
 def check_jpeg(data: bytes) -> None:

@@ -28,19 +28,11 @@ _HEADER = b"\0\0\0\x0dIHDR"
 def read_ids(
     path: Path, size: tuple[int, int] | None = None, *, bgr: bool = False
 ) -> NDArray[np.int32]:
-    """Segment ids of a panoptic PNG: R + 256 G + 65536 B.
+    """(H, W) int32 segment ids of a panoptic PNG: R + 256 G + 65536 B, 0 = unlabelled.
 
-    Args:
-        path: Of the PNG.
-        size: (H, W) that it must have; any where None.
-        bgr: Red and blue are swapped, as where an RGB map was written by `cv2.imwrite`.
-
-    Returns:
-        (H, W) int32, 0 = unlabelled.
-
-    Raises:
-        InputError: Missing, damaged (every chunk's checksum is checked, as decoders hand out
-            half pictures), not 8-bit RGB(A), or of another size.
+    With `bgr`, red and blue are swapped, as where an RGB map was written by `cv2.imwrite`.
+    InputError where it is missing, damaged (every chunk's checksum is checked, as decoders hand out
+    half pictures), not 8-bit RGB(A), or not of the (H, W) that it must have.
     """
     return decode_ids(read_png(path, size), path, bgr=bgr)
 
@@ -87,22 +79,44 @@ def decode_ids(data: bytes, where: Path, *, bgr: bool = False) -> NDArray[np.int
             remedy="cut it into tiles",
             code="png-large",
         )
-    # Colours as they are stored: a PNG with an alpha channel keeps its RGB under IMREAD_COLOR.
-    # Pixels where they are stored: OpenCV would turn a PNG by its eXIf chunk.
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    stored = cv2.imdecode(np.frombuffer(data, np.uint8), flags)  # (H, W, 3), blue first
-    if stored is None:
+    rgba = decode_png(data, cv2.COLOR_BGR2BGRA if bgr else cv2.COLOR_BGR2RGBA, where)
+    if rgba is None:
         raise InputError("panoptic PNG cannot be decoded", where=where, code="png-damaged")
-    rgba = cv2.cvtColor(stored, cv2.COLOR_BGR2BGRA if bgr else cv2.COLOR_BGR2RGBA)
-    ids: NDArray[np.int32] = rgba.view("<i4")[..., 0] & 0xFFFFFF
+    ids: NDArray[np.int32] = rgba.view("<i4")[..., 0]
+    ids &= 0xFFFFFF  # without alpha
     return ids
 
 
-def check_known(areas: Mapping[int, int], known: Set[int], where: Path | str) -> None:
+def decode_png(data: bytes, order: int, where: Path) -> NDArray[np.uint8] | None:
+    """(H, W, C) uint8 of a PNG of any kind, its channels in an order of OpenCV's; None if damaged.
+
+    MemoryError says in a line where it does not fit.
+    """
+    # Colours as they are stored: a PNG with an alpha channel keeps its RGB under IMREAD_COLOR.
+    # Pixels where they are stored: OpenCV would turn a PNG by its eXIf chunk.
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        stored = cv2.imdecode(np.frombuffer(data, np.uint8), flags)  # (H, W, 3), blue first
+        return None if stored is None else np.asarray(cv2.cvtColor(stored, order), np.uint8)
+    except cv2.error as error:
+        if error.code != cv2.Error.StsNoMem:
+            return None
+        height, width = png_size(data)
+        what = f"{where}: a PNG of {height} x {width} pixels (use fewer --workers, or cut it up)"
+        raise MemoryError(what) from None
+
+
+def check_known(
+    areas: Mapping[int, int],
+    known: Set[int],
+    where: Path | str,
+    *,
+    swapped: str = "read it with --bgr, or without where it is given",
+) -> None:
     """Raises InputError where too many labelled pixels have ids that no row of the JSON lists.
 
     `areas` are the pixels of each id, 0 for unlabelled. The message names the reason where it can
-    be told.
+    be told; `swapped` is the remedy where red and blue are.
     """
     unknown = {id_: area for id_, area in areas.items() if id_ and id_ not in known}
     total = sum(areas.values()) - areas.get(0, 0)
@@ -112,7 +126,7 @@ def check_known(areas: Mapping[int, int], known: Set[int], where: Path | str) ->
     mean = sum(unknown.values()) / len(unknown)
     if is_swapped(areas, known):
         what = "; with red and blue swapped, as cv2.imwrite swaps them, they would match"
-        remedy = "read it with --bgr, or without where it is given"
+        remedy = swapped
     elif len(unknown) > max(8, len(known)) and mean < 16:
         what = f": {len(unknown)} ids of {mean:.0f} pixels each, as where a map is resized with"
         what += " interpolation or saved with loss"
@@ -134,11 +148,7 @@ def is_swapped(areas: Mapping[int, int], known: Set[int]) -> bool:
 
 
 def check_png(data: bytes, where: Path | str, *, code: str = "png-damaged") -> None:
-    """Walks the chunks of a PNG and checks that the first is its header, and every checksum.
-
-    Raises:
-        InputError: No PNG, cut short, or a checksum is wrong.
-    """
+    """Raises InputError unless a PNG begins with its header, is whole, and all checksums fit."""
     if not data.startswith(PNG_SIGNATURE) or data[8:16] != _HEADER:
         raise InputError("is no PNG", where=where, code=code)
     position = len(PNG_SIGNATURE)

@@ -489,3 +489,22 @@ def test_strict_aborts_before_the_work_where_it_can(root: Path) -> None:
     with pytest.raises(InputError, match="photo missing"):
         run(root, strict=True)
     assert not (root / "cache").exists()
+
+
+def test_a_png_that_does_not_fit_is_one_line(
+    root: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = cv2.error("OpenCV(5.0.0) alloc.cpp:73: error: (-4:Insufficient memory)\nFailed to")
+    error.code = cv2.Error.StsNoMem
+
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cv2, "imdecode", fails)
+    places = ("--coco", root, "--split", "val", "--out", tmp_path / "cache", "--workers", 0)
+    code, _, said = run("preprocess", *places)
+    pngs = root / "annotations/panoptic_val"
+    assert (code, said.count("\n")) == (1, 0)
+    assert said.startswith(f"out of memory: {pngs}")
+    assert "a PNG of" in said
+    assert said.endswith("pixels (use fewer --workers, or cut it up)")

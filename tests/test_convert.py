@@ -313,6 +313,51 @@ def test_a_bad_map_costs_one_image(
     assert len(read_dataset(CocoLayout.of(tmp_path / "out", "a")).records) == 5
 
 
+def lead_out(path: Path, outside: Path) -> None:
+    outside.mkdir(exist_ok=True)
+    path.rename(outside / path.name)
+    path.symlink_to(outside / path.name)
+
+
+def test_links_that_lead_out_are_followed_when_asked(
+    labelled: Path, tmp_path: Path, run: Run
+) -> None:
+    lead_out(labelled / "images/1.png", tmp_path / "x")
+    lead_out(labelled / "maps/2.png", tmp_path / "y")
+    lead_out(labelled / "images/3.png", labelled / "images/inside")  # no further than its folder
+    (labelled / "images/inside/3.png").rename(labelled / "images/inside/.3.png")
+    (labelled / "images/3.png").unlink()
+    (labelled / "images/3.png").symlink_to("inside/.3.png")
+    (labelled / "images/circle").symlink_to(labelled / "images")
+    (labelled / "images/more").symlink_to(tmp_path / "x")
+    code, _, said = run(*arguments(labelled, tmp_path / "out", "--workers", 0))
+    assert code == 3
+    assert f"{labelled / 'images/more'} leads out of its folder: see --follow-links" in said
+    assert quarantine(tmp_path / "out", "a") == {
+        f"{number}.png": f"{folder}: {kind} {number}.png lies outside its folder (move it there;"
+        " links are followed with --follow-links)"
+        for number, folder, kind in [(1, "images", "photo"), (2, "maps", "map")]
+    }
+    more = ["--workers", 0, "--follow-links"]
+    assert run(*arguments(labelled, tmp_path / "all", *more))[0] == 0
+    content = json.loads((tmp_path / "all/annotations/panoptic_a.json").read_text())
+    names = [row["file_name"] for row in content["images"]]
+    assert names == [*(f"{number}.png" for number in range(6)), "more/1.png"]
+
+
+@pytest.mark.parametrize("where", ["images", "masks"])
+def test_masks_and_photos_lie_in_the_folder(tmp_path: Path, run: Run, where: str) -> None:
+    for name in ("good", "bad"):
+        photo(tmp_path / f"in/{name}/images/a.png")
+        save(tmp_path / f"in/{name}/masks/a.png", np.ones((24, 31), np.uint8))
+    lead_out(tmp_path / f"in/bad/{where}/a.png", tmp_path / "x")
+    line = ["convert", "masks", "--root", tmp_path / "in", "--split", "a", "--workers", 0, "--out"]
+    assert run(*line, tmp_path / "out")[0] == 3
+    (said,) = quarantine(tmp_path / "out", "a").values()
+    assert f"bad/{where}/a.png lies outside its folder" in said
+    assert run(*line, tmp_path / "all", "--follow-links")[0] == 0
+
+
 @pytest.mark.parametrize("kind", ["jpg", "tif"])
 def test_photos_that_are_stored_turned(tmp_path: Path, run: Run, kind: str) -> None:
     exif = Image.Exif()

@@ -189,6 +189,19 @@ def test_a_bad_row_costs_one_image(
     assert len(read_dataset(CocoLayout.of(out, "val")).records) == 2
 
 
+def test_swapped_channels_are_named_without_an_option_that_is_none(
+    run: Run, tmp_path: Path
+) -> None:
+    write_ade20k(tmp_path)
+    path = tmp_path / "ade20k_panoptic_val/ADE_val_00000001.png"
+    save(path, np.asarray(Image.open(path))[..., ::-1])
+    out = tmp_path / "out"
+    assert run_convert(run, "ade20k", tmp_path, "--out", out, "--split", "val")[0] == 3
+    (line,) = quarantine(out, "val").values()
+    assert "with red and blue swapped" in line
+    assert line.endswith("would match (write it again, from RGB)")
+
+
 @pytest.mark.parametrize("form", ["supercategory", "toml", "json"])
 def test_merged_categories(run: Run, tmp_path: Path, form: str) -> None:
     maps = write_cityscapes(tmp_path)

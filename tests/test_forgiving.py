@@ -499,6 +499,41 @@ def test_a_prediction_is_a_dataset(data: Data, trained: Path, tmp_path: Path) ->
         *("--workers", 0, "--json"),
     )
     assert (code, json.loads(printed)["written"]) == (0, 4)
-    assert "no `images`" in said
+    assert "images`" not in said
+    names = [row["file_name"] for row in json.loads((out / "panoptic.json").read_text())["images"]]
+    assert names == [row["file_name"] for row in data.json["images"]]
     code, printed, _ = data.run("score", out / "panoptic.json", out / "panoptic.json", "--json")
     assert code == 0
+
+
+def test_predictions_of_any_photos_are_a_dataset(data: Data, trained: Path, tmp_path: Path) -> None:
+    """Also where two photos have one name, which the names of PNGs cannot tell apart."""
+    out, below = tmp_path / "out", data.photos / "below"
+    below.mkdir()
+    first, second, *_ = sorted(data.photos.glob("*.jpg"))
+    shutil.copy(second, below / first.name)
+    line = ("--checkpoint", trained, "--out", out, "--recursive", "--device", "cpu")
+    assert data.run("predict", data.photos, *line)[0] == 0
+    code, printed, said = data.run(
+        *("preprocess", "--images", data.photos, "--panoptic-json", out / "panoptic.json"),
+        *("--panoptic-dir", out / "panoptic", "--out", data.out, "--workers", 0, "--json"),
+    )
+    assert (code, json.loads(printed)["written"]) == (0, 5)
+    assert "file names are not there" not in said
+    assert sorted(photos_of(data).values()) == sorted(
+        path.read_bytes() for path in data.photos.rglob("*.jpg")
+    )
+    code, printed, _ = data.run("inspect", data.out, "--json")
+    assert (code, json.loads(printed)["samples"]) == (0, 5)
+
+
+@pytest.mark.parametrize("as_text", ["truth", "prediction"])
+def test_numbers_and_their_text_are_the_same_ids(data: Data, as_text: str) -> None:
+    other = data.root / "annotations/other.json"
+    for row in data.json["annotations"]:
+        row["image_id"] = str(row["image_id"])
+    other.write_text(json.dumps(data.json))
+    files = (other, data.file) if as_text == "truth" else (data.file, other)
+    folders = ("--gt-dir", data.pngs, "--pred-dir", data.pngs)
+    code, printed, _ = data.run("score", *files, *folders, "--json")
+    assert (code, json.loads(printed)["All"]["pq"]) == (0, 1.0)

@@ -71,14 +71,16 @@ def read_pairs(
     categories = read_categories(gt_file.categories, gt_json)
     gt_rows = _by_image(gt_file.annotations, gt_json)
     pred_rows = _by_image(pred_file.annotations, pred_json)
+    if missing := gt_rows.keys() - pred_rows.keys():  # ids may be text in one of the files
+        same = {str(image): image for image in missing}
+        for image in pred_rows.keys() - gt_rows.keys():
+            if str(image) in same:
+                pred_rows[same[str(image)]] = pred_rows.pop(image)
     if missing := gt_rows.keys() - pred_rows.keys():
-        remedy = "predict every image of the ground truth; segments_info may be empty"
-        if {str(image) for image in missing} & {str(image) for image in pred_rows}:
-            remedy = "image ids are numbers in one of the files, strings in the other"
         raise InputError(
             f"no prediction for {len(missing)} of {len(gt_rows)} images: image {listing(missing)}",
             where=pred_json,
-            remedy=remedy,
+            remedy="predict every image of the ground truth; segments_info may be empty",
             code="prediction-missing",
         )
     if extra := pred_rows.keys() - gt_rows.keys():

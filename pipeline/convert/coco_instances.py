@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,26 +19,30 @@ import msgspec
 import numpy as np
 from msgspec import Raw, Struct
 
-from panoptic_cache.pipeline.annotations import ImageId, loose_row, parse_file, parse_row
+from panoptic_cache.pipeline.annotations import ImageId, loose_row, parse_row
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.files import read_file
 from panoptic_cache.pipeline.coco import Rejection
-from panoptic_cache.pipeline.convert.coco_masks import Mask, read_segmentation
-from panoptic_cache.pipeline.convert.files import Paths, pair_maps, walk
-from panoptic_cache.pipeline.convert.semantic_maps import Classes, make_classes
+from panoptic_cache.pipeline.convert.categories import Classes, make_classes
+from panoptic_cache.pipeline.convert.maps import pair_maps
 from panoptic_cache.pipeline.convert.source import (
+    Canvas,
     Drawing,
     Item,
+    Mask,
     Row,
-    Size,
     Source,
     category,
-    check_size,
     paint,
+    read_items,
+    read_lists,
+    read_segmentation,
 )
-from panoptic_cache.pipeline.photo import SUFFIXES
+from panoptic_cache.pipeline.folders import Folder
 
 log = logging.getLogger(__name__)
+
+BELOW, STUFF, CROWD, INSTANCE = range(4)
+"""Layers, from below: stuff of the second file, stuff of the first, crowds, instances."""
 
 
 class _Image(Struct):
@@ -77,20 +81,21 @@ class _File:
     """An annotation file."""
 
     images: list[Any]
-    annotations: dict[str, list[bytes]]  # Rows, by image id
+    annotations: Mapping[str, list[bytes]]  # Rows, by image id
     categories: list[_Category]  # Without those that only group others
+
+
+Kinds = Mapping[str, tuple[int, int]]
+"""A category of the source and its layer, by the category's id in a file."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Rules:
     """What drawing any image needs to know. A category that the source does not list is void."""
 
-    own: Mapping[str, int]  # Categories, by their id in the file
-    below: Mapping[str, int]  # The same of the second file
-    stuff: frozenset[str]  # Those of the first that have no instances
+    kinds: tuple[Kinds, Kinds]  # Of both files
     classes: Classes | None  # Of semantic maps
-    first_class: int  # Category of the first of them, or of the background
-    background: bool
+    rest: list[int]  # Categories of these classes, or of the background
     small: bool
     crowds: bool
 
@@ -99,43 +104,46 @@ def coco_instances(
     json: Path,
     images: Path,
     *,
-    stuff_json: Path | None = None,
-    semantic: Path | None = None,
-    names: Path | None = None,
-    void: Iterable[int] = (),
-    background: str | None = None,
-    stuff: Iterable[str] = (),
-    small: bool = False,
-    crowds: bool = True,
+    stuff_json: Path | None,
+    semantic_maps: Path | None,
+    names: Path | None,
+    void: Iterable[int],
+    background: str | None,
+    stuff: Sequence[str],
+    overlap: str,
+    no_crowds: bool,
+    follow_links: bool,
 ) -> Source:
     """The images of a file, each with its instances, and with stuff where another source has it.
 
     Categories in `stuff` have no instances. Where instances overlap, the last or the smaller one
-    has the pixels. Without `crowds`, what is marked as one is an instance.
+    has the pixels. With `no_crowds`, what is marked as one is an instance.
     """
-    if sum(one is not None for one in (stuff_json, semantic, background)) > 1:
+    if sum(one is not None for one in (stuff_json, semantic_maps, background)) > 1:
         what = "more than one source of what no instance covers"
         raise InputError(what, where="--stuff-json, --semantic-maps, --background")
     left_out: list[Rejection] = []
     file = _read(json, left_out)
     below = _read(stuff_json, left_out) if stuff_json else _File([], {}, [])
-    maps = dict(pair_maps(images, semantic)[0]) if semantic else {}
-    classes = make_classes(names, void, maps.values()) if semantic else None
+    maps: dict[str, tuple[Path]] = {}
+    classes = None
+    if semantic_maps:
+        maps = pair_maps(images, semantic_maps, follow_links=follow_links)[0]
+        classes = make_classes(names, void, [path for (path,) in maps.values()])
 
     own = _numbers(file.categories, 0)
     second = _numbers(below.categories, max(own.values()))
     first = max([*own.values(), *second.values()]) + 1
-    named = {str(row.name): str(row.id) for row in file.categories}
-    if unknown := {*stuff} - {*named}:
-        known = f"of {', '.join(named)}"
+    named = {str(row.name) for row in file.categories}
+    if unknown := {*stuff} - named:
+        known = f"of {', '.join(str(row.name) for row in file.categories)}"
         raise InputError(f"no category is called {min(unknown)}", where="--stuff", remedy=known)
     mixed = any(row.isthing for row in file.categories)
-    flat = frozenset(
-        str(row.id)
+    layers = {
+        str(row.id): STUFF if str(row.name) in {*stuff} or (mixed and not row.isthing) else INSTANCE
         for row in file.categories
-        if str(row.name) in {*stuff} or (mixed and not row.isthing)
-    )
-    categories = [_category(row, own, str(row.id) not in flat) for row in file.categories]
+    }
+    categories = [_category(row, own, layers[str(row.id)] == INSTANCE) for row in file.categories]
     # What a map of stuff says of things is void where no instance is; COCO calls all things other.
     categories += [
         _category(row, second, False)
@@ -148,9 +156,36 @@ def coco_instances(
         for number, name in enumerate(rest, first)
         if name not in named
     ]
-    rules = _Rules(own, second, flat, classes, first, background is not None, small, crowds)
+    kinds = (
+        {each: (number, layers[each]) for each, number in own.items()},
+        {each: (number, BELOW) for each, number in second.items()},
+    )
+    places = [*range(first, first + len(rest))]
+    small, crowds = overlap == "small", not no_crowds
+    rules = _Rules(kinds, classes, places, small, crowds)
+    photos = Folder(images, "photo", follow_links=follow_links)
 
-    items = _items(file, below, images, maps, rules, left_out=left_out)
+    def item(image: _Image) -> Item:
+        name = photos.find_like(image.file_name)
+        if classes is not None and name not in maps:
+            raise InputError("its map is missing", where=name, code="map-missing")
+        image_id = str(image.id)
+        both = file.annotations.get(image_id, []), below.annotations.get(image_id, [])
+        mark = hashlib.sha256(repr((image, both)).encode()).hexdigest()
+        inputs = maps.get(name, ())
+        draw = partial(_draw, inputs, image, both, rules)
+        return Item(image.id, name, images / name, draw, inputs, mark)
+
+    items, without = read_items(file.images, _Image, item, "image")
+    listed = {str(loose_row(each).get("id", "")) for each in file.images}
+    listed |= {str(item.image_id) for item in items}
+    message = "annotation of an image that the file does not list"
+    left_out += without
+    left_out += [
+        Rejection(image_id, "", "image-missing", message)
+        for image_id in file.annotations
+        if image_id not in listed
+    ]
     settings: dict[str, Any] = {"format": "coco-instances", "small": small, "crowds": crowds}
     if classes is not None:
         values = {str(value): name for value, name in classes.names.items()}
@@ -158,58 +193,10 @@ def coco_instances(
     return Source(categories, items, left_out, settings)
 
 
-def _items(
-    file: _File,
-    below: _File,
-    images: Path,
-    maps: Mapping[str, Path],
-    rules: _Rules,
-    *,
-    left_out: list[Rejection],
-) -> list[Item]:
-    """The images whose photos are there; the others are left out."""
-    items, found, rows = [], Paths(images, walk(images, SUFFIXES)), dict(file.annotations)
-    for each in file.images:
-        said = loose_row(each)
-        image_id, called = said.get("id", ""), str(said.get("file_name", ""))
-        mine = rows.pop(str(image_id), [])
-        try:
-            image = parse_row(each, _Image)
-            name = found.find(image.file_name)
-            if rules.classes is not None and name not in maps:
-                raise InputError("its map is missing", where=name, code="map-missing")
-        except InputError as error:
-            left_out.append(Rejection.of(image_id, called, error))
-            continue
-        except ValueError as error:
-            message = f"malformed image: {error}"
-            left_out.append(Rejection(str(image_id), called, "annotation-malformed", message))
-            continue
-        both = (mine, below.annotations.get(str(image_id), []))
-        hashed = hashlib.sha256(repr((image, both)).encode())
-        draw = partial(_draw, (images / name, maps.get(name)), image, both, rules)
-        inputs = (maps[name],) if rules.classes is not None else ()
-        items.append(Item(image.id, name, images / name, draw, inputs, hashed.hexdigest()))
-    message = "annotation of an image that the file does not list"
-    left_out += [Rejection(image_id, "", "image-missing", message) for image_id in rows]
-    return items
-
-
 def _read(path: Path, left_out: list[Rejection]) -> _File:
     """An annotation file; InputError where it is of another kind."""
-    try:
-        content = parse_file(read_file(path))
-        if content.images is None or content.categories is None:
-            raise ValueError("no images or no categories")
-        categories = [parse_row(row, _Category) for row in content.categories]
-    except OSError as error:
-        raise InputError(f"cannot read: {error.strerror}", where=path) from None
-    except ValueError as error:
-        raise InputError(
-            f"not a COCO instances file: {error}",
-            where=path,
-            remedy="it needs images, annotations with segmentation, and categories",
-        ) from None
+    remedy = "it needs images, annotations with segmentation, and categories"
+    content, categories = read_lists(path, _Category, "instances", remedy)
     rows: dict[str, list[bytes]] = defaultdict(list)
     used, crowds, drawn = set(), 0, False
     for each in content.annotations:
@@ -237,7 +224,7 @@ def _read(path: Path, left_out: list[Rejection]) -> _File:
     kept = [row for row in categories if str(row.id) in used or row.name not in groups]
     if not kept or len({str(row.id) for row in kept}) < len(kept):
         raise InputError("categories are empty or share an id", where=path)
-    return _File(content.images, dict(rows), kept)
+    return _File(content.images, rows, kept)
 
 
 def _numbers(rows: Iterable[_Category], above: int) -> dict[str, int]:
@@ -255,26 +242,22 @@ def _category(row: _Category, numbers: Mapping[str, int], isthing: bool) -> dict
 
 
 def _draw(
-    files: tuple[Path, Path | None],
+    maps: Sequence[Path],
     image: _Image,
     both: tuple[list[bytes], list[bytes]],
     rules: _Rules,
-    size: Size,
+    canvas: Canvas,
 ) -> Drawing:
-    photo, semantic = files
+    size = canvas.size
     if image.height is not None and image.width is not None:
-        check_size((image.height, image.width), photo, size, image.file_name)
+        canvas.check((image.height, image.width), image.file_name)
     mended: list[str] = []
-    layers: list[list[tuple[Row, Mask]]] = [[], [], [], []]  # stuff, own stuff, crowds, instances
-    for data, numbers in zip(both, (rules.own, rules.below), strict=True):
+    layers: list[list[tuple[Row, Mask]]] = [[], [], [], []]
+    for data, kinds in zip(both, rules.kinds, strict=True):
         for each in data:
-            row = _annotation(each, numbers)
+            row = _annotation(each, kinds)
             crowd = rules.crowds and bool(row.iscrowd)
-            place = 2 if crowd else 3
-            if numbers is rules.below:
-                place = 0
-            elif str(row.category_id) in rules.stuff:
-                place = 1
+            number, layer = kinds[str(row.category_id)]
             try:
                 mask = read_segmentation(row.segmentation, size)
             except ValueError as error:
@@ -283,33 +266,29 @@ def _draw(
             if mask is None:
                 mended.append("segmentation-missing")
             else:
-                layers[place].append((Row(numbers[str(row.category_id)], crowd), mask))
-    rows, overlaps = [], 0
-    segment_map = np.zeros(size, np.uint32)
-    if rules.classes is not None and semantic is not None:
-        segment_map = rules.classes.read(semantic, photo, size)
-        rows = [Row(rules.first_class + place) for place in range(len(rules.classes.names))]
-    elif rules.background:
-        segment_map += 1
-        rows = [Row(rules.first_class)]
-    for number, layer in enumerate(layers):
-        numbered = ((len(rows) + each, mask) for each, (_, mask) in enumerate(layer, 1))
-        above, overlaps = paint(numbered, size, small=rules.small and number == 3)
+                layer = CROWD if crowd and layer == INSTANCE else layer
+                layers[layer].append((Row(number, crowd), mask))
+    rows, overlaps = [Row(number) for number in rules.rest], 0
+    segment_map = np.full(size, len(rows), np.uint32)  # the background, if there is one
+    for path in maps:
+        assert rules.classes is not None
+        segment_map = rules.classes.read(path, canvas)
+    for place, some in enumerate(layers):
+        numbered = enumerate((mask for _, mask in some), len(rows) + 1)
+        above, overlaps = paint(numbered, size, small=rules.small and place == INSTANCE)
         segment_map = np.where(above > 0, above, segment_map)
-        rows += [row for row, _ in layer]
+        rows += [row for row, _ in some]
     return Drawing(segment_map, rows, overlaps, tuple(mended))
 
 
-def _annotation(data: bytes, categories: Mapping[str, int]) -> _Annotation:
+def _annotation(data: bytes, kinds: Kinds) -> _Annotation:
     """A row; InputError where it is malformed."""
     try:
         row = parse_row(Raw(data), _Annotation)
     except ValueError as error:
-        name = loose_row(Raw(data)).get("id", "")
-        raise InputError(
-            f"annotation {name} malformed: {error}", code="annotation-malformed"
-        ) from None
-    if str(row.category_id) not in categories:
+        what = f"annotation {loose_row(Raw(data)).get('id', '')} malformed: {error}"
+        raise InputError(what, code="annotation-malformed") from None
+    if str(row.category_id) not in kinds:
         what = f"annotation {row.id} has unknown category {row.category_id}"
         raise InputError(what, code="category-unknown")
     return row

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from panoptic_cache.pipeline.annotations import MOST_SEGMENTS
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.files import cannot_write, write_file
+from panoptic_cache.pipeline.base.files import Storage, cannot_write, write_file
 from panoptic_cache.pipeline.coco import CocoLayout, Rejection
-from panoptic_cache.pipeline.convert.source import Drawing, Item, Row, photo_size
+from panoptic_cache.pipeline.convert.source import Canvas, Drawing, Item, Row, photo_size
+from panoptic_cache.pipeline.folders import is_file
 from panoptic_cache.pipeline.png import ids_to_rgb
 
-MOST_SEGMENTS = 65_535
-"""Of one image: what a sample's segment map can number."""
 _SPREAD = 0x9E3779
 """Odd, so its multiples modulo 2^24 are distinct: neighbours in the table get unlike colours."""
 
@@ -38,35 +37,41 @@ class Outcome(msgspec.Struct, frozen=True):
     overlaps: int = 0  # Pixels
     mended: tuple[str, ...] = ()
 
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What drawing any image needs to know."""
-
-    layout: CocoLayout
-    copy: bool  # Photos, instead of linking them
-    upright: bool  # Photos are annotated as their EXIF tag turns them
-    isthing: Mapping[int, bool]  # By id of the category
+    def stands(self, mark: str, layout: CocoLayout, png: str) -> bool:
+        """Whether its inputs have not changed, and its files are there."""
+        files = (layout.images / self.name, layout.panoptic_dir / png)
+        return self.mark == mark and (self.left_out is not None or all(map(is_file, files)))
 
 
-def convert_image(one: tuple[Item, str, str], job: Job) -> Outcome:
-    """Draws one image, writes its PNG and its photo; what is wrong with it becomes its reason."""
+def convert_image(
+    one: tuple[Item, str, str],
+    layout: CocoLayout,
+    *,
+    copy: bool,
+    upright: bool,
+    isthing: Mapping[int, bool],
+) -> Outcome:
+    """Draws an image, writes its PNG and its photo; what is wrong with it becomes its reason.
+
+    `one` has the image, the name of its PNG, and the mark of its inputs; `isthing` is by the id of
+    the category. The others are those of `convert`.
+    """
     item, png, mark = one
     try:
-        size = photo_size(item.photo, upright=job.upright)
-        drawing = item.draw(size)
-        ids, segments, empty = number_segments(drawing, job.isthing)
+        size = photo_size(item.photo, upright=upright)
+        drawing = item.draw(Canvas(item.photo, size))
+        ids, segments, empty = _number_segments(drawing, isthing)
     except InputError as error:
         return Outcome(item.name, mark, left_out=Rejection.of(item.image_id, item.name, error))
     except MemoryError:
         raise InputError(
             "out of memory", where=item.name, remedy="use fewer --workers", code="out-of-memory"
         ) from None
-    place = job.layout.panoptic_dir / png
-    make_folder(place.parent)
+    place = layout.panoptic_dir / png
+    Storage(str(place.parent)).create()
     bgr = np.ascontiguousarray(ids_to_rgb(ids)[..., ::-1])
     write_file(place, cv2.imencode(".png", bgr)[1].tobytes(), durable=False)
-    _bring(item.photo, job.layout.images / item.name, copy=job.copy)
+    _bring(item.photo, layout.images / item.name, copy=copy)
     height, width = size
     return Outcome(
         item.name,
@@ -79,7 +84,7 @@ def convert_image(one: tuple[Item, str, str], job: Job) -> Outcome:
     )
 
 
-def number_segments(
+def _number_segments(
     drawing: Drawing, isthing: Mapping[int, bool]
 ) -> tuple[NDArray[np.int32], list[dict[str, Any]], int]:
     """Ids of a drawing's segments: (H, W) int32, their rows, and how many rows had no pixel.
@@ -107,25 +112,18 @@ def number_segments(
         )
     segment_map: NDArray[np.int32] = table[drawing.segment_map]  # (H, W)
     areas = np.bincount(segment_map.ravel(), minlength=len(kept) + 1)
-    segments = []
-    for number, (row, box) in enumerate(
-        zip(kept, ndimage.find_objects(segment_map), strict=True), 1
-    ):
-        down, across = box
-        segments.append(
-            {
-                "id": number * _SPREAD & 0xFFFFFF,
-                "category_id": row.category_id,
-                "iscrowd": int(row.iscrowd and isthing[row.category_id]),
-                "area": int(areas[number]),
-                "bbox": [
-                    across.start,
-                    down.start,
-                    across.stop - across.start,
-                    down.stop - down.start,
-                ],
-            }
+    segments = [
+        {
+            "id": number * _SPREAD & 0xFFFFFF,
+            "category_id": row.category_id,
+            "iscrowd": int(row.iscrowd and isthing[row.category_id]),
+            "area": int(areas[number]),
+            "bbox": [x.start, y.start, x.stop - x.start, y.stop - y.start],
+        }
+        for number, row, (y, x) in zip(
+            range(1, len(kept) + 1), kept, ndimage.find_objects(segment_map), strict=True
         )
+    ]
     ids = np.array([0, *(segment["id"] for segment in segments)], np.int32)[segment_map]
     return ids, segments, empty
 
@@ -137,7 +135,7 @@ def _bring(photo: Path, place: Path, *, copy: bool) -> None:
     commands do not follow unless they are told to.
     """
     temporary = place.with_name(f".{place.name}.tmp")
-    make_folder(place.parent)
+    Storage(str(place.parent)).create()
     try:
         temporary.unlink(missing_ok=True)
         try:
@@ -151,11 +149,3 @@ def _bring(photo: Path, place: Path, *, copy: bool) -> None:
         temporary.unlink(missing_ok=True)  # it stays where both are links to one file
     except OSError as error:
         raise cannot_write(error, place) from None
-
-
-def make_folder(folder: Path) -> None:
-    """With what is above it; InputError where that is not possible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(error, folder) from None
