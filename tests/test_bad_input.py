@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import simplejpeg
+from conftest import Run
 from numpy.typing import NDArray
 from PIL import Image
 
