@@ -13,6 +13,8 @@ import pytest
 from conftest import Run
 from PIL import Image
 
+from panoptic_cache.train.stages import load_stages
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "own-data.md").read_text()
 COMMANDS = re.findall(
@@ -71,3 +73,12 @@ def test_the_commands_of_the_page_run(
 def test_the_page_names_what_is_there() -> None:
     for name in re.findall(r"\]\(([^)#]+)\)", TEXT):
         assert (ROOT / "docs" / name).exists(), name
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem
+)
+def test_a_configuration_that_ships_loads(path: Path) -> None:
+    for stage in load_stages(path):
+        assert stage.data.size >= 1
+        assert stage.out.startswith("runs/")
