@@ -19,7 +19,13 @@ from test_browser import BROWSER, FLAGS
 
 from panoptic_cache.evaluate.runs import execute
 from panoptic_cache.evaluate.runs.page import code_curves, draw_chart
-from panoptic_cache.evaluate.runs.results import mean_curve, over_seeds, read_curve, spread_text
+from panoptic_cache.evaluate.runs.results import (
+    mean_curve,
+    mean_sizes,
+    over_seeds,
+    read_curve,
+    spread_text,
+)
 from panoptic_cache.evaluate.runs.study import plan_runs, read_study
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.process import Interrupted, interruptible
@@ -255,8 +261,14 @@ def test_measures_over_seeds() -> None:
     assert [*found.values()] == pytest.approx([60, stdev([50, 60, 70])])
     assert spread_text(over_seeds([0.5])) == "50.0"
     assert spread_text(over_seeds([0.01, 0.03]), "+") == "+2.0 ± 1.4"
+    assert spread_text(over_seeds([-0.0004]), "+") == "+0.0"
     assert over_seeds([None]) is None
     assert mean_curve([[(1, 2.0), (2, 4.0)], [(2, 8.0), (3, 1.0)]]) == [(2, 6.0)]
+
+
+def test_sizes_of_a_few_instances_are_left_out() -> None:
+    rows = [{"from": 0, "to": 8, "n": 9, "iou": 0.1}, {"from": 8, "to": None, "n": 10, "iou": 0.5}]
+    assert mean_sizes([{"sizes": rows}]) == [("8+ px", 50.0)]
 
 
 def test_the_codes_have_the_contrast_of_the_paper() -> None:

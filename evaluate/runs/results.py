@@ -23,6 +23,8 @@ Spread = dict[str, float | None]
 Points = list[tuple[float, float]]
 
 MEASURES = ("All", "Things", "Stuff", "SQ", "RQ", "mIoU")
+FEWEST = 10
+"""Instances of a size below which the mean of their IoU is chance."""
 COLUMNS = ("variant", *MEASURES, "to base", "paper", "seeds", "hours")
 
 
@@ -126,7 +128,7 @@ def spread_text(spread: Spread | None, sign: str = "") -> str:
     """`68.5 ± 1.2`; with the sign `+` a difference."""
     if spread is None:
         return ""
-    mean = f"{spread['mean']:{sign}.1f}"
+    mean = f"{spread['mean']:{sign}z.1f}"  # z: no -0.0
     return mean if spread["sd"] is None else f"{mean} ± {spread['sd']:.1f}"
 
 
@@ -149,11 +151,11 @@ def mean_curve(curves: Sequence[Points]) -> Points:
 
 
 def mean_sizes(found: Sequence[Scores]) -> list[tuple[str, float]]:
-    """Name and mean IoU over the seeds of each size that has instances."""
+    """Name and mean IoU over the seeds of each size that has `FEWEST` instances."""
     return [
         (size_name(rows[0]), 100 * fmean(row["iou"] for row in rows))
         for rows in zip(*(scores["sizes"] for scores in found), strict=True)
-        if all(row["n"] for row in rows)
+        if all(row["n"] >= FEWEST for row in rows)
     ]
 
 
