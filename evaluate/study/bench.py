@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -14,12 +14,16 @@ from typing import Any
 import cv2
 import torch
 
-from panoptic_cache.evaluate.decoder.decode import PanopticMap
 from panoptic_cache.evaluate.metric.pairs import ImagePair
 from panoptic_cache.evaluate.metric.pq import GroupPQ
 from panoptic_cache.evaluate.metric.score import score_pairs
 from panoptic_cache.evaluate.study import heads
-from panoptic_cache.evaluate.study.comparison import Comparison, compare_decoders, our_decoder
+from panoptic_cache.evaluate.study.comparison import (
+    Comparison,
+    Decoder,
+    compare_decoders,
+    our_decoder,
+)
 from panoptic_cache.evaluate.study.corruption import Corruption, corrupted_heads
 from panoptic_cache.evaluate.study.heads import TUNED_ON, ImageHeads, Part
 from panoptic_cache.evaluate.study.rivals import Rival, rivals
@@ -104,19 +108,17 @@ def _compare(
     title: str,
 ) -> Comparison:
     """All decoders on the same images; a rival once for each setting, as `NAME|SETTING`."""
+
+    def alone(rival: Rival) -> Decoder:
+        return lambda image: rival(image, categories)
+
     decoders = {OURS: our_decoder(categories)}
     for name, settings in rivals(size).items():
-        for setting, rival in settings.items():
-            decoders[f"{name}|{setting}"] = partial(_each, rival, categories)
-    decoders[OURS]([image.positional(encoding) for image in islice(images(), 1)])  # warms up
+        decoders |= {f"{name}|{setting}": alone(rival) for setting, rival in settings.items()}
+    for image in islice(images(), 1):
+        decoders[OURS](image.positional(encoding))  # warms up
     positional = (image.positional(encoding) for image in images())
     return compare_decoders(positional, count, decoders, categories=categories, title=title)
-
-
-def _each(
-    rival: Rival, categories: tuple[Category, ...], images: Sequence[ImageHeads]
-) -> list[PanopticMap]:
-    return [rival(image, categories) for image in images]
 
 
 def _table(title: str, found: Mapping[str, Comparison]) -> BenchTable:
@@ -186,10 +188,8 @@ def _line(row: Mapping[str, Any]) -> tuple[str, ...]:
     name = f"{row['case']}: {row['decoder']}" + (f", {row['setting']}" if row["setting"] else "")
     shown = (row[key] for key in ("All", "Things", "Stuff", "agnostic"))
     pq = ("-" if value is None else f"{value:.1f}" for value in shown)
-    behind = ""
-    if row["behind"] is not None:
-        low, high = row["interval"]
-        behind = f"{row['behind']:+.1f} [{low:.1f}, {high:.1f}]"
+    known = row["behind"] is not None
+    behind = "{:+.1f} [{:.1f}, {:.1f}]".format(row["behind"], *row["interval"]) if known else ""
     counts = (str(row[key]) for key in ("tp", "fp", "fn"))
     return (name, *pq, *counts, f"{row['ms']:.1f}", behind)
 
@@ -202,21 +202,14 @@ def bench_score(layout: CocoLayout | None = None, images: int = 64) -> BenchTabl
     """Scores a dataset, or made-up scenes, against itself, next to decoding the PNGs alone."""
     cv2.setNumThreads(1)
     with bench_dataset(layout, images) as dataset:
-        pairs = [
-            ImagePair(
-                r.image_id, r.png, r.segments, r.png, {s.id: s.category_id for s in r.segments}
-            )
-            for r in dataset.records
-        ]
+        pairs = []
+        for each in dataset.records:
+            kinds = {segment.id: segment.category_id for segment in each.segments}
+            pairs.append(ImagePair(each.image_id, each.png, each.segments, each.png, kinds))
         count = len(pairs)
         ours = Timing("ours", best_ms(lambda: score_pairs(dataset.categories, pairs), count))
         twice = [str(pair.gt_png) for pair in pairs for _ in range(2)]
-        floor = Timing(
-            "the floor: decoding both PNGs",
-            best_ms(lambda: [cv2.imread(path) for path in twice], count),
-        )
-    return timing_table(
-        f"scoring {count} images in one process",
-        (ours, floor),
-        {"ours against the floor": ours.ms / floor.ms},
-    )
+        read = best_ms(lambda: [cv2.imread(path) for path in twice], count)
+    floor = Timing("the floor: decoding both PNGs", read)
+    ratios = {"ours against the floor": ours.ms / floor.ms}
+    return timing_table(f"scoring {count} images in one process", (ours, floor), ratios)

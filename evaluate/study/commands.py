@@ -36,8 +36,7 @@ SemanticNoise = Annotated[
     float, typer.Option(min=0, help="Level of corruption of the semantic logits, 0 to 3.")
 ]
 Drift = Annotated[
-    float,
-    typer.Option(min=0, help="Cells that centroids drift within an instance, of the grid of 80."),
+    float, typer.Option(min=0, help="Cells that centroids drift within an instance, of 80.")
 ]
 CodeOf = Annotated[
     Path | None, typer.Option("--checkpoint", help="Use the code of this run or checkpoint.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from statistics import median
 
 import numpy as np
@@ -31,12 +30,10 @@ from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.pipeline.coco import Category, CocoPanoptic
 from panoptic_cache.train.encoding import Encoding, PositionalCode
 
-BATCH, LARGEST = 8, 1 << 30
-"""Images that are decoded at once, and bytes that their heads may have."""
 RESAMPLES = 2000
 """Draws of images for an interval."""
 
-Decoder = Callable[[Sequence[ImageHeads]], list[PanopticMap]]
+Decoder = Callable[[ImageHeads], PanopticMap]
 
 
 @dataclass
@@ -110,46 +107,38 @@ def compare_decoders(
     found = Comparison(categories, {name: Trial() for name in decoders})
     things = thing_ids(categories)
     with progress(title, count, "images") as advance:
-        while batch := _next_batch(images, found):
+        start = time.perf_counter()
+        for image in images:
+            found.encode += time.perf_counter() - start
+            truth = image.name, image.ids, image.segments
             for name, decoder in decoders.items():
                 start = time.perf_counter()
-                maps = decoder(batch)
+                map_ = decoder(image)
                 decoded = time.perf_counter()
-                trial = found.trials[name]
-                trial.seconds += decoded - start
-                for image, map_ in zip(batch, maps, strict=True):
-                    truth = image.name, image.ids, image.segments
-                    kinds = {s.id: categories[s.label].id for s in map_.segments}
-                    scores = {s.id: s.score for s in map_.segments}
-                    scored = score_image(*truth, map_.ids, kinds, scores=scores, things=things)
-                    trial.images.append(scored)
+                kinds = {s.id: categories[s.label].id for s in map_.segments}
+                scores = {s.id: s.score for s in map_.segments}
+                scored = score_image(*truth, map_.ids, kinds, scores=scores, things=things)
+                found.trials[name].images.append(scored)
+                found.trials[name].seconds += decoded - start
                 found.score += time.perf_counter() - decoded
-            measured = (measure_quality(image, categories) for image in batch)
-            found.qualities += [quality for quality in measured if quality]
-            advance(len(batch))
+            if quality := measure_quality(image, categories):
+                found.qualities.append(quality)
+            advance(1)
+            start = time.perf_counter()
     return found
-
-
-def _next_batch(images: Iterator[ImageHeads], found: Comparison) -> list[ImageHeads]:
-    start, batch = time.perf_counter(), list(islice(images, 1))
-    if batch:
-        values = batch[0].instance.numel() + batch[0].semantic.numel()
-        batch += islice(images, max(1, min(BATCH, LARGEST // (4 * values))) - 1)
-    found.encode += time.perf_counter() - start
-    return batch
 
 
 def our_decoder(categories: Sequence[Category], config: DecodeConfig | None = None) -> Decoder:
     """The decoder of `evaluate/decoder/decode.py`, of positional codes."""
     isthing = torch.tensor([category.isthing for category in categories])
-    return lambda images: decode(
-        [image.instance for image in images],
-        [image.semantic for image in images],
+    return lambda image: decode(
+        [image.instance],
+        [image.semantic],
         encoding=PositionalCode(),  # of any number of harmonics
         isthing=isthing,
-        sizes=[image.size for image in images],
+        sizes=[image.size],
         config=config,
-    )
+    )[0]
 
 
 def ceiling(

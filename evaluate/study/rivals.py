@@ -232,8 +232,7 @@ def finished(
     things = np.array([category.isthing for category in categories])
     count, classes = int(owner.max()) + 1, len(things)
     ballots = np.bincount((owner * classes + labels).ravel(), minlength=count * classes)
-    ballots = ballots.reshape(count, classes)
-    votes = ballots * things
+    votes = (ballots := ballots.reshape(count, classes)) * things
     valid = (ballots.sum(1) >= MIN_AREA) & (votes.max(1) > 0)
     valid[0] = False
     stuff = np.where(things, 0, np.arange(classes) + 1)
