@@ -149,8 +149,7 @@ class CocoPanoptic:
 def read_dataset(layout: CocoLayout) -> CocoPanoptic:
     """Reads a split and joins images with annotations by image id, never by position.
 
-    Raises:
-        InputError: A folder or file is missing, or the JSON is not a panoptic annotation file.
+    InputError where a folder or file is missing, or the JSON is no panoptic annotation file.
     """
     import hashlib  # noqa: PLC0415 (5 ms, which scoring does without)
 

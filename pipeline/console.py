@@ -127,15 +127,12 @@ def show(text: str) -> None:
 
 
 def run_program(app: Callable[[], object]) -> NoReturn:
-    """Runs a command line; what a user can cause ends in one line and an exit code.
+    """Runs a command line; what a user can cause ends in one line and SystemExit.
 
-    Of several ranks that share the work, the first one speaks. An error that only one of the others
-    has met is told by that one, `GRACE` seconds later: by then the launcher has ended the ranks
-    that met the same error as the first.
-
-    Raises:
-        SystemExit: Always. 0 finished, 1 failed, 2 wrong usage, 3 too much left out, 130 and 143
-            stopped by SIGINT and SIGTERM.
+    Its code is 0 finished, 1 failed, 2 wrong usage, 3 too much left out, 130 and 143 stopped by
+    SIGINT and SIGTERM. Of several ranks that share the work, the first one speaks. An error that
+    only one of the others has met is told by that one, `GRACE` seconds later: by then the launcher
+    has ended the ranks that met the same error as the first.
     """
     _open_streams()
     first = os.environ.get("RANK", "0") == "0"

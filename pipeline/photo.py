@@ -55,13 +55,7 @@ _JPEG_SIGNATURE = b"\xff\xd8"
 
 
 def fitted_size(
-    height: int,
-    width: int,
-    side: int | None,
-    fit: Fit,
-    scale: float = 1.0,
-    *,
-    tile: int = 0,
+    height: int, width: int, side: int | None, fit: Fit, scale: float = 1.0, *, tile: int = 0
 ) -> tuple[int, int]:
     """(height, width) of a picture after a fit, times a scale; no side is below 1 pixel.
 
@@ -195,19 +189,10 @@ def check_photo(record: PanopticRecord) -> None:
 
 
 def read_photo(path: Path | str, *, upright: bool = True) -> NDArray[np.uint8]:
-    """Any photo of `FORMATS` as pixels; the first frame of an animation.
+    """(H, W, 3) uint8 RGB of any photo of `FORMATS`; the first frame of an animation.
 
-    Gray, CMYK and palettes become RGB, 16 bits become 8, transparency is ignored.
-
-    Args:
-        path: The file.
-        upright: Turn it as its EXIF tag says.
-
-    Returns:
-        (H, W, 3) uint8 RGB.
-
-    Raises:
-        InputError: Missing, damaged, no photo, or so large that it may be an attack.
+    Gray, CMYK and palettes become RGB, 16 bits become 8, transparency is ignored. InputError where
+    it is missing, damaged, no photo, or so large that it may be an attack.
     """
     return _read(Path(path)).pixels(upright=upright)
 

@@ -55,15 +55,11 @@ def check_tile(tile: int, overlap: int, *, where: str) -> None:
 
 
 def windows(size: tuple[int, int], tile: int, overlap: int = 0) -> Iterator[Window]:
-    """The tiles of an image, row by row.
+    """The tiles of an image of a size (height, width), row by row.
 
     As few as possible, spread evenly, so that the first and the last touch the image's edges. Each
-    has `tile` pixels along an axis, or all pixels of an axis that has fewer.
-
-    Args:
-        size: (height, width) of the image.
-        tile: Side, pixels.
-        overlap: Pixels that neighbours share at least.
+    has `tile` pixels along an axis, or all pixels of an axis that has fewer; neighbours share at
+    least `overlap` pixels.
     """
     columns = [*spans(size[1], tile, overlap)]
     for rows, core_rows in spans(size[0], tile, overlap):

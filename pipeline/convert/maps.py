@@ -178,8 +178,9 @@ def pair_maps(
             pairs[name] = (maps / found[0],)
         except InputError as error:
             lonely.append(Rejection.of(_stem(name), name, error))
+    is_photo = {images / name for name in photos}
     for name in sorted({*named.values()} - used):
-        if maps / name not in {images / each for each in photos}:
+        if maps / name not in is_photo:
             what = f"its photo is missing in {images.name}"
             lonely.append(Rejection(_stem(name), name, "photo-missing", what))
     return pairs, lonely
