@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import stdev
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from conftest import Run as Command
@@ -240,6 +241,22 @@ def test_a_base_of_stages_is_trained_and_counted_whole(
     commands()
     assert execute.run_study(study, out)[run.folder].status == "done"
     assert ["--resume" in call for call in commands() if "seed=0" in call] == [True] * 2
+
+
+def test_a_dry_run_measures_each_model_once(
+    study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "tiny.toml"
+    config.write_text(CONFIG + "[[stages]]\ntasks = {instance = 1, semantic = 0}\n[[stages]]\n")
+    measure = Mock(return_value=4500.0)
+    monkeypatch.setattr(execute, "measure_step", measure)
+    both, no_void, wrong, mirrored = execute.estimate_hours(read_study(study_file), tmp_path / "x")
+    assert measure.call_count == 2  # stages; variants differ in the loss alone
+    assert both["hours"] == no_void["hours"] == pytest.approx(2 * 4 * 4 * 4.5 / 3600, abs=5e-4)
+    assert (both["runs"], both["steps"]) == (2, 4)
+    assert wrong["hours"] is None
+    assert "did you mean eds" in wrong["note"]
+    assert (mirrored["hours"], mirrored["note"]) == (0, "takes the models of Both")
 
 
 def test_a_study_of_trained_runs_trains_nothing(

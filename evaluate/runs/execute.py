@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -34,7 +34,6 @@ from panoptic_cache.pipeline.base.process import Interrupted
 from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.pipeline.cache.index import INDEX_NAME
 from panoptic_cache.pipeline.coco import CocoLayout, read_dataset
-from panoptic_cache.train.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -192,8 +191,7 @@ def read_note(study: Study, run: Run) -> Note:
     """
     stages: list[Any] = [stage.to_dict() for stage in run.stages] or [run.problem]
     evaluation = [*study.evaluate, *run.variant.evaluate, study.coco, study.test_split]
-    training = stages[0] if len(stages) == 1 else stages
-    digest = fingerprint(training, evaluation, study.train_split, study.preprocess)
+    digest = fingerprint(stages, evaluation, study.train_split, study.preprocess)
     path = run.folder / RUN_FILE
     try:
         note = Note(**decode_json(path.read_bytes(), dict))
@@ -231,10 +229,12 @@ def estimate_hours(study: Study, out: Path) -> list[dict[str, Any]]:
         note = run.problem if run.trains else f"takes the models of {run.variant.trained_by}"
         try:
             for stage in run.stages if run.trains else ():
-                key = fingerprint(stage.to_dict() | {"loss": None, "out": None, "seed": None})
+                values = stage.to_dict()
+                values["model"].pop("init", None)  # of the stage before, which is not trained yet
+                key = fingerprint(values | {"loss": None, "out": None, "seed": None})
                 if key not in measured:
                     log.info("measuring %s", stage.out)
-                    measured[key] = measure_step(stage)
+                    measured[key] = measure_step(values)
                 made = seeds * stage.total_steps(images) * stage.data.batch
                 hours += made * measured[key] / 3.6e6
         except InputError as error:
@@ -251,10 +251,8 @@ def estimate_hours(study: Study, out: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def measure_step(config: TrainConfig) -> float:
+def measure_step(values: Mapping[str, Any]) -> float:
     """Milliseconds an image of training as configured, by `panoptic bench step`."""
-    values = config.to_dict()
-    values["model"].pop("init", None)  # of the stage before, which has not been trained
     with tempfile.NamedTemporaryFile(suffix=".toml") as file:
         file.write(tomli_w.dumps(values).encode())
         file.flush()
