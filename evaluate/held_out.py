@@ -18,8 +18,8 @@ from panoptic_cache.evaluate.predict import Predictor
 from panoptic_cache.pipeline.annotations import SegmentInfo
 from panoptic_cache.pipeline.cache.sample import Sample
 from panoptic_cache.pipeline.photo import decode_photo
+from panoptic_cache.train.checkpoint import TrainState
 from panoptic_cache.train.model import PanopticModel
-from panoptic_cache.train.restore import TrainState
 
 BATCH = 8
 """Samples that the network takes at once."""

@@ -30,10 +30,11 @@ from panoptic_cache.pipeline.photo import Fit, fitted_size, read_photo, resize_p
 from panoptic_cache.pipeline.pictures import Picture, centroid_colours, semantic_colours
 from panoptic_cache.pipeline.sources import as_pixels
 from panoptic_cache.pipeline.tiles import Window, check_tile, windows
+from panoptic_cache.train.checkpoint import TrainState, Weights, find_checkpoint
 from panoptic_cache.train.config import Precision
 from panoptic_cache.train.encoding import Encoding, make_encoding, nearest_centroids
 from panoptic_cache.train.model import HALF, PanopticModel, check_size
-from panoptic_cache.train.restore import TrainState, Weights, find_checkpoint, load_model
+from panoptic_cache.train.restore import load_model
 
 Pixels = NDArray[np.uint8]
 """A photo: (H, W, 3) uint8 RGB."""

@@ -17,6 +17,7 @@ import tomli_w
 import torch
 from safetensors.torch import load_file
 
+from panoptic_cache.train.checkpoint import incomplete, latest_checkpoint, read_state
 from panoptic_cache.train.config import (
     DataConfig,
     LossConfig,
@@ -25,7 +26,6 @@ from panoptic_cache.train.config import (
     RandomBackbone,
     TrainConfig,
 )
-from panoptic_cache.train.restore import incomplete, latest_checkpoint, read_state
 
 ROOT = Path(__file__).parents[1]
 STEPS = 7

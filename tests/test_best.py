@@ -16,10 +16,11 @@ from panoptic_cache.evaluate.predict import Predictor
 from panoptic_cache.pipeline.base.config import load_config
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.cache.sample import Sample
+from panoptic_cache.train.checkpoint import TrainState, find_checkpoint
 from panoptic_cache.train.config import TrainConfig, ValidationConfig
 from panoptic_cache.train.loop import train
 from panoptic_cache.train.model import PanopticModel
-from panoptic_cache.train.restore import TrainState, find_checkpoint, load_model
+from panoptic_cache.train.restore import load_model
 
 QUALITY: dict[int, float] = {}
 

@@ -19,23 +19,22 @@ from safetensors.torch import load_file, save_file
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.train import checkpoint
-from panoptic_cache.train.checkpoint import rng_state, save_checkpoint
-from panoptic_cache.train.config import ModelConfig, OptimConfig, RandomBackbone, TrainConfig
-from panoptic_cache.train.model import PanopticModel
-from panoptic_cache.train.optim import parameter_groups
-from panoptic_cache.train.ranks import Ranks
-from panoptic_cache.train.restore import (
+from panoptic_cache.train.checkpoint import (
     ARCHITECTURE,
     TrainState,
     find_checkpoint,
     incomplete,
     latest_checkpoint,
-    load_model,
-    load_training,
-    load_weights,
     read_state,
+    rng_state,
+    save_checkpoint,
     set_rng_state,
 )
+from panoptic_cache.train.config import ModelConfig, OptimConfig, RandomBackbone, TrainConfig
+from panoptic_cache.train.model import PanopticModel
+from panoptic_cache.train.optim import parameter_groups
+from panoptic_cache.train.ranks import Ranks
+from panoptic_cache.train.restore import load_model, load_training, load_weights
 
 BLOCKS = 2
 CONFIG = TrainConfig(

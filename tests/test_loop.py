@@ -40,6 +40,7 @@ from panoptic_cache.pipeline.base.files import Storage
 from panoptic_cache.pipeline.coco import CocoPanoptic
 from panoptic_cache.pipeline.render.driver import render
 from panoptic_cache.pipeline.render.plan import RenderConfig
+from panoptic_cache.train.checkpoint import incomplete, latest_checkpoint, read_state
 from panoptic_cache.train.config import (
     DataConfig,
     LossConfig,
@@ -52,7 +53,7 @@ from panoptic_cache.train.loop import train as train_run
 from panoptic_cache.train.losses import instance_loss, semantic_loss
 from panoptic_cache.train.optim import learning_rate
 from panoptic_cache.train.ranks import Ranks
-from panoptic_cache.train.restore import incomplete, latest_checkpoint, load_model, read_state
+from panoptic_cache.train.restore import load_model
 from panoptic_cache.train.stopping import memory_advice, not_finite, smaller_steps
 
 SAMPLES = 12

@@ -10,9 +10,9 @@ import pytest
 from conftest import Run
 
 from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.train.checkpoint import file_sha256, find_checkpoint, read_state
 from panoptic_cache.train.config import TaskRatio
 from panoptic_cache.train.loop import task_of
-from panoptic_cache.train.restore import file_sha256, find_checkpoint, read_state
 from panoptic_cache.train.stages import load_stages
 
 CONFIG = """

@@ -16,13 +16,12 @@ from torch.nn import functional as F
 from panoptic_cache.evaluate.export.files import export_model
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.coco import Category
-from panoptic_cache.train.checkpoint import save_checkpoint
+from panoptic_cache.train.checkpoint import TrainState, save_checkpoint
 from panoptic_cache.train.config import LossConfig, ModelConfig, RandomBackbone, TrainConfig
 from panoptic_cache.train.loop import train as train_run
 from panoptic_cache.train.model import PanopticModel
 from panoptic_cache.train.ranks import Ranks
-from panoptic_cache.train.restore import TrainState, load_model
-from panoptic_cache.train.transfer import first_model, resize_positions
+from panoptic_cache.train.restore import first_model, load_model, resize_positions
 
 TINY = RandomBackbone(hidden_size=16, layers=3, heads=2, patch_size=7, grid=4)
 CONFIG = TrainConfig(model=ModelConfig(backbone="random", random=TINY, taps=(1, 2, 3), channels=8))

@@ -24,6 +24,7 @@ from panoptic_cache.pipeline.pictures import Picture, Tile, sheet, shortened
 from panoptic_cache.pipeline.render.driver import render
 from panoptic_cache.pipeline.render.plan import RenderConfig
 from panoptic_cache.train.augment import Augmentation, make_item
+from panoptic_cache.train.checkpoint import TrainState, latest_checkpoint
 from panoptic_cache.train.config import (
     DataConfig,
     ModelConfig,
@@ -37,7 +38,7 @@ from panoptic_cache.train.encoding import PositionalCode, grid_cells
 from panoptic_cache.train.loop import train
 from panoptic_cache.train.losses import gather_rows
 from panoptic_cache.train.model import PanopticModel
-from panoptic_cache.train.restore import TrainState, latest_checkpoint, load_model
+from panoptic_cache.train.restore import load_model
 from panoptic_cache.train.validation import (
     code_hits,
     draw_heads,

@@ -1,7 +1,8 @@
 """The backbone: DINOv2, DINOv2 with registers or DINOv3, its taps, its weights.
 
-Which one a hub name or a folder holds is what its `config.json` says under `model_type`. All three
-hand out feature maps of their blocks through one interface of transformers.
+Which one a hub name or a folder holds is what its `config.json` says under `model_type`; a `.pth`
+file is one of DINOv2's authors. All hand out feature maps of their blocks through one interface of
+transformers.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Annotated, Any
 
 import msgspec
@@ -21,9 +23,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.train.config import ModelConfig
+from panoptic_cache.train.config import ModelConfig, RandomBackbone
 from panoptic_cache.train.encoding import cell_centres
-from panoptic_cache.train.original import read_original
 
 try:
     import transformers
@@ -34,9 +35,29 @@ except (ImportError, RuntimeError) as error:
         remedy="a torchvision that does not match torch causes this: pip uninstall torchvision",
     ) from error
 
-_OWN_NAMES = tuple(
+FAMILIES = {
+    "dinov2": "Dinov2",
+    "dinov2_with_registers": "Dinov2WithRegisters",
+    "dinov3_vit": "DINOv3ViT",
+}
+"""What transformers calls the classes of a `model_type`."""
+ORIGINAL = ".pth"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+"""Files in which a backbone's weights may lie."""
+_PUBLISHED = {
+    "facebook/dinov2-small": RandomBackbone(384, 12, 6, 14, 37),
+    "facebook/dinov2-base": RandomBackbone(768, 12, 12, 14, 37),
+    "facebook/dinov2-large": RandomBackbone(1024, 24, 16, 14, 37),
+}
+"""Sizes of published DINOv2s: enough to build one without a network."""
+
+# The names of tensors
+
+_RENAMED = tuple(
     (re.compile(theirs), ours)
     for theirs, ours in (
+        (r"^(teacher|student|module|backbone)\.", ""),
+        (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # of the authors' training with FSDP, in chunks
         (r"^(encoder\.|model\.)?layers?\.", "blocks."),
         (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
         (r"^embeddings\.position_embeddings$", "pos_embed"),
@@ -44,39 +65,48 @@ _OWN_NAMES = tuple(
         (r"\.attention\.(?:attention\.)?([qkv])(?:_proj|uery|ey|alue)\.", r".attn.\1."),
         (r"\.attention\.(o_proj|output\.dense)\.", ".attn.proj."),
         (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
-        (r"\.mlp\.weights_out\.", ".mlp.down_proj."),
+        (r"\.mlp\.(weights_out|w3)\.", ".mlp.down_proj."),
         (r"^layernorm\.", "norm."),
     )
 )
-"""What transformers' versions call a backbone's tensors, and what our files call them."""
+"""What the authors and transformers' versions call a backbone's tensors, and what our files do."""
+_GATED = (".mlp.gate_proj.", ".mlp.up_proj.")
+_JOINED = {
+    ".attn.qkv.": (".attn.q.", ".attn.k.", ".attn.v."),
+    ".mlp.w12.": _GATED,
+    ".mlp.weights_in.": _GATED,
+}
+"""Tensors of theirs that hold several of ours."""
 
 
 def own_name(name: str) -> str:
     """The name of a model's tensor in our files, whatever version of transformers named it.
 
-    It is the one that DINOv2's authors chose, but for queries, keys and values, which they keep
-    in one tensor. A name of our own stays as it is.
+    It is the one that DINOv2's authors chose, where they do not join several tensors into one. A
+    name of our own stays as it is.
     """
     part, dot, rest = name.partition(".")
     if part == "encoder":
-        for theirs, ours in _OWN_NAMES:
+        for theirs, ours in _RENAMED:
             rest = theirs.sub(ours, rest)
     return part + dot + rest
 
 
-def own_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a model or of a file by our names.
+def _parts(name: str) -> list[str]:
+    """The names of our files' tensors that one of a model holds, one after another."""
+    own = own_name(name)
+    for joined, parts in _JOINED.items():
+        if joined in own:
+            return [own.replace(joined, part) for part in parts]
+    return [own]
 
-    Gate and values of a gated layer are two tensors; earlier versions of transformers join them.
-    """
+
+def own_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a model, of a file or of DINOv2's authors by our names."""
     found: dict[str, Tensor] = {}
     for name, value in weights.items():
-        own = own_name(name)
-        if _JOINED in own:
-            for part, half in zip(_HALVES, value.chunk(2), strict=True):
-                found[own.replace(_JOINED, part)] = half
-        else:
-            found[own] = value
+        parts = _parts(name)
+        found |= zip(parts, value.chunk(len(parts)), strict=True)
     return found
 
 
@@ -84,52 +114,19 @@ def their_weights(weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[s
     """The other way: tensors by our names as a model of this version of transformers names them."""
     found: dict[str, Tensor] = {}
     for name in names:
-        own = own_name(name)
-        if _JOINED in own:
-            found[name] = torch.cat([weights[own.replace(_JOINED, part)] for part in _HALVES])
-        else:
-            found[name] = weights[own]
+        parts = [weights[part] for part in _parts(name)]
+        found[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
     return found
 
 
-_JOINED, _HALVES = ".mlp.weights_in.", (".mlp.gate_proj.", ".mlp.up_proj.")
-ORIGINAL = ".pth"
-
-FAMILIES = {
-    "dinov2": "Dinov2",
-    "dinov2_with_registers": "Dinov2WithRegisters",
-    "dinov3_vit": "DINOv3ViT",
-}
-"""What transformers calls the classes of a `model_type`."""
-
-
-def backbone_classes(model_type: str, where: str | Path) -> tuple[Any, Any]:
-    """The configuration's and the backbone's class; InputError where there is none."""
-    if model_type not in FAMILIES:
-        raise InputError(
-            f"a backbone of the type {model_type or 'that config.json does not name'}",
-            where=where,
-            remedy=f"known types: {', '.join(FAMILIES)}",
-        )
-    name = FAMILIES[model_type]
-    try:
-        return getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}Backbone")
-    except AttributeError:
-        raise InputError(
-            f"transformers {transformers.__version__} has no {name}Backbone",
-            where=where,
-            remedy="pip install --upgrade transformers",
-        ) from None
+# The architecture
 
 
 def make_backbone(
     config: ModelConfig, *, load_weights: bool = True, architecture: Path | None = None
 ) -> Any:
     """A backbone whose feature maps are the taps; see `PanopticModel` for the arguments."""
-    if architecture is not None:
-        design = _read_design(architecture.parent, architecture.name)
-    else:
-        design = _design(config)
+    design, kind = _design(config, architecture)
     blocks, last = design.num_hidden_layers, max(config.taps)
     if last > blocks:
         raise InputError(
@@ -146,14 +143,14 @@ def make_backbone(
             setattr(design, jitter, None)
     design.stage_names = ["stem", *(f"stage{block}" for block in range(1, last + 1))]
     design.set_output_features_output_indices(out_features=None, out_indices=list(config.taps))
-    if load_weights and config.backbone.endswith(ORIGINAL):
-        backbone = _load_original(Path(config.backbone), design)
-    elif load_weights and config.backbone != "random":
-        backbone = _load_weights(config.backbone, design)
+    if not load_weights:  # a checkpoint follows
+        backbone = kind(design)
+    elif config.backbone == "random":
+        start_from_sincos(backbone := kind(design))
+    elif config.backbone.endswith(ORIGINAL):
+        backbone = _load_original(Path(config.backbone), kind(design))
     else:
-        backbone = backbone_classes(design.model_type, config.backbone)[1](design)
-        if load_weights:  # else a checkpoint follows
-            start_from_sincos(backbone)
+        backbone = _load_weights(config.backbone, kind, design)
     backbone.embeddings.mask_token.requires_grad_(False)  # never used: it would stop DDP
     if config.gradient_checkpointing:
         enable = getattr(  # the older name warns where the newer one is known
@@ -163,39 +160,59 @@ def make_backbone(
     return backbone
 
 
-_PUBLISHED = {
-    "facebook/dinov2-small": (384, 12, 6),
-    "facebook/dinov2-base": (768, 12, 12),
-    "facebook/dinov2-large": (1024, 24, 16),
-}
-"""(hidden size, blocks, heads) of published DINOv2s: enough to build one without a network."""
-
-
-def _design(config: ModelConfig) -> Any:
-    """The architecture that a configuration names, as transformers' configuration."""
-    random = config.random
-    if config.backbone == "random":
-        hidden, blocks, heads = random.hidden_size, random.layers, random.heads
-        patch, side = random.patch_size, random.grid * random.patch_size
+def _design(config: ModelConfig, architecture: Path | None) -> tuple[Any, Any]:
+    """The architecture, as transformers' configuration, and the class of its backbone."""
+    name, file = config.backbone, "config.json"
+    where: str | Path = name
+    if architecture is not None:
+        name, file = str(architecture.parent), architecture.name
+    if architecture is None and name.endswith(ORIGINAL):
+        values, _ = _read_original(Path(name))
+    elif architecture is None and name in {"random", *_PUBLISHED}:
+        sizes = config.random if name == "random" else _PUBLISHED[name]
+        hidden, heads = sizes.hidden_size, sizes.heads
         if hidden % heads or hidden % 4:
             raise InputError(
                 f"hidden_size {hidden} must be a multiple of 4 and of heads {heads}",
                 where="model.random",
             )
-    elif config.backbone.endswith(ORIGINAL):
-        sizes, _ = read_original(Path(config.backbone))
-        return backbone_classes(sizes["model_type"], config.backbone)[0].from_dict(sizes)
-    elif config.backbone in _PUBLISHED:
-        (hidden, blocks, heads), patch, side = _PUBLISHED[config.backbone], 14, 518
+        values = {
+            "model_type": "dinov2",
+            "hidden_size": hidden,
+            "num_hidden_layers": sizes.layers,
+            "num_attention_heads": heads,
+            "patch_size": sizes.patch_size,
+            "image_size": sizes.grid * sizes.patch_size,
+        }
     else:
-        return _read_design(config.backbone, "config.json")
-    return Dinov2Config(
-        hidden_size=hidden,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        patch_size=patch,
-        image_size=side,
-    )
+        where, options = Path(name, file), hub_options(name, file)
+        try:
+            values, _ = Dinov2Config.get_config_dict(name, _configuration_file=file, **options)
+        except Exception as error:  # noqa: BLE001 - huggingface_hub has types of its own
+            raise _not_found(error, name) from None
+    model_type = values.get("model_type") or "that config.json does not name"
+    family = FAMILIES.get(str(model_type))
+    if family is None:
+        raise InputError(
+            f"a backbone of the type {model_type}",
+            where=where,
+            remedy=f"known types: {', '.join(FAMILIES)}",
+        )
+    if not hasattr(transformers, f"{family}Backbone"):
+        raise InputError(
+            f"transformers {transformers.__version__} has no {family}Backbone",
+            where=where,
+            remedy="pip install --upgrade transformers",
+        )
+    # Private keys and this one can make transformers fetch code from the hub.
+    plain = {k: v for k, v in values.items() if k[0] != "_" and "attn_implementation" not in k}
+    try:
+        msgspec.convert(plain, Sizes)
+        design = getattr(transformers, f"{family}Config").from_dict(plain)
+    except Exception as error:  # noqa: BLE001 - huggingface_hub has types of its own
+        problem = str(error).splitlines()[0]
+        raise InputError(f"no backbone can be built of it: {problem}", where=where) from None
+    return design, getattr(transformers, f"{family}Backbone")
 
 
 Count = Annotated[int, Meta(ge=1, le=1 << 16)]
@@ -216,8 +233,7 @@ class Sizes(msgspec.Struct):
     rope_theta: Annotated[float, Meta(gt=0)] = 100.0
 
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-"""Files in which a backbone's weights may lie."""
+# The weights
 
 
 def hub_options(name: str, *files: str) -> dict[str, bool]:
@@ -233,44 +249,38 @@ def hub_options(name: str, *files: str) -> dict[str, bool]:
             return {"local_files_only": True}
         HfApi().model_info(name, timeout=10)
     except (HfHubHTTPError, HFValidationError) as error:
-        what = f"no backbone of this name or folder: {str(error).splitlines()[0]}"
+        raise _not_found(error, name) from None
     except Exception as error:  # noqa: BLE001 - which HTTP library there is depends on its version
-        what = f"not in the cache and no network: {str(error).splitlines()[0]}"
-    else:
-        return {}
-    raise InputError(
-        what,
-        where=name,
-        remedy="give a hub name (and a network) or a folder that save_pretrained wrote",
-    )
+        raise _not_found(error, name, "not in the cache and no network") from None
+    return {}
 
 
-def _read_design(name: str | Path, file: str) -> Any:
-    """The architecture in a JSON file of a hub name or a folder."""
-    options = hub_options(str(name), file)
+def _not_found(
+    error: Exception, name: str, what: str = "no backbone of this name or folder"
+) -> InputError:
+    remedy = "give a hub name (and a network) or a folder that save_pretrained wrote"
+    return InputError(f"{what}: {str(error).splitlines()[0]}", where=name, remedy=remedy)
+
+
+def _load_weights(name: str, kind: Any, design: Any) -> Any:
+    options = hub_options(name, *WEIGHTS)
     try:
-        values, _ = Dinov2Config.get_config_dict(name, _configuration_file=file, **options)
-        kind, _ = backbone_classes(str(values.get("model_type", "")), name)
-        msgspec.convert(values, Sizes)
-        # Private keys and this one can make transformers fetch code from the hub.
-        plain = {k: v for k, v in values.items() if k[0] != "_" and "attn_implementation" not in k}
-        return kind.from_dict(plain)
-    except msgspec.ValidationError as error:
-        place = Path(name, file)
-        raise InputError(f"no backbone can be built of it: {error}", where=place) from None
-    except InputError:
-        raise
-    except Exception as error:  # noqa: BLE001 - huggingface_hub has types of its own
+        settings = {"config": design, "output_loading_info": True}
+        backbone, found = kind.from_pretrained(name, **settings, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        where = "folder" if Path(name).is_dir() else "hub"
         raise InputError(
-            f"no backbone of this name or folder: {str(error).splitlines()[0]}",
-            where=name,
-            remedy="give a hub name (and a network) or a folder that save_pretrained wrote",
+            f"weights cannot be loaded from the {where}: {str(error).splitlines()[0]}", where=name
         ) from None
+    if missing := sorted({*found["missing_keys"]} - {"embeddings.mask_token"}):
+        what = f"{len(missing)} weights are missing, {missing[0]} first"  # they would stay random
+        remedy = f"give weights of a {FAMILIES[design.model_type]}"
+        raise InputError(what, where=name, remedy=remedy)
+    return backbone.float()  # whatever precision they were saved in
 
 
-def _load_original(file: Path, architecture: Any) -> Any:
-    backbone = backbone_classes(architecture.model_type, file)[1](architecture)
-    _, weights = read_original(file)
+def _load_original(file: Path, backbone: Any) -> Any:
+    _, weights = _read_original(file)
     weights = {"encoder.mask_token": backbone.embeddings.mask_token.data, **weights}
     names = [f"encoder.{name}" for name in backbone.state_dict()]
     try:
@@ -281,26 +291,46 @@ def _load_original(file: Path, architecture: Any) -> Any:
     return backbone
 
 
-def _load_weights(name: str, architecture: Any) -> Any:
-    _, kind = backbone_classes(architecture.model_type, name)
-    options = hub_options(name, *WEIGHTS)
+def _read_original(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A `.pth` of DINOv2's authors: sizes, as transformers names them, and tensors by our names.
+
+    It has no configuration: what it is follows from the shapes.
+    """
     try:
-        backbone, found = kind.from_pretrained(
-            name, config=architecture, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        where = "folder" if Path(name).is_dir() else "hub"
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        saved = saved.get("teacher", saved)
+        weights = own_weights({f"encoder.{name}": value.float() for name, value in saved.items()})
+        hidden, _, patch, _ = weights["encoder.patch_embed.proj.weight"].shape
+        gated = "encoder.blocks.0.mlp.gate_proj.weight" in weights
+        inner = weights[f"encoder.blocks.0.mlp.{'gate_proj' if gated else 'fc1'}.weight"]
+        side = math.isqrt(weights["encoder.pos_embed"].shape[1] - 1)
+        blocks = {name.split(".")[2] for name in weights if ".blocks." in name}
+    except (
+        *(AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError),
+        UnpicklingError,
+    ) as error:
         raise InputError(
-            f"weights cannot be loaded from the {where}: {str(error).splitlines()[0]}", where=name
+            "no DINOv2 as its authors publish it: "
+            + f"{type(error).__name__} {error}".splitlines()[0],
+            where=file,
+            remedy="give a .pth file of github.com/facebookresearch/dinov2, or a folder",
         ) from None
-    unused = {"embeddings.mask_token"}
-    if missing := sorted({*found["missing_keys"]} - unused):  # they would stay random
-        raise InputError(
-            f"{len(missing)} weights are missing, {missing[0]} first",
-            where=name,
-            remedy=f"give weights of a {FAMILIES[architecture.model_type]}",
-        )
-    return backbone.float()  # whatever precision they were saved in
+    sizes: dict[str, Any] = {
+        "model_type": "dinov2",
+        "hidden_size": hidden,
+        "num_hidden_layers": len(blocks),
+        "num_attention_heads": max(1, hidden // 64),  # in all sizes that they publish
+        "patch_size": patch,
+        "image_size": side * patch,
+        "use_swiglu_ffn": gated,
+        # transformers makes a gated layer two thirds as wide as its ratio says.
+        "mlp_ratio": 4 if gated else inner.shape[0] // hidden,
+    }
+    registers = weights.get("encoder.register_tokens")
+    if registers is not None:
+        sizes["model_type"] = "dinov2_with_registers"
+        sizes["num_register_tokens"] = registers.shape[1]
+    return sizes, weights
 
 
 def start_from_sincos(backbone: Any, scale: float = 0.5) -> None:
@@ -310,15 +340,12 @@ def start_from_sincos(backbone: Any, scale: float = 0.5) -> None:
     everything to learn.
     """
     positions = backbone.embeddings.position_embeddings  # (1, 1 + n * n, hidden)
-    side = math.isqrt(positions.shape[1] - 1)
-    quarter = positions.shape[2] // 4
+    side, quarter = math.isqrt(positions.shape[1] - 1), positions.shape[2] // 4
     # From half a period over the picture to one over two patches, the finest a grid can hold.
-    finest = math.log2(max(side, 2))
-    frequencies = math.pi / 2 * 2 ** torch.linspace(0, finest, quarter)
+    frequencies = math.pi / 2 * 2 ** torch.linspace(0, math.log2(max(side, 2)), quarter)
     angles = cell_centres(side)[:, None] * frequencies  # (n, hidden / 4)
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (n, hidden / 2)
-    rows, columns = axis[:, None].expand(side, side, -1), axis[None].expand(side, side, -1)
-    grid = torch.cat([rows, columns], dim=-1)  # (n, n, hidden)
+    grid = torch.cat(torch.broadcast_tensors(axis[:, None], axis[None]), -1)  # (n, n, hidden)
     with torch.no_grad():
         positions.zero_()
-        positions[0, 1:] = scale * grid.reshape(side * side, -1)
+        positions[0, 1:] = scale * grid.flatten(0, 1)

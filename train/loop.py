@@ -23,7 +23,15 @@ from panoptic_cache.pipeline.base.process import Interrupted, keep_heap
 from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.train.augment import jitter_colour
 from panoptic_cache.train.caches import class_weights, follow_tiles, open_caches
-from panoptic_cache.train.checkpoint import save_checkpoint
+from panoptic_cache.train.checkpoint import (
+    BEST,
+    TrainState,
+    check_same_run,
+    checkpoint_to_resume,
+    fixed_settings,
+    read_state,
+    save_checkpoint,
+)
 from panoptic_cache.train.config import TaskRatio, TrainConfig
 from panoptic_cache.train.data import Share, micro_batch_sizes
 from panoptic_cache.train.device import fit_precision, make_accelerator
@@ -39,19 +47,9 @@ from panoptic_cache.train.optim import (
     set_trainable,
 )
 from panoptic_cache.train.ranks import Ranks, check_launcher
-from panoptic_cache.train.restore import (
-    BEST,
-    TrainState,
-    build_model,
-    check_same_run,
-    checkpoint_to_resume,
-    fixed_settings,
-    load_training,
-    read_state,
-)
+from panoptic_cache.train.restore import build_model, first_model, load_training
 from panoptic_cache.train.runlog import RunLog
 from panoptic_cache.train.stopping import not_finite, rank_advice, stop_request
-from panoptic_cache.train.transfer import first_model
 from panoptic_cache.train.validation import draw_heads, open_held_out, validate
 
 log = logging.getLogger(__name__)

@@ -1,155 +1,56 @@
-"""Checkpoints read back: which one is whole, its state, its weights, and whether a run may go on.
+"""Models of checkpoints: loaded to predict, to go on, or to begin another run (`model.init`).
 
-`train/checkpoint.py` writes them and says what is in one.
+A run that begins from an earlier one takes its encoder, decoder and heads where they fit. Rows of
+the semantic head go by the names of categories, position embeddings are resized, and what does not
+fit starts anew. `train/checkpoint.py` says what is in a checkpoint.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import random
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
 
-from panoptic_cache.pipeline.base.config import build_config, decode_json
+from panoptic_cache.pipeline.base.config import decode_json
 from panoptic_cache.pipeline.base.errors import InputError
+from panoptic_cache.pipeline.base.terminal import table
 from panoptic_cache.pipeline.coco import Category
 from panoptic_cache.train.backbone import own_name, own_weights
-from panoptic_cache.train.config import TrainConfig, ValidationConfig
+from panoptic_cache.train.checkpoint import (
+    ARCHITECTURE,
+    VERSIONS,
+    TrainState,
+    Weights,
+    file_sha256,
+    find_checkpoint,
+    read_state,
+    read_tensors,
+    set_rng_state,
+    weights_file,
+)
+from panoptic_cache.train.config import TrainConfig
 from panoptic_cache.train.encoding import make_encoding
 from panoptic_cache.train.model import PanopticModel
 
 log = logging.getLogger(__name__)
 
-ARCHITECTURE = "backbone.json"
-BEST = "best"
-"""Folder of the run that holds the checkpoint of the highest PQ."""
-VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__}
-Weights = Literal["model", "ema"]
-"""Which weights of a checkpoint: the last ones, or their moving average."""
-
 UNFIT = (
     *(ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError),
-    SafetensorError,
+    *(EOFError, SafetensorError, UnpicklingError),
 )
 """What building or loading raises where a file is damaged or made up."""
-
-MAY_CHANGE = frozenset(
-    {
-        *("out", "epochs", "steps", "precision", "compile"),
-        *("checkpoint_every", "keep", "log_every", "pictures_every", "trackers"),
-        *("data.cache", "data.reader", "data.micro_batch", "data.workers", "data.upscale"),
-        *("data.caches", "model.gradient_checkpointing"),
-        *("optim.lr", "optim.encoder_lr", "optim.min_lr", "optim.warmup_epochs", "optim.clip_norm"),
-        *(f"validation.{field.name}" for field in fields(ValidationConfig)),
-    }
-)
-"""Settings that may change when a run goes on; any other change makes it another run."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainState:
-    """Where a run stands."""
-
-    step: int  # Optimizer steps done; the next one is this number
-    cache_fingerprint: str  # Of the cache it trains from
-    config: TrainConfig  # Of the run
-    categories: tuple[Category, ...]  # By label
-    # Of the libraries that wrote it; version 0.1 did not note them.
-    versions: dict[str, str] = field(default_factory=dict, compare=False)
-
-    def to_json(self) -> str:
-        """The text of `state.json`, as these versions write it."""
-        return json.dumps({**asdict(self), "versions": VERSIONS}, indent=1) + "\n"
-
-
-def latest_checkpoint(checkpoints: Path, *, deep: bool = False) -> Path | None:
-    """The newest complete checkpoint, or None; newer ones that are incomplete are logged."""
-    for folder in sorted(checkpoints.glob("step_*"), reverse=True):
-        problem = incomplete(folder, deep=deep)
-        if not problem:
-            return folder
-        log.warning("%s is ignored: %s", folder, problem)
-    return None
-
-
-def incomplete(folder: Path, *, deep: bool = False) -> str | None:
-    """What makes a checkpoint unusable, or None; `deep` compares SHA-256 too, not only sizes."""
-    try:
-        files = decode_json((folder / "complete.json").read_bytes(), dict)
-        for name, facts in files.items():
-            if (folder / name).stat().st_size != facts["size"]:
-                return f"{name} has another size than complete.json says"
-            if deep and file_sha256(folder / name) != facts["sha256"]:
-                return f"{name} is damaged: its SHA-256 is not the one in complete.json"
-    except FileNotFoundError as error:
-        return f"{Path(str(error.filename)).name} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "complete.json is damaged"
-    return None
-
-
-def find_checkpoint(path: Path) -> Path:
-    """A checkpoint from its folder, or the newest of a run's folder, of its last stage."""
-    stages = sorted(path.glob("stage-*"), key=lambda stage: (len(stage.name), stage.name))
-    for folder in (path / "checkpoints", path, *(s / "checkpoints" for s in reversed(stages))):
-        if found := latest_checkpoint(folder):
-            return found
-    if path.name == BEST and (path.parent / "checkpoints").is_dir():
-        raise InputError(
-            "no checkpoint was measured as the best",
-            where=path,
-            remedy=f"give {path.parent}, or train with --set validation.keep_best=true",
-        )
-    problem = incomplete(path) if path.is_dir() else "no such folder"
-    if problem:
-        raise InputError(
-            f"no complete checkpoint: {problem}",
-            where=path,
-            remedy="give a run's folder or one of its checkpoints/step_*",
-        )
-    return path
-
-
-def checkpoint_to_resume(run: Path, resume: bool | int) -> Path | None:
-    """A run's newest checkpoint, or that of a step; every byte of it is read."""
-    if resume is True:
-        return latest_checkpoint(run / "checkpoints", deep=True)
-    found = sorted([*(run / "checkpoints").glob("step_*"), *(run / BEST).glob("step_*")])
-    for folder in found:
-        if folder.name == f"step_{resume:07d}" and not incomplete(folder, deep=True):
-            return folder
-    there = ", ".join(f"{int(folder.name[5:])}" for folder in found)
-    raise InputError(
-        f"no complete checkpoint of step {resume}",
-        where=run,
-        remedy=f"there are: {there or 'none'}",
-    )
-
-
-def read_state(folder: Path) -> TrainState:
-    """The `state.json` of a checkpoint; InputError if it cannot be read."""
-    path = folder / "state.json"
-    try:
-        values = decode_json(path.read_bytes(), dict)
-    except (OSError, ValueError) as error:
-        raise InputError(f"unreadable: {error}", where=path) from None
-    return build_config(TrainState, values, where=str(path))
-
-
-def weights_file(folder: Path, kind: Weights) -> Path:
-    """Where a checkpoint keeps weights."""
-    return folder / f"{kind}.safetensors"
+POSITIONS = "encoder.pos_embed"
+LISTED = 8
+"""Names of categories that a line of the table has room for."""
 
 
 def load_model(
@@ -173,18 +74,7 @@ def build_model(folder: Path, config: TrainConfig, categories: Sequence[Category
     A checkpoint may come from a stranger, and sizes of 10^9 would be built until memory ends: so
     the sizes are compared first with those that the weights have on disk.
     """
-    file = weights_file(folder, "model")
-    encoding = make_encoding(config.loss.encoding, config.loss.harmonics)
-
-    def build() -> PanopticModel:
-        return PanopticModel(
-            config.model,
-            encoding.channels,
-            len(categories),
-            load_weights=False,
-            architecture=folder / ARCHITECTURE,
-        )
-
+    file, architecture = weights_file(folder, "model"), folder / ARCHITECTURE
     try:
         with safe_open(file, "pt") as tensors:
             shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
@@ -194,14 +84,22 @@ def build_model(folder: Path, config: TrainConfig, categories: Sequence[Category
         if config.model.taps[-1] > len(blocks):
             raise ValueError(f"they have {len(blocks)} blocks, model.taps {config.model.taps}")
         with torch.device("meta"):
-            wanted = {name: list(value.shape) for name, value in build().weights().items()}
+            fitting = _new_model(config, categories, load_weights=False, architecture=architecture)
+        wanted = {name: list(value.shape) for name, value in fitting.weights().items()}
         for name in sorted(wanted.keys() | found.keys()):
             if wanted.get(name) != found.get(name):
                 sizes = [str(each.get(name, "absent")) for each in (found, wanted)]
                 raise ValueError(f"{name} is {sizes[0]}, by the configuration {sizes[1]}")
     except UNFIT as error:
         raise _misfit(error, file) from None
-    return build()
+    return _new_model(config, categories, load_weights=False, architecture=architecture)
+
+
+def _new_model(
+    config: TrainConfig, categories: Sequence[Category], **settings: Any
+) -> PanopticModel:
+    channels = make_encoding(config.loss.encoding, config.loss.harmonics).channels
+    return PanopticModel(config.model, channels, len(categories), **settings)
 
 
 def _misfit(error: Exception, file: Path) -> InputError:
@@ -244,6 +142,9 @@ def load_weights(
         raise _misfit(error, path) from None
 
 
+# To go on
+
+
 def load_training(
     folder: Path,
     model: PanopticModel,
@@ -258,14 +159,20 @@ def load_training(
     if ema is not None:
         load_weights(ema, folder, "ema")
     try:
-        saved = _load(folder / "optimizer.pt")
-        load_optimizer(optimizer, model, saved)
+        saved = read_tensors(folder / "optimizer.pt")
+        known = saved
+        if "param_groups" not in saved:  # else version 0.1 saved it, by numbers
+            names = {parameter: own_name(name) for name, parameter in model.named_parameters()}
+            held = [names[p] for group in optimizer.param_groups for p in group["params"]]
+            moments = {n: saved[name] for n, name in enumerate(held) if name in saved}
+            known = {**optimizer.state_dict(), "state": moments}
+        optimizer.load_state_dict(known)
         if scaler is not None and "scaler" in saved:  # else the run had another precision
             scaler.load_state_dict(saved["scaler"])
         generators = folder / f"rng_{rank}.pt"
         if generators.exists():  # with more ranks than before, the new ones draw afresh
-            set_rng_state(_load(generators))
-    except (OSError, EOFError, RuntimeError, LookupError, ValueError, UnpicklingError) as error:
+            set_rng_state(read_tensors(generators))
+    except UNFIT as error:
         reason = f"{type(error).__name__} {error}".splitlines()[0]
         raise InputError(
             f"cannot be resumed from: {reason[:160]}",
@@ -275,76 +182,123 @@ def load_training(
     return read_state(folder)
 
 
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, model: PanopticModel, saved: dict[str, Any]
-) -> None:
-    """Puts back what `checkpoint.optimizer_state` gave; version 0.1 saved by numbers, not names."""
-    if "param_groups" not in saved:
-        names = {parameter: own_name(name) for name, parameter in model.named_parameters()}
-        now = optimizer.state_dict()
-        held = [names[p] for group in optimizer.param_groups for p in group["params"]]
-        saved = {**now, "state": {n: saved[name] for n, name in enumerate(held) if name in saved}}
-    optimizer.load_state_dict(saved)
+# To begin another run
 
 
-def _load(path: Path) -> Any:
-    """Unpickles tensors and plain values; in `rng_*.pt` of version 0.1 also a NumPy array."""
-    make_array = np.empty(0).__reduce__()[0]
-    modules = ("numpy._core.multiarray", "numpy.core.multiarray")  # of NumPy 2 and 1
-    safe: list[Any] = [np.ndarray, np.dtype, type(np.dtype(np.uint32))]
-    safe += [(make_array, f"{module}._reconstruct") for module in modules]
-    with torch.serialization.safe_globals(safe):
-        return torch.load(path, map_location="cpu", weights_only=True)
+def first_model(config: TrainConfig, categories: Sequence[Category]) -> PanopticModel:
+    """The model that a run begins with: pretrained, random, or from `model.init`.
+
+    InputError where that is no checkpoint, has another backbone, or no category of this run.
+    """
+    if not config.model.init:
+        return _new_model(config, categories)
+    folder = find_checkpoint(Path(config.model.init))
+    with torch.random.fork_rng(devices=[]):  # what starts anew starts as it would have without
+        earlier, state = load_model(folder)
+    published = config.model.backbone == state.config.model.backbone != "random"
+    architecture = folder / ARCHITECTURE if published else None  # then no hub is asked
+    model = _new_model(config, categories, load_weights=False, architecture=architecture)
+    where = f"model.init = {folder}"
+    check_backbone(model, earlier, where)
+    rows = transfer(model, earlier, (config, categories), state, where)
+    log.info("weights of %s, step %d\n%s", folder, state.step, table(("", ""), rows, left=2))
+    return model
 
 
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Puts back what `train.checkpoint.rng_state` gave."""
-    name, keys, *rest = state["numpy"]
-    torch.set_rng_state(state["torch"])
-    np.random.set_state((name, np.asarray(keys, np.uint32), *rest))  # noqa: NPY002
-    random.setstate(state["python"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    if "mps" in state and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(state["mps"])
-
-
-def check_same_run(state: TrainState, config: TrainConfig, cache_fingerprint: str) -> None:
-    """Raises InputError where a checkpoint belongs to another model or another cache."""
-    if state.cache_fingerprint != cache_fingerprint:
-        raise InputError(
-            "the cache is not the one this run began with",
-            where=", ".join(config.data.paths),
-            remedy="resume with its cache, or start another run",
-        )
-    before, now = fixed_settings(state.config), fixed_settings(config)
-    changed = [
-        f"{name} was {before.get(name)}, now {now.get(name)}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)  # what is None is left out
+def check_backbone(model: PanopticModel, earlier: PanopticModel, where: str) -> None:
+    """Raises InputError where a model's encoder is not the earlier one, or less of its blocks."""
+    here, there = (each.encoder.config.to_dict() for each in (model, earlier))
+    names = ("model_type", "hidden_size", "num_attention_heads", "patch_size")
+    problems = [
+        f"{name} is {there[name]}, here {here[name]}" for name in names if here[name] != there[name]
     ]
-    if changed:
+    blocks, asked = there["num_hidden_layers"], here["num_hidden_layers"]
+    if asked > blocks:
+        problems.append(f"it has {blocks} blocks, model.taps ask for {asked}")
+    mine, theirs = (
+        {name: list(v.shape) for name, v in each.weights().items() if name.startswith("encoder.")}
+        for each in (model, earlier)
+    )
+    problems += [
+        f"{name} is {theirs.get(name, 'absent')}, here {shape}"
+        for name, shape in mine.items()
+        if name != POSITIONS and theirs.get(name) != shape
+    ]
+    if problems:
         raise InputError(
-            f"the checkpoint is of another configuration: {'; '.join(changed)}",
-            where=config.out,
-            remedy="resume with its config.toml, or start another run",
+            f"its backbone is another: {problems[0]}",
+            where=where,
+            remedy="give model.backbone and model.random as its state.json has them",
         )
 
 
-def fixed_settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings that make a run what it is, by their dotted names, as `--set` takes them."""
-    return {k: v for k, v in _flat(config.to_dict()).items() if k not in MAY_CHANGE}
+def transfer(
+    model: PanopticModel,
+    earlier: PanopticModel,
+    run: tuple[TrainConfig, Sequence[Category]],
+    state: TrainState,
+    where: str,
+) -> list[tuple[str, str]]:
+    """Puts the weights of an earlier model into a new one; a table of what came in."""
+    (config, categories), mine, theirs = run, model.weights(), earlier.weights()
+    taken = {name: theirs[name] for name in mine if name.startswith("encoder.")}
+    rows = [("encoder", f"{len(taken)} tensors come in")]
+    if POSITIONS in mine and mine[POSITIONS].shape != theirs[POSITIONS].shape:
+        side = math.isqrt(mine[POSITIONS].shape[1] - 1)
+        taken[POSITIONS] = resize_positions(theirs[POSITIONS], side)
+        rows.append(("", f"position embeddings are resized to {side} x {side}"))
+
+    names = [name for name in mine if name.startswith("decoder.")]
+    same = [n for n in names if n in theirs and mine[n].shape == theirs[n].shape]
+    taken |= {name: theirs[name] for name in same}
+    rows.append(("decoder", f"{len(same)} tensors come in, {len(names) - len(same)} are new"))
+
+    fresh = "" if config.model.init_heads else "is new: init_heads is off"
+    if not fresh and model.instance_head.in_channels != earlier.instance_head.in_channels:
+        fresh = "is new: the decoder has another width"
+    codes = [
+        make_encoding(each.encoding, each.harmonics) for each in (config.loss, state.config.loss)
+    ]
+    other = "" if codes[0] == codes[1] else "is new: the code is another"
+    rows.append(("instance head", fresh or other or "comes in"))
+    if not (fresh or other):
+        taken |= {name: theirs[name] for name in mine if name.startswith("instance_head.")}
+    if fresh:
+        rows.append(("semantic head", fresh))
+    else:
+        label_of = {category.name: category.label for category in state.categories}
+        now = {category.name: category.label for category in categories}
+        parts = {
+            "come in": [name for name in now if name in label_of],
+            "are new": [name for name in now if name not in label_of],
+            "are dropped": [name for name in label_of if name not in now],
+        }
+        known = parts["come in"]
+        if not known:
+            raise InputError(
+                f"no category in common: it knows {_listed([*label_of])}, this run "
+                f"{_listed([*now])}",
+                where=where,
+                remedy="rename the categories, or --set model.init_heads=false for new heads",
+            )
+        for name in ("semantic_head.weight", "semantic_head.bias"):
+            taken[name] = mine[name].clone()
+            taken[name][[now[k] for k in known]] = theirs[name][[label_of[k] for k in known]]
+        lines = [f"{len(n)} categories {what}: {_listed(n)}" for what, n in parts.items() if n]
+        rows += zip(("semantic head", "", ""), lines, strict=False)
+    model.take({**mine, **taken})
+    return rows
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        nested = isinstance(value, Mapping)
-        result |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return result
+def resize_positions(positions: Tensor, side: int) -> Tensor:
+    """Position embeddings (1, 1 + n * n, hidden) as (1, 1 + side * side, hidden)."""
+    first, grid = positions[:, :1], positions[:, 1:]
+    n = math.isqrt(grid.shape[1])
+    maps = grid.reshape(1, n, n, -1).permute(0, 3, 1, 2)  # (1, hidden, n, n)
+    maps = F.interpolate(maps, (side, side), mode="bicubic", antialias=True)
+    return torch.cat([first, maps.flatten(2).transpose(1, 2)], dim=1)
 
 
-def file_sha256(path: Path) -> str:
-    """Hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more

@@ -27,6 +27,7 @@ from panoptic_cache.pipeline.pictures import (
 )
 from panoptic_cache.train.augment import Augmentation, make_item
 from panoptic_cache.train.caches import check_rendered_size
+from panoptic_cache.train.checkpoint import TrainState
 from panoptic_cache.train.config import LossConfig, TrainConfig
 from panoptic_cache.train.data import Batch, collate
 from panoptic_cache.train.encoding import (
@@ -45,7 +46,6 @@ from panoptic_cache.train.losses import (
     semantic_loss,
 )
 from panoptic_cache.train.model import PanopticModel
-from panoptic_cache.train.restore import TrainState
 
 EVERYWHERE = LossConfig(eds=False)
 """Gives every pixel of the instance task the weight 1."""

@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from panoptic_cache.evaluate.export.graph import GridDecoder
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.pipeline.base.files import Storage, cannot_write
+from panoptic_cache.train.checkpoint import ARCHITECTURE, TrainState
 from panoptic_cache.train.encoding import GRID_CELLS, make_encoding
 from panoptic_cache.train.model import PanopticModel
-from panoptic_cache.train.restore import ARCHITECTURE, TrainState
 
 OPSET = 18
 ONNX = ("model.onnx", "model.onnx.data", "model.json")

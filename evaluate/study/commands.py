@@ -140,8 +140,8 @@ def bench_score(
 
 def _code(checkpoint: Path | None, harmonics: int | None) -> Encoding:
     """The code of a run, or the positional one."""
+    from panoptic_cache.train.checkpoint import find_checkpoint, read_state
     from panoptic_cache.train.encoding import PositionalCode, make_encoding
-    from panoptic_cache.train.restore import find_checkpoint, read_state
 
     if checkpoint is None:
         return PositionalCode(harmonics or PositionalCode().harmonics)
