@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from panoptic_cache.train.bench import SMALL, bench_step, matrix_rate, round_ms
+from panoptic_cache.train.bench import SMALL, bench_step, round_ms
 from panoptic_cache.train.config import DataConfig, ModelConfig, RandomBackbone, TrainConfig
 from panoptic_cache.train.data import Batch
 from panoptic_cache.train.loop import train
@@ -41,7 +41,7 @@ def test_every_variant_has_a_column_and_every_part_a_line() -> None:
         whole = (2 * timing["instance_ms"] + timing["semantic_ms"]) / 3
         assert min(timing["encoder_ms"], timing["fed_ms"], whole) > 0
         assert timing["tflops"] == pytest.approx(flops / whole / 1e9)
-        assert timing["peak_gib"] == 0
+        assert timing["peak_gib"] == 0 < timing["matrix_tflops"]
         assert ratios["fed_to_whole"] == pytest.approx(timing["fed_ms"] / whole)
         assert ratios["whole_to_encoder"] == pytest.approx(whole / timing["encoder_ms"])
 
@@ -57,10 +57,6 @@ def test_rounds_time_every_task_on_a_batch_of_its_own() -> None:
     assert round_ms(work, batches, tasks, torch.device("cpu")) > 0  # type: ignore[arg-type]
     assert seen == [(0, "instance"), (1, "instance"), (2, "semantic")]
     assert next(batches) == 3
-
-
-def test_the_matrix_rate_is_that_of_a_real_machine() -> None:
-    assert 1e-3 < matrix_rate(torch.device("cpu"), half=None) < 1e3
 
 
 @pytest.mark.slow

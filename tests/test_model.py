@@ -404,18 +404,6 @@ def test_drop_path_acts_in_training_only() -> None:
         assert torch.equal(model(photos()).instance, model(photos()).instance)
 
 
-def test_a_checkpoints_architecture_needs_no_hub(tmp_path: Path) -> None:
-    model = seeded(replace(TINY, taps=(1, 3)))
-    path = tmp_path / "backbone.json"
-    model.encoder.config.to_json_file(path, use_diff=False)
-    config = replace(TINY, backbone="nobody/nothing", taps=(1, 3))
-    again = seeded(config, seed=1, load_weights=False, architecture=path)
-    again.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        one, other = model.eval()(photos()), again.eval()(photos())
-    assert torch.equal(one.instance, other.instance)
-
-
 def test_heads_run_before_the_resize() -> None:
     model = seeded().eval()
     with torch.no_grad():

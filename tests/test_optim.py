@@ -98,11 +98,6 @@ def test_groups_have_the_scale_and_the_decay_of_their_parameters(model: Panoptic
     assert any("layer_scale" in name for name in undecayed)
 
 
-def test_no_layer_decay_is_one_rate(model: PanopticModel) -> None:
-    groups = parameter_groups(model, BLOCKS, OptimConfig(layer_decay=1.0))
-    assert {group["scale"] for group in groups} == {1.0}
-
-
 def test_the_rate_of_a_group_is_scaled(model: PanopticModel) -> None:
     optimizer = torch.optim.AdamW(parameter_groups(model, BLOCKS, OptimConfig()), lr=0.0)
     set_learning_rate(optimizer, 2e-3)

@@ -71,7 +71,6 @@ def test_a_small_models_numbers_are_those_of_the_model() -> None:
         assert summary.features == model.features(torch.zeros(1, 3, 28, 28)).shape[-1] == 32
     assert summary.state_bytes == 16 * summary.parameters["total"]
     assert len(summary.rows()) == len({name for name, _ in summary.rows()})
-    assert summary.to_json()["parameters"] == summary.parameters
 
 
 @pytest.mark.slow

@@ -188,11 +188,6 @@ def test_no_category_in_common_is_a_line(earlier: Path) -> None:
         assert torch.equal(value, (fresh if "head" in name else theirs)[name]), name
 
 
-def test_what_is_no_checkpoint_is_a_line(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no complete checkpoint: no such folder"):
-        begin(tmp_path / "gone")
-
-
 @pytest.mark.slow
 def test_a_run_that_goes_on_does_not_read_it_again(tiny_cache: Path, tmp_path: Path) -> None:
     train_run(make_config(tiny_cache, tmp_path / "first", steps=2))

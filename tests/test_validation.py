@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import short_runs
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from short_runs import lines_of, untimed, weights_of
 
 from panoptic_cache.evaluate.held_out import panoptic_quality
 from panoptic_cache.pipeline.base.errors import InputError
@@ -24,12 +24,9 @@ from panoptic_cache.pipeline.pictures import Picture, Tile, sheet, shortened
 from panoptic_cache.pipeline.render.driver import render
 from panoptic_cache.pipeline.render.plan import RenderConfig
 from panoptic_cache.train.augment import Augmentation, make_item
-from panoptic_cache.train.checkpoint import TrainState, latest_checkpoint
+from panoptic_cache.train.checkpoint import TrainState
 from panoptic_cache.train.config import (
     DataConfig,
-    ModelConfig,
-    OptimConfig,
-    RandomBackbone,
     TrainConfig,
     ValidationConfig,
 )
@@ -47,7 +44,6 @@ from panoptic_cache.train.validation import (
     open_held_out,
 )
 
-TIMES = {"images_per_second", "waited"}
 seen: list[tuple[bool, int, list[str]]] = []
 
 
@@ -74,40 +70,13 @@ def held_out_cache(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def make_config(cache: Path, out: Path, **settings: Any) -> TrainConfig:
-    config = TrainConfig(
-        out=str(out),
-        steps=5,
-        precision="fp32",
-        trackers=(),
-        pictures_every=0,
-        checkpoint_every=100,
-        data=DataConfig(cache=str(cache), size=28, batch=4, micro_batch=4, workers=0),
-        model=ModelConfig(
-            backbone="random",
-            random=RandomBackbone(hidden_size=16, layers=2, heads=2, patch_size=7, grid=4),
-            taps=(1, 2),
-            channels=8,
-            drop_path=0.2,
-        ),
-        optim=OptimConfig(lr=1e-3, warmup_epochs=1.0),
-    )
-    return replace(config, **settings)
-
-
-def lines_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Five steps that are saved once and looked at as the test says."""
+    plain: dict[str, Any] = {"steps": 5, "checkpoint_every": 100, "pictures_every": 0}
+    return short_runs.make_config(cache, out, **(plain | settings))
 
 
 def steps_of(run: Path) -> list[dict[str, Any]]:
-    plain = [line for line in lines_of(run) if "validation" not in line]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in plain]
-
-
-def weights_of(run: Path) -> dict[str, torch.Tensor]:
-    folder = latest_checkpoint(run / "checkpoints")
-    assert folder is not None
-    weights: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
-    return weights
+    return [line for line in untimed(run) if "validation" not in line]
 
 
 def test_watching_changes_nothing(tiny_cache: Path, held_out_cache: Path, tmp_path: Path) -> None:

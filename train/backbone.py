@@ -49,7 +49,7 @@ _PUBLISHED = {
     "facebook/dinov2-base": RandomBackbone(768, 12, 12, 14, 37),
     "facebook/dinov2-large": RandomBackbone(1024, 24, 16, 14, 37),
 }
-"""Sizes of published DINOv2s: enough to build one without a network."""
+"""Width, blocks, heads, patch and grid of published DINOv2s: to build one without a network."""
 
 # The names of tensors
 

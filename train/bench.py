@@ -45,7 +45,7 @@ from panoptic_cache.train.data import Batch, Share, collate
 from panoptic_cache.train.encoding import make_encoding
 from panoptic_cache.train.loader import make_loader
 from panoptic_cache.train.losses import instance_loss, semantic_loss
-from panoptic_cache.train.model import HALF, PanopticModel, Task
+from panoptic_cache.train.model import HALF, Task, new_model
 from panoptic_cache.train.optim import parameter_groups, set_learning_rate
 from panoptic_cache.train.stopping import memory_advice, smaller_steps
 from panoptic_cache.train.summary import summarize_model
@@ -69,18 +69,16 @@ def bench_load(layout: CocoLayout | None = None, images: int = 32, size: int = 4
             augmentation = draw_augmentation(config, 0, (0, position))
             make_item(reader.sample(position), config, augmentation)
 
-        def timing(name: str, work: Callable[[int], object]) -> Timing:
-            return Timing(name, best_ms(lambda: [work(n) for n in range(count)], count))
-
-        timings = (
-            timing(
-                "online, the obvious way: Pillow, scipy, a loop",
-                lambda n: obvious(records[n], size),
-            ),
-            timing("online, by our functions", lambda n: online(records[n], size)),
-            timing("from the cache", cached),
-            timing("the floor: JPEG decode and resize", lambda n: photo_only(records[n], size)),
-        )
+        ways: dict[str, Callable[[int], object]] = {
+            "online, the obvious way: Pillow, scipy, a loop": lambda n: obvious(records[n], size),
+            "online, by our functions": lambda n: online(records[n], size),
+            "from the cache": cached,
+            "the floor: JPEG decode and resize": lambda n: photo_only(records[n], size),
+        }
+        timings = [
+            Timing(name, best_ms(lambda: [work(n) for n in range(count)], count))  # noqa: B023
+            for name, work in ways.items()
+        ]
     slow, fast, ours, floor = (each.ms for each in timings)
     return timing_table(
         f"one training sample at {size} px, {count} images on one core",
@@ -133,7 +131,6 @@ SMALL = {
     )
 }
 """What a processor can step: half as wide as ViT-B, and so is its decoder."""
-
 LARGE = {
     "ViT-B, 420 px": TrainConfig(data=DataConfig(size=420, micro_batch=32, workers=8)),
     "ViT-L, 518 px": TrainConfig(
@@ -142,8 +139,6 @@ LARGE = {
     ),
 }
 """The smallest and the largest of the paper's models, as `configs/` has them."""
-
-
 LINES = {
     "encoder_ms": "the encoder alone, forward and backward, ms/image",
     "instance_ms": "the whole step, instance task",
@@ -191,13 +186,11 @@ def bench_step(
             ratios.append(ratio)
             advance(1, name)
     threads = f"the processor, {torch.get_num_threads()} threads"
-    where = torch.cuda.get_device_name(device) if on_gpu else threads
-    title = f"training steps on {where}"
+    title = f"training steps on {torch.cuda.get_device_name(device) if on_gpu else threads}"
     columns = ("", *(f"{timing['model']}: {timing['variant']}" for timing in timings))
     measured = [timing | ratio for timing, ratio in zip(timings, ratios, strict=True)]
     rows = [(line, *(f"{each[name]:.4g}" for each in measured)) for name, line in LINES.items()]
-    values = {"title": title, "timings": timings, "ratios": ratios}
-    return BenchTable(title, columns, rows, values)
+    return BenchTable(title, columns, rows, {"title": title, "timings": timings, "ratios": ratios})
 
 
 def time_variant(
@@ -252,7 +245,7 @@ def make_steps(
     """The encoder's forward and backward pass alone, and the whole optimizer step."""
     loss, fused = config.loss, config.compile
     encoding = make_encoding(loss.encoding, loss.harmonics)
-    model = PanopticModel(config.model, encoding.channels, classes, load_weights=False).to(device)
+    model = new_model(config, classes, load_weights=False).to(device)
     blocks = model.encoder.config.num_hidden_layers
     optimizer = torch.optim.AdamW(parameter_groups(model, blocks, config.optim))
     set_learning_rate(optimizer, 0.0)
@@ -301,10 +294,9 @@ def matrix_rate(device: torch.device, half: torch.dtype | None) -> float:
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
     """How long work takes, the device's part of it included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
+    wait(device)
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait(device)
     return time.perf_counter() - start

@@ -86,7 +86,7 @@ def model(
     stages, found = load_stages(config, settings or []), []
     for run in stages:
         summary = summarize_model(run, classes)
-        values, rows = summary.to_json(), summary.rows()
+        values, rows = asdict(summary), summary.rows()
         if device is not None:
             cost = run_cost(summary, run, device, gpus=gpus, images=images or COCO_IMAGES)
             values["run"], rows = asdict(cost), [*rows, *cost.rows()]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -34,42 +34,6 @@ class AxisCosts:
     u: Tensor  # (..., P, cells) costs of the columns
     v: Tensor  # (..., P, cells) costs of the rows
     void: Tensor  # (..., P) cost of being no instance
-
-
-class Encoding(Protocol):
-    """A kind of code: what the model, the losses and the decoder need to know of it."""
-
-    @property
-    def channels(self) -> int:
-        """K, channels of the instance head."""
-        ...
-
-    def encode(self, centroids: Tensor, present: Tensor) -> Tensor:
-        """Training targets of segments.
-
-        Args:
-            centroids: (..., 2) float, (u, v) in [-1, 1]; ignored where absent.
-            present: (...,) bool, false for segments that take the void code.
-
-        Returns:
-            (..., K) codes, or (..., 2) class indices for the classification code.
-        """
-        ...
-
-    def axis_costs(self, code: Tensor, cells: int) -> AxisCosts:
-        """Compares predicted codes (..., K, P) with a grid of `cells` x `cells`."""
-        ...
-
-    def mirrored(self, code: Tensor) -> Tensor:
-        """Codes (K, ...) of centroids (u, v) as codes of (-u, v); void stays void.
-
-        The map is linear, so it also holds for predictions that are not exact codes.
-        """
-        ...
-
-    def to_positional(self, code: Tensor) -> Tensor:
-        """Predicted codes (K, P) as positional ones (4L, P); NaN stays NaN."""
-        ...
 
 
 def gamma(p: Tensor, harmonics: int) -> Tensor:
@@ -137,22 +101,33 @@ def nearest_centroids(code: Tensor, encoding: Encoding, cells: int) -> NDArray[n
 
 @dataclass(frozen=True)
 class PositionalCode:
-    """concat(gamma(u), gamma(v)) in R^4L; void is the zero vector (section 3.3)."""
+    """concat(gamma(u), gamma(v)) in R^4L; void is the zero vector (section 3.3).
+
+    Its methods are what the model, the losses and the decoder need to know of any code.
+    """
 
     harmonics: int = 4
 
     @property
     def channels(self) -> int:
-        """4L: 2L for u, then 2L for v."""
+        """K, channels of the instance head: 2L for u, then 2L for v."""
         return 4 * self.harmonics
 
     def encode(self, centroids: Tensor, present: Tensor) -> Tensor:
-        """See `Encoding.encode`: (..., 4L) codes."""
+        """Training targets of segments.
+
+        Args:
+            centroids: (..., 2) float, (u, v) in [-1, 1]; ignored where absent.
+            present: (...,) bool, false for segments that take the void code.
+
+        Returns:
+            (..., K) codes, or (..., 2) class indices for the classification code.
+        """
         code = gamma(torch.where(present[..., None], centroids, 0.0), self.harmonics)
         return code.flatten(-2) * present[..., None]  # (..., 2, 2L) -> (..., 4L)
 
     def axis_costs(self, code: Tensor, cells: int) -> AxisCosts:
-        """See `Encoding.axis_costs`.
+        """Compares predicted codes (..., K, P) with a grid of `cells` x `cells`.
 
         |x - gamma(a)|^2 = |x|^2 + L - 2 x . gamma(a), as |gamma|^2 = L: one matrix product for each
         axis.
@@ -167,13 +142,17 @@ class PositionalCode:
         )
 
     def mirrored(self, code: Tensor) -> Tensor:
-        """See `Encoding.mirrored`: the sines of u change their sign."""
+        """Codes (K, ...) of centroids (u, v) as codes of (-u, v); void stays void.
+
+        The map is linear, so it also holds for predictions that are not exact codes: here the sines
+        of u change their sign.
+        """
         turned = code.clone()
         turned[: len(code) // 2 : 2] *= -1  # the first half holds sine and cosine of u in turn
         return turned
 
     def to_positional(self, code: Tensor) -> Tensor:
-        """See `Encoding.to_positional`: as they are."""
+        """Predicted codes (K, P) as positional ones (4L, P); NaN stays NaN."""
         return code
 
 
@@ -187,12 +166,12 @@ class DirectCode:
         return 3
 
     def encode(self, centroids: Tensor, present: Tensor) -> Tensor:
-        """See `Encoding.encode`: (..., 3) colours."""
+        """See `PositionalCode.encode`: (..., 3) colours."""
         colour = torch.cat([(centroids + 1) / 2, torch.ones_like(centroids[..., :1])], dim=-1)
         return torch.where(present[..., None], colour, 0.0)
 
     def axis_costs(self, code: Tensor, cells: int) -> AxisCosts:
-        """See `Encoding.axis_costs`; the blue channel's share is split over the axes."""
+        """See `PositionalCode.axis_costs`; the blue channel's share is split over the axes."""
         grid = ((cell_centres(cells, device=code.device) + 1) / 2).to(code.dtype)
         red, green, blue = code.unbind(-2)  # (..., P)
         missing = (blue - 1).square()[..., None] / 2
@@ -203,11 +182,11 @@ class DirectCode:
         )
 
     def mirrored(self, code: Tensor) -> Tensor:
-        """See `Encoding.mirrored`: (u, v, 1) becomes (1 - u, v, 1), and (0, 0, 0) stays."""
+        """See `PositionalCode.mirrored`: (u, v, 1) becomes (1 - u, v, 1), and (0, 0, 0) stays."""
         return torch.stack([code[2] - code[0], code[1], code[2]])
 
     def to_positional(self, code: Tensor) -> Tensor:
-        """See `Encoding.to_positional`: gamma of the coordinates, times the blue channel."""
+        """See `PositionalCode.to_positional`: gamma of the coordinates, times the blue channel."""
         position = gamma(code[:2] * 2 - 1, PositionalCode().harmonics)  # (2, P, 2L)
         return (position * code[2].clamp(0, 1)[:, None]).transpose(1, 2).flatten(0, 1)  # (4L, P)
 
@@ -227,11 +206,11 @@ class ClassificationCode:
         return 2 * (self.cells + 1)
 
     def encode(self, centroids: Tensor, present: Tensor) -> Tensor:
-        """See `Encoding.encode`: (..., 2) int64 classes of u and v."""
+        """See `PositionalCode.encode`: (..., 2) int64 classes of u and v."""
         return torch.where(present[..., None], nearest_cell(centroids, self.cells), self.cells)
 
     def axis_costs(self, code: Tensor, cells: int) -> AxisCosts:
-        """See `Encoding.axis_costs`: negative log probabilities.
+        """See `PositionalCode.axis_costs`: negative log probabilities.
 
         A grid other than the trained one reads the classes at its own cell centres.
         """
@@ -243,15 +222,18 @@ class ClassificationCode:
         return AxisCosts(u=u[..., columns], v=v[..., columns], void=void)
 
     def mirrored(self, code: Tensor) -> Tensor:
-        """See `Encoding.mirrored`: the classes of u but void come in the opposite order."""
+        """See `PositionalCode.mirrored`: the classes of u but void come in the opposite order."""
         return torch.cat([code[: self.cells].flip(0), code[self.cells :]])
 
     def to_positional(self, code: Tensor) -> Tensor:
-        """See `Encoding.to_positional`: the expectation of gamma, where void counts as zero."""
+        """See `PositionalCode.to_positional`: the expectation of gamma, void counting as zero."""
         costs = self.axis_costs(code, self.cells)
         grid = gamma(cell_centres(self.cells, device=code.device), PositionalCode().harmonics)
         axes = [(-cost).exp() @ grid for cost in (costs.u, costs.v)]  # (P, cells) @ (cells, 2L)
         return torch.cat(axes, dim=1).T  # (4L, P)
+
+
+Encoding: TypeAlias = PositionalCode | DirectCode | ClassificationCode
 
 
 def make_encoding(name: str, harmonics: int) -> Encoding:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.train.backbone import make_backbone, own_weights, their_weights
-from panoptic_cache.train.config import ModelConfig
+from panoptic_cache.train.config import ModelConfig, TrainConfig
+from panoptic_cache.train.encoding import make_encoding
 
 Task = Literal["instance", "semantic", "both"]
 
@@ -112,6 +113,12 @@ class PanopticModel(nn.Module):
         if extra := weights.keys() - self.weights().keys():
             raise ValueError(f"{min(extra)} is one too many")
         self.load_state_dict(their_weights(weights, self.state_dict()))
+
+
+def new_model(config: TrainConfig, classes: int, **settings: Any) -> PanopticModel:
+    """The model of a run over so many categories; see `PanopticModel` for the settings."""
+    channels = make_encoding(config.loss.encoding, config.loss.harmonics).channels
+    return PanopticModel(config.model, channels, classes, **settings)
 
 
 class Decoder(nn.Module):

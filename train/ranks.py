@@ -26,8 +26,6 @@ SLOWEST = timedelta(days=1)
 """How long a rank of an evaluation waits for a slower one."""
 PATIENCE = 60.0
 """Seconds to wait for a file that another machine wrote."""
-
-
 _REFUSED = {
     "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
     "FSDP": "ACCELERATE_USE_FSDP",
@@ -141,11 +139,10 @@ class Ranks:
 
         A network file system may show what other machines wrote as late as a minute after.
         """
-        wanted = self.first(file.read_bytes)
-        end = time.monotonic() + PATIENCE
-        while not (seen := file.exists() and file.read_bytes() == wanted):
-            if time.monotonic() > end:
-                break
+        wanted, end = self.first(file.read_bytes), time.monotonic() + PATIENCE
+        while (
+            not (seen := file.exists() and file.read_bytes() == wanted) and time.monotonic() < end
+        ):
             time.sleep(1)
         everyone = self.gather(lambda: seen)
         if not all(everyone):

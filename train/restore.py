@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,7 +38,7 @@ from panoptic_cache.train.checkpoint import (
 )
 from panoptic_cache.train.config import TrainConfig
 from panoptic_cache.train.encoding import make_encoding
-from panoptic_cache.train.model import PanopticModel
+from panoptic_cache.train.model import PanopticModel, new_model
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +83,9 @@ def build_model(folder: Path, config: TrainConfig, categories: Sequence[Category
         if config.model.taps[-1] > len(blocks):
             raise ValueError(f"they have {len(blocks)} blocks, model.taps {config.model.taps}")
         with torch.device("meta"):
-            fitting = _new_model(config, categories, load_weights=False, architecture=architecture)
+            fitting = new_model(
+                config, len(categories), load_weights=False, architecture=architecture
+            )
         wanted = {name: list(value.shape) for name, value in fitting.weights().items()}
         for name in sorted(wanted.keys() | found.keys()):
             if wanted.get(name) != found.get(name):
@@ -92,14 +93,7 @@ def build_model(folder: Path, config: TrainConfig, categories: Sequence[Category
                 raise ValueError(f"{name} is {sizes[0]}, by the configuration {sizes[1]}")
     except UNFIT as error:
         raise _misfit(error, file) from None
-    return _new_model(config, categories, load_weights=False, architecture=architecture)
-
-
-def _new_model(
-    config: TrainConfig, categories: Sequence[Category], **settings: Any
-) -> PanopticModel:
-    channels = make_encoding(config.loss.encoding, config.loss.harmonics).channels
-    return PanopticModel(config.model, channels, len(categories), **settings)
+    return new_model(config, len(categories), load_weights=False, architecture=architecture)
 
 
 def _misfit(error: Exception, file: Path) -> InputError:
@@ -191,13 +185,13 @@ def first_model(config: TrainConfig, categories: Sequence[Category]) -> Panoptic
     InputError where that is no checkpoint, has another backbone, or no category of this run.
     """
     if not config.model.init:
-        return _new_model(config, categories)
+        return new_model(config, len(categories))
     folder = find_checkpoint(Path(config.model.init))
     with torch.random.fork_rng(devices=[]):  # what starts anew starts as it would have without
         earlier, state = load_model(folder)
     published = config.model.backbone == state.config.model.backbone != "random"
     architecture = folder / ARCHITECTURE if published else None  # then no hub is asked
-    model = _new_model(config, categories, load_weights=False, architecture=architecture)
+    model = new_model(config, len(categories), load_weights=False, architecture=architecture)
     where = f"model.init = {folder}"
     check_backbone(model, earlier, where)
     rows = transfer(model, earlier, (config, categories), state, where)

@@ -83,18 +83,16 @@ class RunLog:
     def step(self, line: Mapping[str, Any]) -> None:
         """Notes an optimizer step; trackers get a curve for each task."""
         self._write(line)
-        numbers = {
-            f"{line['task']}/{name}": value
-            for name, value in line.items()
-            if name not in {"step", "task"}
-        }
-        self._accelerator.log(numbers, step=line["step"])
+        numbers = {name: value for name, value in line.items() if name not in {"step", "task"}}
+        self._note(line["step"], line["task"], numbers)
 
     def validation(self, step: int, values: Mapping[str, float]) -> None:
         """Notes what held-out samples say after a step, on a line of its own."""
         self._write({"step": step, "validation": dict(values)})
-        numbers = {f"validation/{name}": value for name, value in values.items()}
-        self._accelerator.log(numbers, step=step)
+        self._note(step, "validation", values)
+
+    def _note(self, step: int, group: str, values: Mapping[str, float]) -> None:
+        self._accelerator.log({f"{group}/{name}": v for name, v in values.items()}, step=step)
 
     def has_validation(self, step: int) -> bool:
         """Whether held-out samples were looked at after a step; for the main rank."""
@@ -151,28 +149,24 @@ def _is_number(value: object) -> bool:
 
 def draw_curves(metrics: Path) -> str:
     """An SVG of losses by task, held-out measures, speed and learning rate of a `metrics.jsonl`."""
-    lines = list(lines_of(metrics))
+    lines = [*lines_of(metrics)]
     steps = [line for line in lines if "validation" not in line]
     held_out = [{"step": x["step"], **x["validation"]} for x in lines if "validation" in x]
     names = sorted({name for line in held_out for name in line} - {"step"})
     losses = [name for name in names if name.endswith("_loss")]
-    panels = [
-        _panel(f"{task} task", [x for x in steps if x.get("task") == task], parts)
+    panels: dict[str, tuple[list[dict[str, Any]], Sequence[str]]] = {
+        f"{task} task": ([x for x in steps if x.get("task") == task], parts)
         for task, parts in (("instance", (*PARTS, "dice")), ("semantic", PARTS))
-    ]
+    }
     if held_out:
-        panels += [
-            _panel("held out: losses", held_out, losses),
-            _panel("held out: measures", held_out, [x for x in names if x not in losses]),
-        ]
-    panels += [
-        _panel("images a second", steps, ["images_per_second"]),
-        _panel("learning rate", steps, ["lr"]),
-    ]
+        panels["held out: losses"] = held_out, losses
+        panels["held out: measures"] = held_out, [x for x in names if x not in losses]
+    panels |= {"images a second": (steps, ["images_per_second"]), "learning rate": (steps, ["lr"])}
     width, height = 2 * WIDTH, HEIGHT * len(panels) // 2
     body = "".join(
-        f'<g transform="translate({WIDTH * (number % 2)} {HEIGHT * (number // 2)})">{panel}</g>'
-        for number, panel in enumerate(panels)
+        f'<g transform="translate({WIDTH * (number % 2)} {HEIGHT * (number // 2)})">'
+        f"{_panel(title, *shown)}</g>"
+        for number, (title, shown) in enumerate(panels.items())
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
@@ -187,30 +181,27 @@ def _panel(title: str, lines: Sequence[Mapping[str, Any]], names: Sequence[str])
     every = np.concatenate([np.empty((0, 2)), *curves.values()])  # (N, 2), step and value
     if not len(every):
         return f'{parts[0]}<text x="{LEFT}" y="{TOP + 20}">nothing noted yet</text>'
-    first, low = map(float, every.min(0))
-    last, high = map(float, every.max(0))
+    (first, low), (last, high) = every.min(0).tolist(), every.max(0).tolist()
     ticks = round_ticks(min(0.0, low), high)
-    low, high = ticks[0], ticks[-1]
+    corner = np.array([first, ticks[0]])
+    scale = np.array([WIDTH - LEFT - RIGHT, TOP + BOTTOM - HEIGHT])  # pixels of all steps, values
+    scale = scale / [(last - first) or 1, ticks[-1] - ticks[0]]
 
-    def across(step: float) -> float:
-        return LEFT + (step - first) / ((last - first) or 1) * (WIDTH - LEFT - RIGHT)
+    def place(points: Any) -> Any:  # (N, 2), step and value -> x and y, pixels
+        return ([LEFT, HEIGHT - BOTTOM] + (np.asarray(points) - corner) * scale).tolist()
 
-    def down(value: float) -> float:
-        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-    parts += [
-        f'<path class="grid" d="M{LEFT} {down(tick):.1f}H{WIDTH - RIGHT}"/>'
-        f'<text class="y" x="{LEFT - 6}" y="{down(tick) + 4:.1f}">{tick:g}</text>'
-        for tick in ticks
-    ]
-    parts += [
-        f'<text class="x" x="{across(step):.1f}" y="{HEIGHT - 8}">{step:,.0f}</text>'
-        for step in dict.fromkeys((first, (first + last) / 2, last))
-    ]
+    for tick, (_, y) in zip(ticks, place([(first, tick) for tick in ticks]), strict=True):
+        parts.append(
+            f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>'
+            f'<text class="y" x="{LEFT - 6}" y="{y + 4:.1f}">{tick:g}</text>'
+        )
+    for step in dict.fromkeys((first, (first + last) / 2, last)):
+        ((x, _),) = place([(step, 0.0)])
+        parts.append(f'<text class="x" x="{x:.1f}" y="{HEIGHT - 8}">{step:,.0f}</text>')
     label = LEFT
     for number, (name, curve) in enumerate(curves.items()):
         colour = COLOURS[number % len(COLOURS)]
-        path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in curve)
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in place(curve))
         parts.append(f'<polyline stroke="{colour}" points="{path}"/>')
         if len(curves) > 1:
             now = name.replace("_", " ") + (f" {curve[-1, 1]:.3g}" if len(curve) else "")

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -73,10 +73,8 @@ class StopRequest:
 def stop_request() -> Iterator[StopRequest]:
     """Notes SIGTERM and SIGINT instead of dying of them; works in the main thread only."""
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    with handled(request):
+    main = threading.current_thread() is threading.main_thread()
+    with handled(request) if main else nullcontext():
         yield request
 
 
@@ -158,14 +156,12 @@ def not_finite(
     all ranks.
     """
     everyone = ranks.gather(lambda: [*zip(losses, keys, strict=True)])
-    losses, keys = zip(*(pair for pairs in everyone for pair in pairs), strict=True)
-    guilty = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
-    what = (
-        f"the loss is {losses[guilty[0]]} at step {step}"
-        if guilty
-        else f"the gradient's norm is {norm} at step {step}, the losses are finite"
-    )
-    suspects = [key for number in guilty or range(len(keys)) for key in keys[number]]
+    batches = [batch for found in everyone for batch in found]
+    guilty = [batch for batch in batches if not math.isfinite(batch[0])]
+    what = f"the gradient's norm is {norm} at step {step}, the losses are finite"
+    if guilty:
+        what = f"the loss is {guilty[0][0]} at step {step}"
+    suspects = [key for _, names in guilty or batches for key in names]
     more = f" and {len(suspects) - NAMED} more" if len(suspects) > NAMED else ""
     return InputError(
         what,
@@ -181,23 +177,21 @@ def memory_advice(remedy: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError, cv2.error) as error:
-        line = next(iter(str(error).splitlines()), "")
-        plain = not isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if plain and not any(sign in str(error) for sign in _NO_MEMORY):
+        sure = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not sure and not any(sign in str(error) for sign in _NO_MEMORY):
             raise
-        raise InputError(
-            f"out of memory: {line[:120]}", remedy=remedy, code="out-of-memory"
-        ) from None
+        line = next(iter(str(error).splitlines()), "")[:120]
+        raise InputError(f"out of memory: {line}", remedy=remedy, code="out-of-memory") from None
 
 
 def smaller_steps(config: TrainConfig) -> str:
     """What to lower if a training step takes too much memory."""
-    data = config.data
-    remedies = [f"lower data.micro_batch, now {data.micro_batch}; the batch stays {data.batch}"]
-    if not config.model.gradient_checkpointing:
-        remedies.append("or set model.gradient_checkpointing=true")
-    remedies.append(f"or lower data.size, now {data.size}")
-    return ", ".join(remedies)
+    data, again = config.data, "or set model.gradient_checkpointing=true, "
+    return (
+        f"lower data.micro_batch, now {data.micro_batch}; the batch stays {data.batch}, "
+        f"{'' if config.model.gradient_checkpointing else again}"
+        f"or lower data.size, now {data.size}"
+    )
 
 
 @contextmanager

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from panoptic_cache.train.config import TrainConfig
-from panoptic_cache.train.encoding import make_encoding
-from panoptic_cache.train.model import PanopticModel, check_size
+from panoptic_cache.train.model import PanopticModel, check_size, new_model
 from panoptic_cache.train.optim import set_trainable
 
 COCO_IMAGES = 118_287
@@ -24,8 +22,41 @@ bench step` measures it on a device at hand. The paper's own runs come to about 
 
 
 @dataclass(frozen=True, slots=True)
+class ModelSummary:
+    """The cost of a model, as `model --json` prints it."""
+
+    parameters: dict[str, int]  # Counts of `total`, `encoder`, `decoder`, `heads`
+    size: int  # Side of the input, pixels
+    patch_size: int  # Pixels
+    tokens: int  # Patches of one image
+    taps: tuple[int, ...]  # Encoder blocks that the decoder takes, from 1
+    blocks: int  # Encoder blocks
+    features: int  # Side of the decoder's output before the last resize
+    flops_per_image: int  # Floating-point operations of a forward pass with both heads
+    # Of a training step, forward and backward, averaged over the tasks as they alternate.
+    train_flops_per_image: int
+    state_bytes: int  # Weights, gradients and AdamW's two moments, in float32
+    activation_bytes_per_image: int  # Kept for the backward pass of an instance step, before losses
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Name and value of each line of a table."""
+        parts = self.parameters.items()
+        taps = ", ".join(map(str, self.taps))
+        return [
+            ("parameters", ", ".join(f"{name} {n / 1e6:.2f} M" for name, n in parts)),
+            ("input", f"{self.size} px, {self.tokens} patches of {self.patch_size} px"),
+            ("taps", f"blocks {taps} of {self.blocks}"),
+            ("decoder's output", f"{self.features} x {self.features}, then resized to the input"),
+            ("a prediction", f"{self.flops_per_image / 1e9:.1f} GFLOP an image"),
+            ("a training step", f"{self.train_flops_per_image / 1e9:.1f} GFLOP an image"),
+            ("weights, gradients, AdamW", f"{self.state_bytes / 2**30:.2f} GiB"),
+            ("activations", f"{self.activation_bytes_per_image / 2**20:.0f} MiB an image"),
+        ]
+
+
+@dataclass(frozen=True, slots=True)
 class RunCost:
-    """What a whole run takes on given devices."""
+    """What a whole run takes on given devices, as `model --device --json` prints it."""
 
     device: str  # A key of `RATES`
     gpus: int
@@ -46,65 +77,49 @@ class RunCost:
         ]
 
 
-@dataclass(frozen=True, slots=True)
-class ModelSummary:
-    """The cost of a model."""
-
-    parameters: dict[str, int]  # Counts of `total`, `encoder`, `decoder`, `heads`
-    size: int  # Side of the input, pixels
-    patch_size: int  # Pixels
-    tokens: int  # Patches of one image
-    taps: tuple[int, ...]  # Encoder blocks that the decoder takes, from 1
-    blocks: int  # Encoder blocks
-    features: int  # Side of the decoder's output before the last resize
-    flops_per_image: int  # Floating-point operations of a forward pass with both heads
-    # Of a training step, forward and backward, averaged over the tasks as they alternate.
-    train_flops_per_image: int
-    state_bytes: int  # Weights, gradients and AdamW's two moments, in float32
-    activation_bytes_per_image: int  # Kept for the backward pass of an instance step, before losses
-
-    def to_json(self) -> dict[str, Any]:
-        """The object that `model --json` prints."""
-        return asdict(self)
-
-    def rows(self) -> list[tuple[str, str]]:
-        """Name and value of each line of a table."""
-        parts = self.parameters.items()
-        taps = ", ".join(map(str, self.taps))
-        return [
-            ("parameters", ", ".join(f"{name} {n / 1e6:.2f} M" for name, n in parts)),
-            ("input", f"{self.size} px, {self.tokens} patches of {self.patch_size} px"),
-            ("taps", f"blocks {taps} of {self.blocks}"),
-            ("decoder's output", f"{self.features} x {self.features}, then resized to the input"),
-            ("a prediction", f"{self.flops_per_image / 1e9:.1f} GFLOP an image"),
-            ("a training step", f"{self.train_flops_per_image / 1e9:.1f} GFLOP an image"),
-            ("weights, gradients, AdamW", f"{self.state_bytes / 2**30:.2f} GiB"),
-            ("activations", f"{self.activation_bytes_per_image / 2**20:.0f} MiB an image"),
-        ]
-
-
 def summarize_model(config: TrainConfig, classes: int) -> ModelSummary:
     """Measures a configuration's model on the meta device, for a dataset of `classes`."""
-    size = config.data.size
-    channels = make_encoding(config.loss.encoding, config.loss.harmonics).channels
+    size, ratio = config.data.size, config.tasks
     with torch.device("meta"):
-        model = PanopticModel(config.model, channels, classes, load_weights=False)
+        model = new_model(config, classes, load_weights=False)
         photo = torch.empty(1, 3, size, size)
     check_size(size, size, model.patch_size)
     every = count(model, trained=True)
     set_trainable(model, config.model)
     frozen = every - count(model, trained=True)
-    encoder = model.encoder.config
-    tokens = (size // model.patch_size) ** 2
     with torch.no_grad():
+        features = model.features(photo).shape[-1]
         with FlopCounterMode(display=False) as forward:
             model(photo, "both")
-        features = model.features(photo).shape[-1]
+    bytes_kept, instance = training_cost(model, photo)
+    with FlopCounterMode(display=False) as semantic:
+        model(photo, "semantic").semantic.sum().backward()
+    training = ratio.instance * instance + ratio.semantic * semantic.get_total_flops()
+    heads = count(model.instance_head) + count(model.semantic_head)
+    parts = {"encoder": count(model.encoder), "decoder": count(model.decoder), "heads": heads}
+    total = count(model)
+    return ModelSummary(
+        parameters={"total": total, **parts},
+        size=size,
+        patch_size=model.patch_size,
+        tokens=(size // model.patch_size) ** 2,
+        taps=config.model.taps,
+        blocks=model.encoder.config.num_hidden_layers,
+        features=features,
+        flops_per_image=forward.get_total_flops(),
+        train_flops_per_image=round(training / (ratio.instance + ratio.semantic)),
+        state_bytes=16 * total - 12 * frozen,
+        activation_bytes_per_image=bytes_kept // (1 if config.precision == "fp32" else 2),
+    )
 
-    # What autograd keeps of an instance step, by storage: views of one tensor count once.
-    kept: dict[int, Tensor] = {}
+
+def training_cost(model: PanopticModel, photo: Tensor) -> tuple[int, int]:
+    """Bytes in float32 that autograd keeps of an instance step, and the step's operations."""
+    kept: dict[int, Tensor] = {}  # by storage: views of one tensor count once
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    rows = tokens + 1 + getattr(encoder, "num_register_tokens", 0)
+    encoder = model.encoder.config
+    rows = (photo.shape[-1] // model.patch_size) ** 2 + 1
+    rows += getattr(encoder, "num_register_tokens", 0)
 
     def keep(tensor: Tensor) -> Tensor:
         # A GPU's attention keeps no matrix of all tokens by all tokens; the meta device's does.
@@ -113,35 +128,11 @@ def summarize_model(config: TrainConfig, classes: int) -> ModelSummary:
             kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    with FlopCounterMode(display=False) as instance:
+    with FlopCounterMode(display=False) as step:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = model(photo, "instance").instance
         output.sum().backward()
-    with FlopCounterMode(display=False) as semantic:
-        model(photo, "semantic").semantic.sum().backward()
-    ratio = config.tasks
-    training = ratio.instance * instance.get_total_flops()
-    training += ratio.semantic * semantic.get_total_flops()
-    bytes_kept = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())  # as float32
-    parts = {
-        "total": count(model),
-        "encoder": count(model.encoder),
-        "decoder": count(model.decoder),
-    }
-    parts["heads"] = count(model.instance_head) + count(model.semantic_head)
-    return ModelSummary(
-        parameters=parts,
-        size=size,
-        patch_size=model.patch_size,
-        tokens=tokens,
-        taps=config.model.taps,
-        blocks=encoder.num_hidden_layers,
-        features=features,
-        flops_per_image=forward.get_total_flops(),
-        train_flops_per_image=round(training / (ratio.instance + ratio.semantic)),
-        state_bytes=16 * parts["total"] - 12 * frozen,
-        activation_bytes_per_image=bytes_kept // (1 if config.precision == "fp32" else 2),
-    )
+    return sum(t.untyped_storage().nbytes() for t in kept.values()), step.get_total_flops()
 
 
 def run_cost(
@@ -152,15 +143,8 @@ def run_cost(
     flops = steps * config.data.batch * summary.train_flops_per_image
     micro_batch = min(config.data.micro_batch, -(-config.data.batch // gpus))
     memory = summary.state_bytes + micro_batch * summary.activation_bytes_per_image
-    return RunCost(
-        device=device,
-        gpus=gpus,
-        images=images,
-        steps=steps,
-        utilisation=UTILISATION,
-        hours=flops / (gpus * RATES[device] * 1e12 * UTILISATION * 3600),
-        gib_per_gpu=memory / 2**30,
-    )
+    hours = flops / (gpus * RATES[device] * 1e12 * UTILISATION * 3600)
+    return RunCost(device, gpus, images, steps, UTILISATION, hours, memory / 2**30)
 
 
 def count(module: nn.Module, *, trained: bool = False) -> int:

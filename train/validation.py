@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -71,20 +70,16 @@ class HeldOut:
     positions: tuple[int, ...]  # Of the slice's samples in the cache, the same each time
     metric: Metric | None  # A further measure, or None
 
-    def samples(self) -> Iterator[Sample]:
-        """All samples of the slice."""
-        return (self.reader.sample(position) for position in self.positions)
+    def samples(self, positions: Iterable[int]) -> Iterator[Sample]:
+        """Some samples of the cache, read one by one."""
+        return (self.reader.sample(position) for position in positions)
 
     def batches(self, config: TrainConfig, rank: int, world: int) -> Iterator[Batch]:
         """Micro-batches of one rank's part, without augmentation."""
         mine, size = self.positions[rank::world], config.data.micro_batch
         for start in range(0, len(mine), size):
-            yield collate(
-                [
-                    make_item(self.reader.sample(position), config.data, Augmentation())
-                    for position in mine[start : start + size]
-                ]
-            )
+            samples = self.samples(mine[start : start + size])
+            yield collate([make_item(sample, config.data, Augmentation()) for sample in samples])
 
 
 def open_held_out(
@@ -155,14 +150,11 @@ def validate(
 ) -> dict[str, float]:
     """Measures a model on held-out samples, each rank its part; call on every rank.
 
-    The model is not wrapped by Accelerate, and is left in evaluation mode.
-
-    Returns:
-        `instance_loss` and `semantic_loss`; `semantic_accuracy`, the fraction of labelled pixels
-        with the right category; `code_accuracy`, the fraction of instance pixels whose code is
-        nearest to their centroid's cell or one of its eight neighbours; `void_accuracy`, the
-        fraction of the other pixels whose code is nearest to void; on the main rank also what the
-        metric returns.
+    The losses; `semantic_accuracy`, the fraction of labelled pixels with the right category;
+    `code_accuracy`, of instance pixels whose code is nearest to their centroid's cell or one of its
+    eight neighbours; `void_accuracy`, of the other pixels whose code is nearest to void; on the
+    main rank also what the metric returns. The model, which is not wrapped, is left in evaluation
+    mode.
     """
     config, model = state.config, model.eval()
     encoding = make_encoding(config.loss.encoding, config.loss.harmonics)
@@ -190,7 +182,7 @@ def validate(
     values = {"instance_loss": instance / images, "semantic_loss": semantic / images}
     values |= {n: r / max(1.0, c) for n, r, c in zip(names, right, counted, strict=True)}
     if held_out.metric is not None and accelerator.is_main_process:
-        values |= held_out.metric(model, state, held_out.samples())
+        values |= held_out.metric(model, state, held_out.samples(held_out.positions))
     return values
 
 
@@ -234,25 +226,24 @@ def draw_heads(
     """
     isthing = [category.isthing for category in categories]
     found = model.eval()(batch.photo[:SHOWN], "both").resized(batch.segment_map.shape[1:])
+    size = batch.segment_map.shape[1]
+    scale = math.ceil(CAPTIONED / size)
     rows: list[list[Tile]] = []
     for row, code in enumerate(found.instance):
-        index = batch.segment_map[row].long().cpu().numpy()
-        centroid = batch.centroid[row].cpu().numpy().copy()
-        centroid[~batch.instance[row].cpu().numpy()] = np.nan
-        truth = centroid_colours(centroid[index].transpose(2, 0, 1))
-        cells = grid_cells(index.shape[0])
-        true_labels = batch.label[row].cpu().numpy()
-        labels = found.semantic[row].argmax(0).cpu().numpy()
+        segment_map = batch.segment_map[row].long()
+        centroid = batch.centroid[row].masked_fill(~batch.instance[row, :, None], torch.nan)
+        guess = nearest_centroids(code, encoding, grid_cells(size))
+        true_labels, labels = batch.label[row][segment_map], found.semantic[row].argmax(0)
+        tiles = {
+            batch.keys[row].lstrip("0"): batch.photo[row].permute(1, 2, 0).cpu().numpy(),
+            "true centroids": centroid_colours(
+                centroid[segment_map].permute(2, 0, 1).cpu().numpy()
+            ),
+            "instance head": centroid_colours(guess),
+            "true categories": semantic_colours(true_labels.cpu().numpy(), isthing),
+            "semantic head": semantic_colours(labels.cpu().numpy(), isthing),
+        }
         rows.append(
-            [
-                (batch.keys[row].lstrip("0"), batch.photo[row].permute(1, 2, 0).cpu().numpy()),
-                ("true centroids", truth),
-                ("instance head", centroid_colours(nearest_centroids(code, encoding, cells))),
-                ("true categories", semantic_colours(true_labels[index], isthing)),
-                ("semantic head", semantic_colours(labels, isthing)),
-            ]
+            [(name, tile.repeat(scale, 0).repeat(scale, 1)) for name, tile in tiles.items()]
         )
-    scale = math.ceil(CAPTIONED / batch.segment_map.shape[1])
-    return sheet(
-        [[(name, tile.repeat(scale, 0).repeat(scale, 1)) for name, tile in r] for r in rows]
-    )
+    return sheet(rows)
