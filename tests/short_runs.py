@@ -95,6 +95,25 @@ def saved_steps(run: Path) -> list[int]:
     return [read_state(folder).step for folder in folders if incomplete(folder) is None]
 
 
+TINY_TOML = """
+precision = "fp32"
+pictures_every = 0
+trackers = []
+[data]
+size = 56
+batch = 4
+micro_batch = 4
+workers = 0
+[model]
+backbone = "random"
+taps = [1, 2]
+channels = 8
+[model.random]
+hidden_size = 16
+layers = 2
+heads = 2
+"""
+"""A configuration of a run without steps, folder and cache."""
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Run
+from short_runs import TINY_TOML
 
 from panoptic_cache.pipeline.base.errors import InputError
 from panoptic_cache.train.checkpoint import file_sha256, find_checkpoint, read_state
@@ -15,36 +16,15 @@ from panoptic_cache.train.config import TaskRatio
 from panoptic_cache.train.loop import task_of
 from panoptic_cache.train.stages import load_stages
 
-CONFIG = """
-out = "{out}"
-precision = "fp32"
-checkpoint_every = 1
-trackers = []
-pictures_every = 0
-steps = 2
-[data]
-cache = "{cache}"
-size = 28
-batch = 4
-micro_batch = 4
-workers = 0
-[model]
-backbone = "random"
-taps = [1, 2]
-channels = 8
-[model.random]
-hidden_size = 16
-layers = 2
-heads = 2
+STAGES = """
+[[stages]]
+tasks = {instance = 1, semantic = 0}
 
 [[stages]]
-tasks = {{instance = 1, semantic = 0}}
+optim = {lr = 1e-3}
 
 [[stages]]
-optim = {{lr = 1e-3}}
-
-[[stages]]
-data = {{size = 56}}
+data = {size = 28}
 """
 
 
@@ -52,7 +32,9 @@ data = {{size = 56}}
 def staged(tmp_path: Path, tiny_cache: Path) -> Path:
     """A configuration of three stages of two steps each."""
     path = tmp_path / "staged.toml"
-    path.write_text(CONFIG.format(out=tmp_path / "out", cache=tiny_cache))
+    top = f'out = "{tmp_path / "out"}"\ncheckpoint_every = 1\nsteps = 2'
+    cached = TINY_TOML.replace("[data]", f'[data]\ncache = "{tiny_cache}"')
+    path.write_text(top + cached + STAGES)
     return path
 
 
@@ -89,7 +71,7 @@ def test_a_run_stopped_within_a_stage_ends_with_the_same_weights(
     whole = tmp_path / "out"
     last = find_checkpoint(whole)
     assert last.parents[1].name == "stage-3"
-    assert read_state(last).config.data.size == 56
+    assert read_state(last).config.data.size == 28
     wanted = file_sha256(last / "model.safetensors")
     lines = [(whole / f"stage-{n}" / "metrics.jsonl").read_text() for n in (1, 2, 3)]
     assert '"semantic"' not in lines[0]

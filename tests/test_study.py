@@ -16,6 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 from conftest import Run as Command
+from short_runs import TINY_TOML
 from test_browser import BROWSER, FLAGS
 
 from panoptic_cache.evaluate.runs import execute
@@ -62,24 +63,6 @@ name = "Both, mirrored"
 trained_by = "Both"
 evaluate = ["--flip"]
 """
-CONFIG = """
-precision = "fp32"
-pictures_every = 0
-trackers = []
-[data]
-size = 56
-batch = 4
-micro_batch = 4
-workers = 0
-[model]
-backbone = "random"
-taps = [1, 2]
-channels = 8
-[model.random]
-hidden_size = 16
-layers = 2
-heads = 2
-"""
 # Stands in for the commands: notes that it was called, and leaves what they leave.
 FAKE = """
 import json, pathlib, sys, time
@@ -112,7 +95,7 @@ else:
 def study_file(tmp_path: Path, tiny_root: Path) -> Path:
     """A study of four variants, one of them with a setting that does not exist."""
     config = tmp_path / "tiny.toml"
-    config.write_text(CONFIG)
+    config.write_text(TINY_TOML)
     path = tmp_path / "study.toml"
     path.write_text(STUDY.format(config=config, coco=tiny_root))
     return path
@@ -227,7 +210,7 @@ def test_a_base_of_stages_is_trained_and_counted_whole(
     study_file: Path, tmp_path: Path, commands: Any
 ) -> None:
     config = tmp_path / "tiny.toml"
-    config.write_text(CONFIG + "[[stages]]\ntasks = {instance = 1, semantic = 0}\n[[stages]]\n")
+    config.write_text(TINY_TOML + "[[stages]]\ntasks = {instance = 1, semantic = 0}\n[[stages]]\n")
     study, out = read_study(study_file), tmp_path / "out"
     run = plan_runs(study, out)[0]
     first, second = run.stages
@@ -247,7 +230,7 @@ def test_a_dry_run_measures_each_model_once(
     study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tmp_path / "tiny.toml"
-    config.write_text(CONFIG + "[[stages]]\ntasks = {instance = 1, semantic = 0}\n[[stages]]\n")
+    config.write_text(TINY_TOML + "[[stages]]\ntasks = {instance = 1, semantic = 0}\n[[stages]]\n")
     measure = Mock(return_value=4500.0)
     monkeypatch.setattr(execute, "measure_step", measure)
     both, no_void, wrong, mirrored = execute.estimate_hours(read_study(study_file), tmp_path / "x")
