@@ -292,10 +292,7 @@ def _load_original(file: Path, backbone: Any) -> Any:
 
 
 def _read_original(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A `.pth` of DINOv2's authors: sizes, as transformers names them, and tensors by our names.
-
-    It has no configuration: what it is follows from the shapes.
-    """
+    """Sizes, as transformers names them, and tensors by our names; the file has only tensors."""
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         saved = saved.get("teacher", saved)
