@@ -632,7 +632,7 @@ def test_bad_predictions_are_one_line(
     fails("no prediction for 1 of 4 images")
     for row in content["annotations"]:
         row["image_id"] = str(row["image_id"])
-    fails("image ids are numbers in one of the files, strings in the other")
+    fails("no prediction for 1 of 4 images")  # a number and its text are the same id
     (tmp_path / "pred.json").write_text("[" * 100_000)
     code, out, err = run(*command)
     assert (code, out, len(err.splitlines())) == (1, "", 1)
