@@ -16,6 +16,7 @@ from panoptic_cache.train.runlog import (
     HEIGHT,
     POINTS,
     TOP,
+    WIDTH,
     draw_curves,
     installed_trackers,
     keep_lines,
@@ -77,6 +78,23 @@ def test_held_out_measures_get_panels_of_their_own(tmp_path: Path) -> None:
     look = {"step": 4, "validation": {"instance_loss": 1.0, "semantic_loss": 2.0, "pq": 0.5}}
     found = titles(drawn(tmp_path, [*lines, look]))
     assert found[:4] == ["instance task", "semantic task", "held out: losses", "held out: measures"]
+
+
+def test_each_curve_has_a_colour_and_a_label_of_its_own(tmp_path: Path) -> None:
+    names = ("instance_loss", "semantic_accuracy", "code_accuracy", "void_accuracy")
+    pqs = ("pq", "pq_things", "pq_stuff", "best", "worst")
+    values = dict.fromkeys((*names, *pqs), 0.5)
+    look = {"step": 1, "validation": values}
+    picture = drawn(tmp_path, [step(1, "instance", 1.0), look])
+    curves = 0
+    for panel in picture.iter(f"{SVG}g"):
+        colours = [line.attrib["stroke"] for line in panel.iter(f"{SVG}polyline")]
+        assert len({*colours}) == len(colours)
+        curves += len(colours)
+        for label in panel.iter(f"{SVG}text"):
+            if "fill" in label.attrib:
+                assert float(label.attrib["x"]) + 6.5 * len(label.text or "") <= WIDTH
+    assert curves == len(values) + 4 + 2  # the losses of the step, its speed and its rate
 
 
 @pytest.mark.parametrize(

@@ -153,16 +153,20 @@ def draw_curves(metrics: Path) -> str:
     steps = [line for line in lines if "validation" not in line]
     held_out = [{"step": x["step"], **x["validation"]} for x in lines if "validation" in x]
     names = sorted({name for line in held_out for name in line} - {"step"})
-    losses = [name for name in names if name.endswith("_loss")]
+    kinds = {"losses": "_loss", "accuracies": "_accuracy"}
     panels: dict[str, tuple[list[dict[str, Any]], Sequence[str]]] = {
         f"{task} task": ([x for x in steps if x.get("task") == task], parts)
         for task, parts in (("instance", (*PARTS, "dice")), ("semantic", PARTS))
     }
-    if held_out:
-        panels["held out: losses"] = held_out, losses
-        panels["held out: measures"] = held_out, [x for x in names if x not in losses]
+    for kind, ending in kinds.items():
+        if chosen := [name for name in names if name.endswith(ending)]:
+            panels[f"held out: {kind}"] = held_out, chosen
+    rest = [name for name in names if not name.endswith((*kinds.values(),))]
+    for start in range(0, len(rest), len(COLOURS)):  # a colour means one curve
+        number = f", {start // len(COLOURS) + 1}" if start else ""
+        panels[f"held out: measures{number}"] = held_out, rest[start : start + len(COLOURS)]
     panels |= {"images a second": (steps, ["images_per_second"]), "learning rate": (steps, ["lr"])}
-    width, height = 2 * WIDTH, HEIGHT * len(panels) // 2
+    width, height = 2 * WIDTH, HEIGHT * math.ceil(len(panels) / 2)
     body = "".join(
         f'<g transform="translate({WIDTH * (number % 2)} {HEIGHT * (number // 2)})">'
         f"{_panel(title, *shown)}</g>"
