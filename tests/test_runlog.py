@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from xml.etree import ElementTree
 
 import pytest
+from accelerate import Accelerator
 from short_runs import lines_of
 
 from panoptic_cache.pipeline.base.errors import InputError
@@ -17,6 +18,7 @@ from panoptic_cache.train.runlog import (
     POINTS,
     TOP,
     WIDTH,
+    RunLog,
     draw_curves,
     installed_trackers,
     keep_lines,
@@ -111,6 +113,43 @@ def test_whatever_was_noted_is_drawn(tmp_path: Path, lines: list[dict[str, Any]]
     picture = drawn(tmp_path, lines, tail='{"step": 3, "ta')
     for line in picture.iter(f"{SVG}polyline"):
         assert all(math.isfinite(x) and 0 <= y <= HEIGHT for x, y in points(line))
+
+
+class Tracker:
+    """W&B's, as Accelerate makes it."""
+
+    name = "wandb"
+    settings: object = None
+
+    def store_init_configuration(self, values: object) -> None:
+        self.settings = values
+
+
+class Tracked:
+    """An accelerator with W&B, which is not installed for the tests."""
+
+    log_with = ("wandb",)
+    is_main_process = True
+
+    def __init__(self) -> None:
+        self.trackers = [Tracker()]
+        self.options: dict[str, Any] = {}
+
+    def init_trackers(self, _: str, init_kwargs: dict[str, dict[str, Any]]) -> None:
+        self.options = init_kwargs["wandb"]
+
+
+def test_wandb_gets_the_settings_and_goes_on_in_one_run(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    options = []
+    for folder in (tmp_path, tmp_path, tmp_path / "other"):
+        accelerator = Tracked()
+        RunLog(cast(Accelerator, accelerator), folder, 0, {"steps": 7})
+        assert accelerator.trackers[0].settings == {"steps": 7}
+        options.append(accelerator.options)
+    assert options[0] == options[1]
+    assert options[0]["resume"] == "allow"
+    assert options[0]["id"] != options[2]["id"]
 
 
 def test_a_run_leaves_its_picture(trained: Path) -> None:

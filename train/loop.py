@@ -152,7 +152,7 @@ def train(  # noqa: PLR0912, PLR0915 - one visible function
         out.mkdir(parents=True, exist_ok=True)
         write_file(out / "config.toml", tomli_w.dumps(config.to_dict()).encode())
     ranks.check_shared(out / "config.toml")
-    runlog = RunLog(accelerator, out, first)
+    runlog = RunLog(accelerator, out, first, config.to_dict())
 
     save = partial(
         save_checkpoint,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from html import escape
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 PARTS = ("loss", "pixel", "tv")
 """Of a step's loss, in both tasks."""
+WANDB_ID = "wandb_id"
+"""The file that holds the id of a run at W&B."""
 POINTS = 240
 """Of a curve; each is the mean of a stretch of steps."""
 WIDTH, HEIGHT = 460, 230
@@ -59,16 +62,25 @@ class RunLog:
     """Writes down what happens in a run. Every rank may call it; the main one writes.
 
     The accelerator is made with the trackers of `installed_trackers`, and the folder exists. Lines
-    of an earlier run after the step `first` are dropped.
+    of an earlier run after the step `first` are dropped. W&B gets the settings, and goes on in the
+    same run of its own.
     """
 
-    def __init__(self, accelerator: Accelerator, out: Path, first: int) -> None:
+    def __init__(
+        self, accelerator: Accelerator, out: Path, first: int, settings: Mapping[str, Any]
+    ) -> None:
         self._accelerator, self._out = accelerator, out
         self._metrics = out / "metrics.jsonl"
         if accelerator.log_with:
-            purge = {"tensorboard": {"purge_step": first + 1}}
+            options: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": first + 1}}
+            if accelerator.is_main_process and "wandb" in map(str, accelerator.log_with):
+                shown = {"name": out.absolute().name, "dir": str(out)}
+                options["wandb"] = {"id": wandb_id(out), "resume": "allow", **shown}
             try:
-                accelerator.init_trackers("panoptic", init_kwargs=purge)
+                accelerator.init_trackers("panoptic", init_kwargs=options)
+                for tracker in accelerator.trackers:
+                    if tracker.name == "wandb":
+                        tracker.store_init_configuration(settings)
             except OSError:
                 raise
             except Exception as error:  # noqa: BLE001 - each tracker has types of its own
@@ -124,6 +136,14 @@ class RunLog:
         if self._accelerator.is_main_process:
             with open(self._metrics, "a", opener=no_links) as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def wandb_id(out: Path) -> str:
+    """The id of a run at W&B, the same one each time that it goes on."""
+    path = out / WANDB_ID
+    if not path.exists():
+        write_file(path, f"{secrets.token_hex(8)}\n".encode())
+    return path.read_text().strip()
 
 
 def keep_lines(metrics: Path, step: int) -> None:
