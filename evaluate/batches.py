@@ -222,6 +222,8 @@ class Pass:
                 if self.save_heads is not None:
                     self.save_heads(item, *part)
                 yield part
+                # A large photo takes minutes.
+                self.advance(0, f"{item.path.name}: {part[0].rows[1]} of {len(photo)} rows")
 
         seconds, start = self.share.seconds, perf_counter()
         before = seconds["network"]

@@ -22,6 +22,7 @@ from PIL import Image
 
 from panoptic_cache.evaluate.decoder.decode import DecodedSegment, PanopticMap
 from panoptic_cache.evaluate.decoder.tiles import paste, stitch
+from panoptic_cache.evaluate.photos import predict_photos
 from panoptic_cache.evaluate.predict import Heads, Pixels, Predictor
 from panoptic_cache.evaluate.split import evaluate
 from panoptic_cache.evaluate.study.heads import list_heads, read_heads, read_meta
@@ -380,6 +381,23 @@ def test_photos_of_any_size_are_tiled(tiled_run: Path, shape: tuple[int, int]) -
     assert [(s.id, s.area) for s in found.segments] == [*zip(present, areas, strict=True)]
     for picture in predictor.head_pictures(photo):
         assert picture.shape == (*shape, 3)
+
+
+def test_a_large_photo_shows_how_far_it_is(
+    tiled_run: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("panoptic_cache.pipeline.base.terminal.LINE_SECONDS", 0.0)
+    Image.new("RGB", (30, 80)).save(tmp_path / "tall.png")
+    with caplog.at_level("INFO"):
+        predict_photos(Predictor(tiled_run, "cpu"), [tmp_path / "tall.png"], tmp_path / "out")
+    lines = [line for line in caplog.messages if "tall.png: " in line]
+    rows = [int(line.partition("tall.png: ")[2].split()[0]) for line in lines]
+    assert rows == sorted(rows)
+    assert rows[0] == 24
+    assert rows[-1] == 80
 
 
 def test_pictures_of_heads_name_places_in_the_image() -> None:
