@@ -239,8 +239,7 @@ class Sizes(msgspec.Struct):
 def hub_options(name: str, *files: str) -> dict[str, bool]:
     """How to load files of a hub name or a folder: from the cache, where it has one of them.
 
-    Where it has none, InputError at once if the hub does not answer: transformers would ask five
-    times for each of several files, in a minute and a half and 89 lines.
+    InputError at once where the hub does not answer: transformers would try for 90 seconds.
     """
     if Path(name).is_dir():
         return {}
@@ -263,15 +262,18 @@ def _not_found(
 
 
 def _load_weights(name: str, kind: Any, design: Any) -> Any:
-    options = hub_options(name, *WEIGHTS)
+    options = {"config": design, "output_loading_info": True, **hub_options(name, *WEIGHTS)}
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it reports blocks above the last tap; see below
     try:
-        settings = {"config": design, "output_loading_info": True}
-        backbone, found = kind.from_pretrained(name, **settings, **options)
+        backbone, found = kind.from_pretrained(name, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         where = "folder" if Path(name).is_dir() else "hub"
         raise InputError(
             f"weights cannot be loaded from the {where}: {str(error).splitlines()[0]}", where=name
         ) from None
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     if missing := sorted({*found["missing_keys"]} - {"embeddings.mask_token"}):
         what = f"{len(missing)} weights are missing, {missing[0]} first"  # they would stay random
         remedy = f"give weights of a {FAMILIES[design.model_type]}"
