@@ -85,7 +85,7 @@ def test_held_out_measures_get_panels_of_their_own(tmp_path: Path) -> None:
 def test_each_curve_has_a_colour_and_a_label_of_its_own(tmp_path: Path) -> None:
     names = ("instance_loss", "semantic_accuracy", "code_accuracy", "void_accuracy")
     pqs = ("pq", "pq_things", "pq_stuff", "best", "worst")
-    values = dict.fromkeys((*names, *pqs), 0.5)
+    values = dict.fromkeys((*names, *pqs), 0.04976)
     look = {"step": 1, "validation": values}
     picture = drawn(tmp_path, [step(1, "instance", 1.0), look])
     curves = 0

@@ -32,7 +32,7 @@ WANDB_ID = "wandb_id"
 POINTS = 240
 """Of a curve; each is the mean of a stretch of steps."""
 WIDTH, HEIGHT = 460, 230
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 36, 26
+LEFT, RIGHT, TOP, BOTTOM = 52, 24, 36, 26
 """Room around the axes of a panel."""
 COLOURS = ("#2563c9", "#d1541e", "#4d8f3a", "#8b5bb5")
 STYLE = """
@@ -228,7 +228,9 @@ def _panel(title: str, lines: Sequence[Mapping[str, Any]], names: Sequence[str])
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in place(curve))
         parts.append(f'<polyline stroke="{colour}" points="{path}"/>')
         if len(curves) > 1:
-            now = name.replace("_", " ") + (f" {curve[-1, 1]:.3g}" if len(curve) else "")
+            now = name.removesuffix("_accuracy").replace("_", " ") + (
+                f" {curve[-1, 1]:.3g}" if len(curve) else ""
+            )
             parts.append(f'<text x="{label}" y="30" fill="{colour}">{escape(now)}</text>')
             label += 7 * len(now) + 10
     return "".join(parts)
