@@ -119,7 +119,7 @@ def test_it_forks_only_where_no_other_thread_runs() -> None:
     assert done.stdout.split() == ["fork", "spawn"]
 
 
-def wait_for_signal(*_: object) -> None:
+def wait_for_signal(*_: object, **__: object) -> None:
     signal.pause()
 
 
