@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 
 from panoptic_cache import cli
 from panoptic_cache.pipeline.base.config import build_config
@@ -22,6 +24,18 @@ from panoptic_cache.train.config import TrainConfig
 from panoptic_cache.train.loop import train
 
 Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def one_thread_without_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A test that trains in this process: reproducible, and the next one may train as well."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

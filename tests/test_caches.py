@@ -12,7 +12,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 from conftest import Run
 from hypothesis import given, settings
@@ -38,6 +37,8 @@ from panoptic_cache.train.data import Share, epoch_places, step_places
 from panoptic_cache.train.loader import iterate, make_loader
 from panoptic_cache.train.loop import train
 from panoptic_cache.train.stages import load_stages
+
+pytestmark = pytest.mark.usefixtures("one_thread_without_gpu")
 
 
 @pytest.fixture(scope="module")
@@ -152,16 +153,9 @@ def test_streams_are_mixed_by_their_parts(tiny_cache: Path, other_cache: Path) -
 # A run
 
 
-@pytest.fixture(autouse=True)
-def one_thread_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def test_a_run_of_two_caches_resumes_bit_for_bit(
     tiny_cache: Path, other_cache: Path, tmp_path: Path
 ) -> None:
-    torch.set_num_threads(1)
     data = mixed((tiny_cache, 1), (other_cache, 3))
     config = replace(make_config(tiny_cache, tmp_path / "whole", keep=9), data=data)
     train(config)
@@ -301,7 +295,6 @@ def test_a_table_of_weights_goes_by_name(tiny_cache: Path) -> None:
 def test_weights_change_the_training_and_stay_with_the_run(
     run: Run, tiny_cache: Path, tmp_path: Path
 ) -> None:
-    torch.set_num_threads(1)
     name = open_caches(DataConfig(cache=str(tiny_cache))).categories[0].name
     base = make_config(tiny_cache, tmp_path / "plain", steps=3)
     losses = {}

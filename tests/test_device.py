@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,16 +24,7 @@ from panoptic_cache.train.device import device_kind, fit_precision
 from panoptic_cache.train.loop import train
 from panoptic_cache.train.stopping import memory_advice
 
-
-@pytest.fixture(autouse=True)
-def one_thread_without_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread_without_gpu")
 
 
 def run_anew(config: TrainConfig, *, resume: bool = False) -> Path:

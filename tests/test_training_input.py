@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -40,15 +40,7 @@ from panoptic_cache.train.stopping import StopRequest, guarded_run, rank_advice
 Refuse = Callable[..., str]
 
 
-@pytest.fixture(autouse=True)
-def one_thread_without_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread_without_gpu")
 
 
 @pytest.fixture

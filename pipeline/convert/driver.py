@@ -22,7 +22,7 @@ import msgspec
 
 from panoptic_cache.pipeline.base.config import decode_json, fingerprint
 from panoptic_cache.pipeline.base.errors import InputError
-from panoptic_cache.pipeline.base.files import Storage, no_links, write_file
+from panoptic_cache.pipeline.base.files import Storage, no_links, stamp, write_file
 from panoptic_cache.pipeline.base.process import Interrupted, map_in_order
 from panoptic_cache.pipeline.base.terminal import progress
 from panoptic_cache.pipeline.coco import CocoLayout, Rejection, sort_rejections
@@ -151,14 +151,10 @@ def _distinct(source: Source) -> tuple[list[tuple[Item, str]], list[Rejection]]:
 
 def _mark(item: Item) -> str:
     """A hash of the size and time of every input; of a missing one, too."""
-    rows: list[object] = [item.mark, str(item.image_id)]
-    for path in (item.photo, *item.inputs):
-        try:
-            state = path.stat()
-            rows.append((str(path), state.st_size, state.st_mtime_ns))
-        except OSError:
-            rows.append(str(path))
-    return fingerprint(rows)
+    files = (item.photo, *item.inputs)
+    return fingerprint(
+        [item.mark, str(item.image_id), [str(file) for file in files], stamp(*files)]
+    )
 
 
 def _read_journal(journal: Path, layout: CocoLayout, head: bytes) -> dict[str, Outcome]:
